@@ -1,0 +1,69 @@
+# make demo   the main job on this machine          make test   the test suite
+# Both set up .venv on the first call (a few GB: PyTorch is the reference the tests compare with) and install nothing
+# on the next one, until pyproject.toml or the constraints change.
+#
+# A GPU machine:      make demo EXTRAS=test,cuda13
+# Another Python:     make demo PYTHON=/path/to/python3.12
+
+# The first of these that really runs (a version manager's shim may exist and fail) and is new enough.
+PYTHON ?= $(shell for p in python3.12 python3; do \
+    $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+EXTRAS ?= test
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv
+INSTALLED := $(VENV)/.installed-$(EXTRAS)
+NEWEST := .venv-newest
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+
+.PHONY: help demo test test-newest-jax lint format notebooks clean
+
+help:
+	@echo "make demo | test | test-newest-jax | lint | format | notebooks | clean"
+
+demo: $(INSTALLED)
+	$(VENV)/bin/moe-jax demo $(DEMO_ARGS)
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# The kernels in the interpreter, with the newest JAX that pyproject.toml allows.
+test-newest-jax: $(NEWEST)/.installed
+	$(NEWEST)/bin/python -c 'import jax; print("jax", jax.__version__)'
+	$(NEWEST)/bin/python -m pytest tests/kernels $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(INSTALLED)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# Runs every notebook from top to bottom and keeps the outputs in the files.
+notebooks: $(INSTALLED)
+	$(VENV)/bin/jupyter execute --inplace notebooks/*.ipynb
+
+clean:
+	rm -rf $(VENV) $(NEWEST) build dist .pytest_cache .ruff_cache .hypothesis expert_load.png
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# make_venv(folder): the stamp file in it is written by the caller when everything is installed.
+define make_venv
+	@test -n "$(PYTHON)" || { echo "moe_jax needs Python >= 3.12 and found none as python3.12 or python3;" \
+	    "install it (Debian: apt install python3.12 python3.12-venv) or name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "setting up $(1) with $(PYTHON) (once; this takes some minutes)"
+	@$(PYTHON) -m venv $(1) || { echo "could not make a virtual environment;" \
+	    "Debian: apt install python3.12-venv" >&2; exit 1; }
+endef
+
+$(INSTALLED): pyproject.toml constraints/ci.txt
+	$(call make_venv,$(VENV))
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints/ci.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(NEWEST)/.installed: pyproject.toml
+	$(call make_venv,$(NEWEST))
+	$(NEWEST)/bin/python $(PIP_INSTALL) --upgrade -e '.[test-kernels]'
+	@touch $@

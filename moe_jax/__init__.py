@@ -1,0 +1,15 @@
+"""Mixture-of-Experts layers for JAX on NVIDIA GPUs."""
+
+from moe_jax.config import MoEConfig as MoEConfig
+from moe_jax.config import RoutingConfig as RoutingConfig
+from moe_jax.explanation import Explanation as Explanation
+from moe_jax.explanation import explain as explain
+from moe_jax.moe import apply_experts as apply_experts
+from moe_jax.moe import moe as moe
+from moe_jax.moe import moe_block as moe_block
+from moe_jax.routing import route as route
+from moe_jax.routing_methods import RoutingMethod as RoutingMethod
+from moe_jax.types import ExpertWeights as ExpertWeights
+from moe_jax.types import MoELayerWeights as MoELayerWeights
+from moe_jax.types import SharedExpertWeights as SharedExpertWeights
+from moe_jax.types import TopK as TopK

@@ -1,0 +1,46 @@
+"""What differs between JAX versions, and every private JAX path that we use: nowhere else.
+
+Each entry says why it is here, so that it can go when the reason does.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# Lane lowering: the kernels are written for explicit barriers and register layouts; the warpgroup lowering that became the
+# default in jax 0.11 infers layouts and refuses several of the stores that we use.
+LANE = plgpu.LoweringSemantics.Lane
+
+# Multiprocessors assumed when a kernel is lowered without a GPU at hand (an H100 SXM or H200).
+_HOPPER_SXM_MULTIPROCESSORS = 132
+
+
+def kernel(body: Any, *, interpret: Any = None, **kwargs: Any) -> Any:
+    """`plgpu.kernel` with `interpret` left out when it is None (jax 0.11.2 treats an explicit None as a mode)."""
+    if interpret is not None:
+        kwargs["interpret"] = interpret
+    return plgpu.kernel(body, **kwargs)
+
+
+@functools.cache
+def num_multiprocessors() -> int:
+    """Multiprocessors of the first local GPU, or those of an H200 when the process has none."""
+    device = default_device()
+    return int(getattr(device, "core_count", 0) or 0) or _HOPPER_SXM_MULTIPROCESSORS
+
+
+def default_device() -> jax.Device:
+    """The device that a jit call without committed arguments runs on."""
+    chosen = jax.config.jax_default_device
+    if chosen is None:
+        return jax.devices()[0]
+    return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
+
+
+def interpret_params() -> Any:
+    """How the kernels are interpreted on a CPU."""
+    return plgpu.InterpretGPUParams()

@@ -1,0 +1,167 @@
+"""The command line, `moe-jax demo | explain`: it reads options and prints; the work is done elsewhere."""
+
+import enum
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from moe_jax.config import MoEConfig, RoutingConfig
+from moe_jax.explain_table import explanation_table
+from moe_jax.explanation import explain as explain_layer
+
+app = typer.Typer(
+    help="Mixture-of-Experts layers for JAX on NVIDIA GPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Dtype(enum.StrEnum):
+    """Compute dtypes."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class Implementation(enum.StrEnum):
+    """What `implementation=` of the library takes."""
+
+    AUTO = "auto"
+    XLA = "xla"
+    MOSAIC = "mosaic"
+    MOSAIC_INTERPRET = "mosaic_interpret"
+
+
+class Platform(enum.StrEnum):
+    """Where a layer would run."""
+
+    CPU = "cpu"
+    GPU = "gpu"
+
+
+def _console(stderr: bool = False) -> Console:
+    # Piped into a file or a CI log there is no terminal to measure: wide enough for the tables.
+    wide = not os.environ.get("COLUMNS") and not Console(stderr=stderr).is_terminal
+    return Console(stderr=stderr, width=140 if wide else None)
+
+
+def _fail(message: str, code: int) -> typer.Exit:
+    _console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False)
+    return typer.Exit(code)
+
+
+def _version(value: bool) -> bool:
+    if value:
+        typer.echo(importlib.metadata.version("moe_jax"))
+        raise typer.Exit
+    return value
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Mixture-of-Experts layers for JAX on NVIDIA GPUs."""
+
+
+@app.command()
+def demo(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a Hugging Face MoE checkpoint. Default: a small Qwen3-MoE with random weights."),
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to run through the model. Default: the README.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Use at most this many tokens of the text.")] = 1024,
+    layers: Annotated[int, typer.Option(min=1, help="Run this many of the first MoE layers.")] = 4,
+    ranks: Annotated[int, typer.Option(min=1, help="Expert-parallel ranks of the second run.")] = 4,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Compute dtype. Default: bfloat16 on a GPU, else float32.")
+    ] = None,
+    implementation: Annotated[Implementation, typer.Option(help="Which implementation to run.")] = Implementation.AUTO,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0.0, help="Largest relative error that passes. Default: by dtype.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls; the median counts.")] = 5,
+    out: Annotated[Path, typer.Option(help="Where to write the picture of the expert load.")] = Path("expert_load.png"),
+) -> None:
+    """Run the MoE layers of a real checkpoint with moe_jax and with transformers, and compare."""
+    # Both frameworks share the GPU: JAX must not reserve most of it up front.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from moe_jax.demo import DemoError, DemoOptions, run_demo
+    from moe_jax.demo.report import print_result, save_expert_load
+
+    options = DemoOptions(
+        checkpoint=checkpoint,
+        text=text,
+        max_tokens=max_tokens,
+        layers=layers,
+        ranks=ranks,
+        dtype=dtype.value if dtype else None,
+        implementation=implementation.value,
+        tolerance=tolerance,
+        repeats=repeats,
+    )
+    console = _console()
+    try:
+        if not out.parent.is_dir():
+            raise DemoError(f"--out {out}: there is no folder {out.parent}")
+        with console.status("starting") as status:
+            result = run_demo(options, status.update)
+        print_result(result, console)
+        save_expert_load(result, out)
+    except DemoError as error:
+        raise _fail(str(error), 2) from error
+    console.print(f"wrote {out}", highlight=False)
+    if result.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def explain(
+    config: Annotated[
+        Path | None, typer.Option(help="Hugging Face config.json, or the folder that holds it. Or give the shape:")
+    ] = None,
+    num_experts: Annotated[int | None, typer.Option(help="Routed experts, E.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts per token, k.")] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="H.")] = None,
+    intermediate_size: Annotated[int | None, typer.Option(help="I, of one routed expert.")] = None,
+    activation: Annotated[str, typer.Option(help="Activation of the experts (with a shape only).")] = "silu",
+    routing: Annotated[str, typer.Option(help="Routing method (with a shape only).")] = "renormalize",
+    dtype: Annotated[Dtype, typer.Option(help="Compute dtype.")] = Dtype.BFLOAT16,
+    tokens: Annotated[int, typer.Option(min=0, help="Tokens in a batch, T.")] = 4096,
+    platform: Annotated[Platform | None, typer.Option(help="Default: what JAX runs on here.")] = None,
+) -> None:
+    """Print each implementation of each op, and the reason why it does or does not apply."""
+    shape = {
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+    }
+    try:
+        if config is not None:
+            path = config / "config.json" if config.is_dir() else config
+            moe_config = MoEConfig.from_hf(json.loads(path.read_text()), dtype=dtype.value)
+        else:
+            missing = ["--" + name.replace("_", "-") for name, value in shape.items() if value is None]
+            if missing:
+                raise ValueError(f"the shape lacks {', '.join(missing)}; or give --config")
+            moe_config = MoEConfig(**shape, activation=activation, routing=RoutingConfig(routing), dtype=dtype.value)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise _fail(str(error), 2) from error
+    _console().print(explanation_table(explain_layer(moe_config, tokens, platform.value if platform else None)))
+
+
+def main() -> None:
+    """The entry point of the `moe-jax` script."""
+    app()

@@ -1,0 +1,31 @@
+"""The expert MLP on grouped rows: up-projection, activation, down-projection."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float
+
+from moe_jax.config import MoEConfig
+from moe_jax.ops.group_tokens import Groups
+from moe_jax.ops.grouped_matmul import grouped_matmul
+from moe_jax.types import ExpertWeights
+
+
+def expert_mlp(
+    rows: Float[Array, "R H"], experts: ExpertWeights, groups: Groups, config: MoEConfig, *, implementation: str = "auto"
+) -> Float[Array, "R H"]:
+    """Each row through its group's expert; the router weight is not applied here.
+
+    Args:
+        rows: ``[R, H]``, grouped as `groups` says.
+        experts: the weights of the local experts.
+        groups: from `moe_jax.ops.group_tokens.group_tokens`.
+        config: gives the activation.
+        implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
+
+    Returns:
+        ``[R, H]``; padding rows and rows of tiles past `groups.num_tiles` are undefined.
+    """
+    hidden = grouped_matmul(
+        rows, experts.w13, groups, bias=experts.w13_bias, activation=config.act, implementation=implementation
+    )
+    return grouped_matmul(hidden, experts.w2, groups, bias=experts.w2_bias, implementation=implementation)

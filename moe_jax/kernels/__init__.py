@@ -1,0 +1,1 @@
+"""The only rooms that know Pallas: one floor per GPU generation."""

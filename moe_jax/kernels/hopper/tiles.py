@@ -1,0 +1,48 @@
+"""What the Hopper kernels share: how a matrix lies in shared memory, and in which order tiles are visited."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# One stage of a matmul pipeline covers this many elements of the contracted axis: 128 bytes of bf16, one swizzle row.
+TILE_K = 64
+
+
+def swizzle_bytes(minor: int, dtype) -> int | None:
+    """The widest swizzle (128, 64 or 32 bytes) whose rows tile an axis of `minor` elements; None if not even 32 do.
+
+    A matrix that TMA brings into a swizzled tile must split evenly into tiles of one swizzle row. Rows of 2880 bf16
+    elements allow 128 bytes, rows of 1000 none: wgmma has no narrower layout.
+    """
+    row_bytes = minor * jnp.dtype(dtype).itemsize
+    return next((s for s in (128, 64, 32) if row_bytes % s == 0), None)
+
+
+def transforms(minor: int, dtype) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    """Shared-memory transforms of a wgmma operand, or of a staged output, whose matrix has `minor` columns in memory."""
+    swizzle = swizzle_bytes(minor, dtype)
+    assert swizzle is not None, f"{minor=} is not tileable; supports() must have said so"
+    columns = swizzle // jnp.dtype(dtype).itemsize
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
+
+
+def visit(index: jax.Array, m_tiles: jax.Array, n_tiles: int, group_m: int) -> tuple[jax.Array, jax.Array]:
+    """The (m, n) tile with number `index`: bands of `group_m` row tiles, walked column by column.
+
+    The multiprocessors at work at one time then share few row tiles and few weight tiles, and both stay in L2. The last
+    band may be lower. `m_tiles` lives on the GPU: only tiles that hold rows are visited.
+    """
+    band_tiles = group_m * n_tiles
+    band = lax.div(index, band_tiles)
+    first = band * group_m
+    height = jnp.minimum(group_m, m_tiles - first)
+    within = index - band * band_tiles
+    return first + lax.rem(within, height), lax.div(within, height)
+
+
+def share(total: jax.Array, worker: jax.Array, workers: int) -> jax.Array:
+    """How many of `total` items worker number `worker` takes when it takes every `workers`-th."""
+    return lax.div(total - worker + (workers - 1), workers)

@@ -1,0 +1,216 @@
+"""What released config.json files say about MoE layers, and the layers that they describe."""
+
+from moe_jax.config import MoEConfig, RoutingConfig
+from moe_jax.routers import SparseMixer
+
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_local_experts": 8,
+    "torch_dtype": "bfloat16",
+}
+QWEN2 = {
+    "model_type": "qwen2_moe",
+    "decoder_sparse_step": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "moe_intermediate_size": 1408,
+    "norm_topk_prob": False,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "shared_expert_intermediate_size": 5632,
+    "torch_dtype": "bfloat16",
+}
+QWEN3 = {
+    "model_type": "qwen3_moe",
+    "decoder_sparse_step": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "torch_dtype": "bfloat16",
+}
+DEEPSEEK_V2 = {
+    "model_type": "deepseek_v2",
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 160,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 60,
+    "routed_scaling_factor": 16.0,
+    "scoring_func": "softmax",
+    "topk_group": 3,
+    "topk_method": "group_limited_greedy",
+    "torch_dtype": "bfloat16",
+}
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3",
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+}
+OLMOE = {
+    "model_type": "olmoe",
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "norm_topk_prob": False,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 16,
+    "torch_dtype": "float32",
+}
+GLM4 = {
+    "model_type": "glm4_moe",
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 46,
+    "routed_scaling_factor": 1.0,
+    "topk_group": 1,
+    "torch_dtype": "bfloat16",
+}
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_local_experts": 32,
+    "swiglu_limit": 7.0,
+}
+LLAMA4 = {
+    "model_type": "llama4",
+    "text_config": {
+        "model_type": "llama4_text",
+        "hidden_act": "silu",
+        "hidden_size": 5120,
+        "interleave_moe_layer_step": 2,
+        "intermediate_size": 8192,
+        "intermediate_size_mlp": 16384,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 48,
+        "num_local_experts": 128,
+    },
+    "torch_dtype": "float16",
+    "vision_config": {"hidden_size": 1408, "num_hidden_layers": 34},
+}
+PHIMOE = {
+    "model_type": "phimoe",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 6400,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_local_experts": 16,
+    "router_jitter_noise": 0.01,
+    "torch_dtype": "bfloat16",
+}
+MINIMAX_M2 = {
+    "model_type": "minimax_m2",
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "intermediate_size": 1536,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 62,
+    "num_local_experts": 256,
+    "scoring_func": "sigmoid",
+    "shared_intermediate_size": 0,
+    "use_routing_bias": True,
+}
+ALL = [MIXTRAL, QWEN2, QWEN3, DEEPSEEK_V2, DEEPSEEK_V3, OLMOE, GLM4, GPT_OSS, LLAMA4, PHIMOE, MINIMAX_M2]
+
+EXPECTED = {
+    "mixtral": MoEConfig(8, 2, 4096, 14336, routing=RoutingConfig("renormalize")),
+    "qwen2_moe": MoEConfig(
+        *(60, 4, 2048, 1408),
+        routing=RoutingConfig("default"),
+        num_shared_experts=1,
+        shared_intermediate_size=5632,
+        shared_expert_gate=True,
+    ),
+    "qwen3_moe": MoEConfig(128, 8, 2048, 768, routing=RoutingConfig("renormalize")),
+    "deepseek_v2": MoEConfig(
+        *(160, 6, 5120, 1536),
+        routing=RoutingConfig("deepseek_v2", 8, 3, 16.0, renormalize=False),
+        num_shared_experts=2,
+        shared_intermediate_size=3072,
+    ),
+    "deepseek_v3": MoEConfig(
+        *(256, 8, 7168, 2048),
+        routing=RoutingConfig("deepseek_v3", 8, 4, 2.5, renormalize=True),
+        has_correction_bias=True,
+        num_shared_experts=1,
+        shared_intermediate_size=2048,
+    ),
+    "olmoe": MoEConfig(64, 8, 2048, 1024, routing=RoutingConfig("default"), dtype="float32"),
+    "glm4_moe": MoEConfig(
+        *(128, 8, 4096, 1408),
+        routing=RoutingConfig("deepseek_v3", renormalize=True),
+        has_correction_bias=True,
+        num_shared_experts=1,
+        shared_intermediate_size=1408,
+    ),
+    "gpt_oss": MoEConfig(
+        *(32, 4, 2880, 2880, "swigluoai"),
+        swiglu_alpha=1.702,
+        swiglu_limit=7.0,
+        routing=RoutingConfig("renormalize"),
+        has_bias=True,
+        has_router_bias=True,
+    ),
+    "llama4": MoEConfig(
+        *(128, 1, 5120, 8192),
+        routing=RoutingConfig("llama4"),
+        apply_router_weight_on_input=True,
+        dtype="float16",
+        num_shared_experts=1,
+        shared_intermediate_size=8192,
+    ),
+    "phimoe": MoEConfig(
+        *(16, 2, 4096, 6400), routing=RoutingConfig("custom", renormalize=False, custom_function=SparseMixer(0.01))
+    ),
+    "minimax_m2": MoEConfig(
+        *(256, 8, 3072, 1536), routing=RoutingConfig("minimax2", renormalize=True), has_correction_bias=True
+    ),
+}

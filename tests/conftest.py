@@ -1,0 +1,39 @@
+"""What every test runs under: checked shapes, full float32 products, no silent broadcasting."""
+
+import functools
+import os
+
+import pytest
+from jaxtyping import install_import_hook
+
+# torch's threads spin while they wait for one another, which on a machine whose cores are all busy (several test
+# workers) makes an operation up to a hundred times slower. Read once, when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Before the first import of moe_jax: from here on a call whose arrays do not have the annotated shapes raises.
+install_import_hook("moe_jax", "beartype.beartype")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same examples on every run, and no deadline: the first call of a shape compiles.
+hypothesis.settings.register_profile("moe_jax", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("moe_jax")
+
+
+@functools.cache
+def has_cuda_device() -> bool:
+    try:
+        return len(jax.devices("cuda")) > 0
+    except RuntimeError:
+        return False
+
+
+def pytest_collection_modifyitems(items):
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_items and not has_cuda_device():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="JAX sees no CUDA device"))
