@@ -43,7 +43,7 @@ format: $(INSTALLED)
 
 # Runs every notebook from top to bottom and keeps the outputs in the files.
 notebooks: $(INSTALLED)
-	$(VENV)/bin/jupyter execute --inplace notebooks/*.ipynb
+	$(VENV)/bin/python notebooks/execute.py
 
 clean:
 	rm -rf $(VENV) $(NEWEST) build dist .pytest_cache .ruff_cache .hypothesis expert_load.png

@@ -6,6 +6,7 @@ that interleave them (gpt-oss) are put in this order when they are loaded.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ ACTIVATIONS: tuple[str, ...] = (
     "relu2_no_mul",
 )
 ALIASES = {"swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+
+Divide = Callable[[Array, Array], Array]
 
 _PARAMETERS = {
     "silu": ("alpha", "beta", "limit"),
@@ -46,19 +49,22 @@ def _sigmoid_denominator(x: Array, scale: float = 1.0) -> Array:
     return 1.0 + jnp.exp(jnp.minimum(-scale * x, _MAX_EXPONENT))
 
 
-def _silu(x: Array) -> Array:
-    return x / _sigmoid_denominator(x)
+def _silu(x: Array, divide: Divide = jnp.divide) -> Array:
+    return divide(x, _sigmoid_denominator(x))
 
 
-def _gelu(x: Array) -> Array:
+def _gelu(x: Array, divide: Divide = jnp.divide) -> Array:
+    del divide
     return 0.5 * x * (1.0 + lax.erf(x * math.sqrt(0.5)))
 
 
-def _gelu_tanh(x: Array) -> Array:
+def _gelu_tanh(x: Array, divide: Divide = jnp.divide) -> Array:
+    del divide
     return 0.5 * x * (1.0 + jnp.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
-def _relu2(x: Array) -> Array:
+def _relu2(x: Array, divide: Divide = jnp.divide) -> Array:
+    del divide
     r = jnp.maximum(x, 0.0)
     return r * r
 
@@ -115,8 +121,10 @@ class Activation:
         """Whether a row of the up-projection holds gate and up (2I wide) or only one half (I wide)."""
         return not self.name.endswith("_no_mul")
 
-    def apply_gated(self, gate: Float[Array, "*B"], up: Float[Array, "*B"]) -> Float[Array, "*B"]:
-        """The gated activation of two halves, in their own dtype (kernels pass float32).
+    def apply_gated(
+        self, gate: Float[Array, "*B"], up: Float[Array, "*B"], divide: Divide = jnp.divide
+    ) -> Float[Array, "*B"]:
+        """The gated activation of two halves, in their own dtype (kernels pass float32, and a division as fast as theirs).
 
         Raises:
             ValueError: the activation is un-gated.
@@ -134,14 +142,14 @@ class Activation:
             up = _clamp(up, self.limit)
             if self.beta is not None:
                 up = up + self.beta
-            return gate / _sigmoid_denominator(gate, 1.0 if self.alpha is None else self.alpha) * up
+            return divide(gate, _sigmoid_denominator(gate, 1.0 if self.alpha is None else self.alpha)) * up
         if self.name == "swiglustep":
-            gate = _silu(gate)
+            gate = _silu(gate, divide)
             return (gate if self.limit is None else jnp.minimum(gate, self.limit)) * _clamp(up, self.limit)
-        return _POINTWISE[self.name](gate) * up
+        return _POINTWISE[self.name](gate, divide) * up
 
-    def apply(self, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-        """The un-gated activation, in the dtype of ``x`` (kernels pass float32).
+    def apply(self, x: Float[Array, "*B"], divide: Divide = jnp.divide) -> Float[Array, "*B"]:
+        """The un-gated activation, in the dtype of ``x`` (kernels pass float32, and a division as fast as theirs).
 
         Raises:
             ValueError: the activation is gated.
@@ -153,7 +161,7 @@ class Activation:
         """
         if self.is_gated:
             raise ValueError(f"activation {self.name!r} is gated; use apply_gated(gate, up)")
-        return _POINTWISE[self.name.removesuffix("_no_mul")](x)
+        return _POINTWISE[self.name.removesuffix("_no_mul")](x, divide)
 
     def __call__(self, h: Float[Array, "*B N"]) -> Float[Array, "*B I"]:
         """Applies to whole rows of the up-projection, in float32, and returns the dtype of ``h``.

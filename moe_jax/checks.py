@@ -72,6 +72,7 @@ def _check_range(name: str, ids: jax.Array, bound: int, what: str) -> None:
         return
     if isinstance(ids, jax.Array) and any(d.platform != "cpu" for d in ids.devices()):
         return
-    low, high = int(np.min(ids)), int(np.max(ids))
+    values = np.asarray(ids)  # a constant of a function being traced is still at hand, but not to jnp
+    low, high = int(values.min()), int(values.max())
     if low < -1 or high >= bound:
         raise ValueError(f"{name} ranges from {low} to {high}, but must lie in [-1, {bound}): {what}, or -1 for none")

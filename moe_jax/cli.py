@@ -87,7 +87,10 @@ def demo(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Compute dtype. Default: bfloat16 on a GPU, else float32.")
     ] = None,
-    implementation: Annotated[Implementation, typer.Option(help="Which implementation to run.")] = Implementation.AUTO,
+    implementation: Annotated[
+        Implementation,
+        typer.Option(help="Which implementation to run; the interpreter takes minutes for a few tokens."),
+    ] = Implementation.AUTO,
     tolerance: Annotated[
         float | None, typer.Option(min=0.0, help="Largest relative error that passes. Default: by dtype.")
     ] = None,
@@ -97,6 +100,9 @@ def demo(
     """Run the MoE layers of a real checkpoint with moe_jax and with transformers, and compare."""
     # Both frameworks share the GPU: JAX must not reserve most of it up front.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if implementation is Implementation.MOSAIC_INTERPRET:
+        # Interpreted kernels block a thread at each barrier: with a pool of one thread a core they deadlock.
+        os.environ.setdefault("NPROC", "64")
     from moe_jax.demo import DemoError, DemoOptions, run_demo
     from moe_jax.demo.report import print_result, save_expert_load
 

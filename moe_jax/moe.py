@@ -171,7 +171,7 @@ def moe_block(
     router = layer.router.astype(jnp.float32)
     router_logits = jnp.matmul(x.astype(jnp.float32), router.T, precision=lax.Precision.HIGHEST)
     if layer.router_bias is not None:
-        router_logits = router_logits + layer.router_bias.astype(jnp.float32)
+        router_logits = router_logits + layer.router_bias.astype(jnp.float32)[None, :]
     y = moe(
         x,
         layer.experts,

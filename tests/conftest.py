@@ -1,17 +1,24 @@
 """What every test runs under: checked shapes, full float32 products, no silent broadcasting."""
 
 import functools
+import importlib.util
 import os
 
 import pytest
 from jaxtyping import install_import_hook
+
+# XLA's CPU client makes a pool of this many threads when it starts. Interpreted GPU kernels wait for one another at
+# barriers, each blocking a thread: with one thread a core they deadlock on a small machine.
+os.environ.setdefault("NPROC", "64")
 
 # torch's threads spin while they wait for one another, which on a machine whose cores are all busy (several test
 # workers) makes an operation up to a hundred times slower. Read once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Before the first import of moe_jax: from here on a call whose arrays do not have the annotated shapes raises.
-install_import_hook("moe_jax", "beartype.beartype")
+HAS_BEARTYPE = importlib.util.find_spec("beartype") is not None
+if HAS_BEARTYPE:
+    install_import_hook("moe_jax", "beartype.beartype")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -22,6 +29,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same examples on every run, and no deadline: the first call of a shape compiles.
 hypothesis.settings.register_profile("moe_jax", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("moe_jax")
+
+
+def pytest_report_header():
+    return None if HAS_BEARTYPE else "annotated shapes are not checked: beartype is not installed"
 
 
 @functools.cache

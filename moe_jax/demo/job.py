@@ -128,7 +128,7 @@ def run_demo(options: DemoOptions, progress: Callable[[str], None] = lambda mess
         transformers_device=transformers_side.timing_device(),
         tolerance=tolerance,
         implementation=options.implementation,
-        explanations=explain(config, int(ids.size), platform),
+        explanations=explain(config, int(ids.size)),
         failures=[failure for layer in layers for failure in layer_failures(layer, int(ids.size), tolerance)],
     )
 
@@ -229,7 +229,7 @@ def _run_layer(
 
 
 def _topk_ids(x: jax.Array, layer: MoELayerWeights, config: MoEConfig) -> jax.Array:
-    logits = x.astype(jnp.float32) @ layer.router.astype(jnp.float32).T
+    logits = jnp.matmul(x.astype(jnp.float32), layer.router.astype(jnp.float32).T, precision="highest")
     if layer.router_bias is not None:
         logits = logits + layer.router_bias.astype(jnp.float32)[None]
     return route(logits, config, correction_bias=layer.correction_bias).ids

@@ -190,8 +190,8 @@ def _run_block(block: Any, hidden: Any) -> tuple[np.ndarray, np.ndarray | None]:
 def _time_block(torch: Any, block: Any, hidden: Any, repeats: int) -> float:
     """Median seconds of the block in the dtype of ``hidden``; on a CPU the better of one thread and all of them.
 
-    torch's threads spin while they wait for one another: all of them are fastest on a quiet machine, and up to a hundred
-    times slower than one where something else keeps the cores busy.
+    torch's threads spin while they wait for one another: all of them are fastest on a quiet machine, and can be far
+    slower than one where something else keeps the cores busy.
     """
     device = timing_device()
     if device != "cpu" or hidden.dtype != torch.float32:

@@ -10,9 +10,9 @@ from moe_jax.ops.group_tokens import Groups
 
 
 def gather(x: Float[Array, "T H"], groups: Groups, *, implementation: str = "auto") -> Float[Array, "R H"]:
-    """``x[row_token]``, zeros in the padding of a group's last tile.
+    """``x[row_token]`` for the rows that hold a token.
 
-    Rows of tiles past `num_tiles` are undefined on a GPU and must not be read.
+    Padding rows are undefined on a GPU and must not be read: `groups.tile_sizes` says which they are.
 
     Args:
         x: ``[T, H]``.
@@ -31,14 +31,15 @@ def gather(x: Float[Array, "T H"], groups: Groups, *, implementation: str = "aut
         return jnp.zeros((groups.row_token.shape[0], x.shape[1]), x.dtype)
     chosen = impl.choose("gather", implementation, kernel.supports(x))
 
-    def plain(x, token, num_tiles):
-        del num_tiles
-        return jnp.where((token >= 0)[:, None], x[jnp.maximum(token, 0)], 0)
+    def plain(x, token, tile_sizes, positions):
+        del positions
+        rows = jnp.arange(groups.tile_rows)[None, :] < tile_sizes[:, None]  # those of each tile that hold a token
+        return jnp.where(rows.reshape(-1, 1), x[jnp.clip(token, 0, x.shape[0] - 1)], 0)
 
     if chosen == "xla":
-        return plain(x, groups.row_token, groups.num_tiles)
+        return plain(x, groups.row_token, groups.tile_sizes, groups.positions)
 
-    def run(x, token, num_tiles):
-        return kernel.gather(x, token, num_tiles, groups.tile_rows, interpret=impl.interpret_params(chosen))
+    def run(x, token, tile_sizes, positions):
+        return kernel.gather(x, positions, token.shape[0], interpret=impl.interpret_params(chosen))
 
-    return impl.with_plain_gradient(run, plain)(x, groups.row_token, groups.num_tiles)
+    return impl.with_plain_gradient(run, plain)(x, groups.row_token, groups.tile_sizes, groups.positions)

@@ -21,8 +21,9 @@ class Groups:
 
     Attributes:
         positions: int32 ``[T, k]``, the row of each pair; -1 for a pair without a local expert.
-        row_token: int32 ``[R]``, the token of each row; -1 for padding.
+        row_token: int32 ``[R]``, the token of each row; undefined for padding.
         tile_group: int32 ``[tiles]``, the local expert of each tile; -1 for the tiles after the last.
+        tile_sizes: int32 ``[tiles]``, rows of each tile without padding; they come first in the tile.
         group_sizes: int32 ``[E_local]``, rows of each local expert, without padding.
         num_tiles: int32 ``[1]``, tiles that hold rows; they come first.
         tile_rows: rows of a tile (static).
@@ -31,6 +32,7 @@ class Groups:
     positions: Int[Array, "T k"]
     row_token: Int[Array, " R"]
     tile_group: Int[Array, " tiles"]
+    tile_sizes: Int[Array, " tiles"]
     group_sizes: Int[Array, " E_local"]
     num_tiles: Int[Array, "1"]
     tile_rows: int = field(metadata={"static": True})
@@ -61,7 +63,7 @@ def default_tile_rows(num_pairs: int, num_local_experts: int, chosen: str) -> in
     mean = num_pairs / max(1, num_local_experts)
     if chosen == "xla":
         return min(128, max(8, 1 << max(0, round(mean) - 1).bit_length()))
-    return 64 if mean <= 64 else 128
+    return 64 if mean <= 48 else 128
 
 
 def offset_map(num_experts: int, num_local_experts: int, group_offset: int | Array) -> Int[Array, " E"]:
@@ -152,4 +154,7 @@ def _xla(topk_ids, expert_map, num_experts, num_local, tile_rows, tiles):
     num_tiles = jnp.sum(group_tiles, dtype=jnp.int32)
     tile = jnp.arange(tiles, dtype=jnp.int32)
     tile_group = jnp.searchsorted(last_tile, tile, side="right").astype(jnp.int32)
-    return positions, row_token, jnp.where(tile < num_tiles, tile_group, -1), sizes, num_tiles[None]
+    within = tile - jnp.concatenate([jnp.zeros(1, jnp.int32), last_tile])[tile_group]  # tiles of the same group before it
+    size = jnp.concatenate([sizes, jnp.zeros(1, jnp.int32)])[tile_group]
+    tile_sizes = jnp.clip(size - within * tile_rows, 0, tile_rows)
+    return positions, row_token, jnp.where(tile < num_tiles, tile_group, -1), tile_sizes, sizes, num_tiles[None]

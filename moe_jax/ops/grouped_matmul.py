@@ -58,16 +58,16 @@ def grouped_matmul(
         tile_group = tile_group + group_offset
     plain = _plain(groups.tile_rows, activation, n_out)
     if chosen == "xla":
-        return plain(rows, weights, bias, tile_group, groups.num_tiles)
+        return plain(rows, weights, bias, tile_group, groups.tile_sizes, groups.num_tiles)
 
-    def run(rows, weights, bias, tile_group, num_tiles):
-        config = kernel.default_config(groups.tile_rows, gated)
+    def run(rows, weights, bias, tile_group, tile_sizes, num_tiles):
+        config = kernel.default_config(groups.tile_rows, gated, n_out, min(groups.positions.size, weights.shape[0]))
         interpret = impl.interpret_params(chosen)
         return kernel.grouped_matmul(
-            rows, weights, tile_group, num_tiles, bias, activation, config=config, interpret=interpret
+            rows, weights, tile_group, tile_sizes, num_tiles, bias, activation, config=config, interpret=interpret
         )
 
-    return impl.with_plain_gradient(run, plain)(rows, weights, bias, tile_group, groups.num_tiles)
+    return impl.with_plain_gradient(run, plain)(rows, weights, bias, tile_group, groups.tile_sizes, groups.num_tiles)
 
 
 def _plain(tile_rows: int, activation: Activation | None, n_out: int):
@@ -85,7 +85,8 @@ def _plain(tile_rows: int, activation: Activation | None, n_out: int):
         return lax.dynamic_slice_in_dim(array, t * tile_rows, tile_rows)
 
     @jax.custom_vjp
-    def run(rows: Array, weights: Array, bias: Array | None, tile_group: Array, num_tiles: Array) -> Array:
+    def run(rows: Array, weights: Array, bias: Array | None, tile_group: Array, tile_sizes: Array, num_tiles: Array) -> Array:
+        del tile_sizes  # rows past a tile's size are computed too: they are not to be read
         def one(t, out):
             group = tile_group[t]
             h = dot(tile(rows, t), weights[group], (1, 1))
@@ -98,15 +99,16 @@ def _plain(tile_rows: int, activation: Activation | None, n_out: int):
         return run(*operands), operands
 
     def backward(saved, cotangent):
-        rows, weights, bias, tile_group, num_tiles = saved
+        rows, weights, bias, tile_group, tile_sizes, num_tiles = saved
 
         def one(t, grads):
             d_rows, d_weights, d_bias = grads
             group = tile_group[t]
-            x, w = tile(rows, t), weights[group]
+            held = (jnp.arange(tile_rows) < tile_sizes[t])[:, None]  # padding, which may be NaN, has no gradient
+            x, w = jnp.where(held, tile(rows, t), 0), weights[group]
             b = None if bias is None else bias[group]
             pull = jax.vjp(finish, dot(x, w, (1, 1)), b)[1]
-            d_h, d_b = pull(tile(cotangent, t).astype(jnp.float32))
+            d_h, d_b = pull(jnp.where(held, tile(cotangent, t), 0).astype(jnp.float32))
             d_rows = lax.dynamic_update_slice_in_dim(
                 d_rows, dot(d_h, w.astype(jnp.float32), (1, 0)).astype(rows.dtype), t * tile_rows, 0
             )
@@ -119,7 +121,7 @@ def _plain(tile_rows: int, activation: Activation | None, n_out: int):
             None if bias is None else jnp.zeros(bias.shape, jnp.float32),
         )
         d_rows, d_weights, d_bias = lax.fori_loop(0, num_tiles[0], one, start)
-        return d_rows, d_weights.astype(weights.dtype), None if bias is None else d_bias.astype(bias.dtype), None, None
+        return d_rows, d_weights.astype(weights.dtype), None if bias is None else d_bias.astype(bias.dtype), None, None, None
 
     run.defvjp(forward, backward)
     return run

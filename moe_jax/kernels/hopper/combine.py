@@ -68,10 +68,12 @@ def combine(
     workers = min((multiprocessors or _compat.num_multiprocessors()) * config.ctas_per_sm, units)
     layout = plgpu.Layout.WG_STRIDED((chunks, _COLUMNS), vec_size=min(8, chunks * 2))
 
-    def body(rows_g, positions_g, *refs):
+    def combine_rows(rows_g, positions_g, *refs):
         weights_g = refs[0] if weights is not None else None
         out_g, rows_s, out_s, full = refs[int(weights is not None) :]
         worker = lax.axis_index("sm")
+        tiles.await_inputs(interpret)
+        tiles.release_dependents(interpret)
         steps = tiles.share(units, worker, workers) * rounds
 
         def locate(step):
@@ -148,7 +150,7 @@ def combine(
     operands = [rows.reshape(total_rows, total_chunks, _COLUMNS) if whole else rows, positions]
     operands += [weights] if weights is not None else []
     result = _compat.kernel(
-        body,
+        combine_rows,
         out_type=jax.ShapeDtypeStruct((tokens, total_chunks, _COLUMNS) if whole else (tokens, hidden), rows.dtype),
         grid=(workers,),
         grid_names=("sm",),

@@ -1,8 +1,11 @@
-"""Gather of token rows into groups on Hopper: one bulk copy per row into shared memory, one per few rows out of it.
+"""Rows of hidden states copied to their groups on Hopper: a token is read once and written to each of its rows.
 
-A row of H elements is seen as (H / 256, 256), since TMA takes at most 256 elements per dimension; where 256 does not divide
-H, a row takes one copy per 256 columns, TMA fills past the end with zeros and drops what is stored there. A row without a
-token (-1: padding of a group's last tile) is read from past the end of `x`, so TMA itself writes the zeros.
+Seen from the rows it is a gather, but done from the tokens' side: one bulk copy brings a token into shared memory, k bulk
+copies write it to the rows that its slots were given. Padding is not touched.
+
+A row of H elements is seen as (H / c, c) with c at most 256, TMA's limit per dimension. Where no such c has whole multiples of
+128 bytes, a row takes one copy per 256 columns: TMA fills past the end with zeros, and the last store is cut to what is left
+(a store that is contiguous in memory is a plain bulk copy, which nothing cuts at the end of a row).
 """
 
 from __future__ import annotations
@@ -21,33 +24,28 @@ from moe_jax import _compat
 from moe_jax.kernels.hopper import tiles
 
 _COLUMNS = 256  # TMA's limit per dimension
-_BUFFER_BYTES = 32 * 1024
+_BUFFER_BYTES = 200 * 1024  # shared memory of all CTAs of a multiprocessor
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    rows: int = 8  # rows in one store
-    stages: int = 2  # buffers of `rows` rows per CTA
-    ctas_per_sm: int = 3
-
-    @classmethod
-    def default(cls, hidden: int, itemsize: int) -> Config:
-        row_bytes = pl.cdiv(hidden, _COLUMNS) * _COLUMNS * itemsize
-        # At least two: a store of one row's columns would be contiguous, hence a plain bulk copy, which TMA does not cut at
-        # the row's end.
-        rows = next((r for r in (8, 4) if r * row_bytes <= _BUFFER_BYTES), 2)
-        return cls(rows=rows, ctas_per_sm=max(1, min(3, 200 * 1024 // (2 * rows * row_bytes))))
+    stages: int = 4  # tokens in shared memory at a time
+    ahead: int = 2  # of these, tokens on their way in; the others are on their way out
+    ctas_per_sm: int = 8  # at most
 
 
 def supports(x: Any) -> str | None:
-    """Why this kernel cannot gather rows of `x` [T, H]; None if it can."""
+    """Why this kernel cannot copy rows of `x` [T, H]; None if it can."""
     hidden = x.shape[1]
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"dtype {x.dtype} must be bfloat16, float16 or float32"
     if hidden * x.dtype.itemsize % 16:
-        return f"hidden_size={hidden} of {x.dtype} must fill a multiple of 16 bytes (TMA strides); pad it, or use implementation='xla'"
-    if pl.cdiv(hidden, _COLUMNS) * _COLUMNS * x.dtype.itemsize > 48 * 1024:
-        return f"hidden_size={hidden} of {x.dtype}: four rows must fit in shared memory"
+        return (
+            f"hidden_size={hidden} of {x.dtype} must fill a multiple of 16 bytes (TMA strides); pad it, "
+            "or use implementation='xla'"
+        )
+    if hidden * x.dtype.itemsize > 48 * 1024:
+        return f"hidden_size={hidden} of {x.dtype}: {Config.stages} rows must fit in shared memory"
     if 0 in x.shape:
         return f"an empty operand (x {x.shape}) needs no kernel"
     return None
@@ -55,81 +53,84 @@ def supports(x: Any) -> str | None:
 
 def gather(
     x: Float[Array, "T H"],
-    row_token: Int[Array, "R"],
-    num_tiles: Int[Array, "1"],
-    tile_rows: int,
+    positions: Int[Array, "T k"],
+    total_rows: int,
     *,
-    config: Config | None = None,
+    config: Config = Config(),
     interpret: Any = None,
     multiprocessors: int | None = None,
 ) -> Float[Array, "R H"]:
-    """`x[row_token]`, zeros where the token is -1, for the tiles that hold rows; rows of other tiles are undefined."""
+    """Row `positions[t, j]` is `x[t]`; rows at which no position points are undefined."""
     tokens, hidden = x.shape
-    total_rows = row_token.shape[0]
-    config = config or Config.default(hidden, x.dtype.itemsize)
-    whole = hidden % _COLUMNS == 0
-    chunks = pl.cdiv(hidden, _COLUMNS)
-    rows, stages = config.rows, config.stages
-    workers = (multiprocessors or _compat.num_multiprocessors()) * config.ctas_per_sm
+    top_k = positions.shape[1]
+    columns = tiles.even_columns(hidden, x.dtype, _COLUMNS)
+    whole = columns is not None
+    columns = columns or _COLUMNS
+    chunks = pl.cdiv(hidden, columns)
+    last = hidden - (chunks - 1) * columns
+    stages, ahead = config.stages, config.ahead
+    row_bytes = chunks * columns * x.dtype.itemsize
+    ctas = max(1, min(config.ctas_per_sm, _BUFFER_BYTES // (stages * row_bytes)))
+    workers = min((multiprocessors or _compat.num_multiprocessors()) * ctas, tokens)
 
-    def body(x_g, token_g, count_g, out_g, buffer_s, full):
+    def gather_rows(x_g, positions_g, out_g, buffer_s, full):
         worker = lax.axis_index("sm")
-        mine = tiles.share(count_g[0] * (tile_rows // rows), worker, workers)
+        tiles.await_inputs(interpret)
+        tiles.release_dependents(interpret)
+        mine = tiles.share(tokens, worker, workers)
 
         def fetch(i):
             slot = lax.rem(i, stages)
-            first = (worker + i * workers) * rows
-            for r in range(rows):
-                token = token_g[first + r]
-                token = jnp.where(token < 0, tokens, token)  # past the end: TMA fills with zeros
-                if whole:
-                    plgpu.copy_gmem_to_smem(x_g.at[token], buffer_s.at[slot, r], full.at[slot])
-                else:
-
-                    @pl.loop(0, chunks)
-                    def _(c):
-                        source = x_g.at[token, pl.ds(c * _COLUMNS, _COLUMNS)]
-                        plgpu.copy_gmem_to_smem(source, buffer_s.at[slot, c, r], full.at[slot])
-
-        @pl.when(mine > 0)
-        def _():
-            fetch(0)
-
-        @pl.loop(0, mine)
-        def _unit(i):
-            slot = lax.rem(i, stages)
-            first = (worker + i * workers) * rows
-
-            @pl.when(i + 1 < mine)
-            def _():
-                # The store that last read this buffer is `stages - 1` units old.
-                plgpu.wait_smem_to_gmem(stages - 2, wait_read_only=True)
-                fetch(i + 1)
-
-            plgpu.barrier_wait(full.at[slot])
+            token = worker + i * workers
             if whole:
-                plgpu.copy_smem_to_gmem(buffer_s.at[slot], out_g.at[pl.ds(first, rows)], commit_group=False)
+                plgpu.copy_gmem_to_smem(x_g.at[token], buffer_s.at[slot], full.at[slot])
             else:
 
                 @pl.loop(0, chunks)
                 def _(c):
-                    target = out_g.at[pl.ds(first, rows), pl.ds(c * _COLUMNS, _COLUMNS)]
-                    plgpu.copy_smem_to_gmem(buffer_s.at[slot, c], target, commit_group=False)
+                    source = x_g.at[token, pl.ds(c * columns, columns)]
+                    plgpu.copy_gmem_to_smem(source, buffer_s.at[slot, c], full.at[slot])
+
+        def store(slot, row):
+            if whole:
+                plgpu.copy_smem_to_gmem(buffer_s.at[slot], out_g.at[row], commit_group=False)
+                return
+            for c in range(chunks):
+                width = columns if c < chunks - 1 else last
+                source = buffer_s.at[slot, c, pl.ds(0, width)]
+                plgpu.copy_smem_to_gmem(source, out_g.at[row, pl.ds(c * columns, width)], commit_group=False)
+
+        @pl.loop(0, jnp.minimum(ahead, mine))
+        def _(i):
+            fetch(i)
+
+        @pl.loop(0, mine)
+        def _token(i):
+            slot = lax.rem(i, stages)
+            rows = [positions_g[worker + i * workers, j] for j in range(top_k)]
+
+            @pl.when(i + ahead < mine)
+            def _():
+                plgpu.wait_smem_to_gmem(stages - ahead - 1, wait_read_only=True)  # the stores that last read that buffer
+                fetch(i + ahead)
+
+            plgpu.barrier_wait(full.at[slot])
+            for row in rows:
+                pl.when(row >= 0)(lambda row=row: store(slot, row))
             plgpu.commit_smem_to_gmem_group()
 
         plgpu.wait_smem_to_gmem(0)
 
-    shape = (stages, rows, chunks, _COLUMNS) if whole else (stages, chunks, rows, _COLUMNS)
     result = _compat.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((total_rows, chunks, _COLUMNS) if whole else (total_rows, hidden), x.dtype),
+        gather_rows,
+        out_type=jax.ShapeDtypeStruct((total_rows, chunks, columns) if whole else (total_rows, hidden), x.dtype),
         grid=(workers,),
         grid_names=("sm",),
         scratch_types=[
-            plgpu.SMEM(shape, x.dtype),
-            plgpu.Barrier(num_arrivals=rows * (1 if whole else chunks), num_barriers=stages),
+            plgpu.SMEM((stages, chunks, columns), x.dtype),
+            plgpu.Barrier(num_arrivals=1 if whole else chunks, num_barriers=stages),
         ],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=_compat.LANE),
         interpret=interpret,
-    )(x.reshape(tokens, chunks, _COLUMNS) if whole else x, row_token, num_tiles)
+    )(x.reshape(tokens, chunks, columns) if whole else x, positions)
     return result.reshape(total_rows, hidden)

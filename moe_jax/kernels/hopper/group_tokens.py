@@ -1,8 +1,9 @@
-"""Grouping on Hopper: a stable counting sort of (token, slot) pairs by local expert, in two kernels.
+"""Grouping on Hopper: a stable counting sort of (token, slot) pairs by local expert, in one or two kernels.
 
-`_count` walks over the pairs once: every warp counts its own contiguous pairs per local expert. `_place` walks over them again:
-a pair's row is the start of its group, plus the pairs of that group in earlier warps, plus those seen by its own warp so
-far. Warps take pairs in order and nothing is added atomically, so rows of a group keep token order and the result repeats.
+`_place` lets every warp count its own contiguous pairs per local expert, then walk over them again: a pair's row is the start
+of its group, plus the pairs of that group in earlier blocks and warps, plus those seen by its own warp so far. More than 1024
+pairs take several blocks, and `_count` adds up the pairs of every block first. Warps take pairs in order and nothing is added
+atomically, so rows of a group keep token order and the result repeats.
 
 Groups start at multiples of `tile_rows`, so that a row tile belongs to one group. Pairs whose id is -1 or out of range, or
 whose expert the map sends to -1, are dropped here: they get no row.
@@ -21,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 from moe_jax import _compat
+from moe_jax.kernels.hopper import tiles
 
 _WARPS = 4  # warps of a warpgroup
 _VECTOR = 128  # threads of a warpgroup: vectors over experts are padded to a multiple
@@ -41,23 +43,41 @@ def supports(num_experts: int, num_local_experts: int, tile_rows: int, num_pairs
 @dataclasses.dataclass(frozen=True)
 class Config:
     warpgroups: int = 4
-    box: int = 256  # pairs that one copy brings to a warpgroup: TMA's limit per dimension
-    max_blocks: int = 128  # more pairs than these take make the blocks larger: summing the counts of all blocks stays short
+    box: int = 128  # pairs of a warpgroup in one copy; several blocks take several of them when there are too many blocks
+    max_box: int = 256  # TMA's limit per dimension: one block takes all pairs while they fit
+    max_blocks: int = 256  # every block sums the counts of all blocks
 
 
 class _Plan:
     """Who takes which pairs: blocks of a few warpgroups of 4 warps, each warp a contiguous run."""
 
-    def __init__(self, num_pairs: int, num_local_experts: int, config: Config):
-        self.warpgroups, self.box = config.warpgroups, config.box
+    def __init__(self, num_pairs: int, num_experts: int, num_local_experts: int, config: Config):
+        self.warpgroups = config.warpgroups
         self.warps = config.warpgroups * _WARPS
+        one_block = config.max_box * config.warpgroups
+        share = pl.cdiv(num_pairs, config.warpgroups)
+        self.box = max(32, 1 << (share - 1).bit_length()) if num_pairs <= one_block else config.box
         # At most 8 boxes: they lie in shared memory.
-        self.boxes = max(1, min(8, pl.cdiv(num_pairs, config.max_blocks * config.warpgroups * config.box)))
-        self.per_warpgroup = self.boxes * config.box
+        self.boxes = max(1, min(8, pl.cdiv(num_pairs, config.max_blocks * config.warpgroups * self.box)))
+        self.per_warpgroup = self.boxes * self.box
         self.per_warp = self.per_warpgroup // _WARPS
         self.per_block = self.per_warpgroup * config.warpgroups
         self.blocks = pl.cdiv(num_pairs, self.per_block)
         self.width = pl.cdiv(num_local_experts, _VECTOR) * _VECTOR
+        self.map_boxes = pl.cdiv(num_experts, config.max_box)
+        self.map_box = config.max_box
+
+    def scratch(self, mapped: bool) -> list[Any]:
+        """Shared memory of both kernels: pairs, counters, their barriers, and the map if there is one."""
+        found = [
+            plgpu.SMEM((self.warpgroups, self.per_warpgroup), jnp.int32),
+            plgpu.SMEM((self.warps, self.width), jnp.int32),
+            plgpu.Barrier(num_arrivals=self.boxes, num_barriers=self.warpgroups),
+            plgpu.Barrier(num_arrivals=self.warpgroups),
+        ]
+        if mapped:
+            found += [plgpu.SMEM((self.map_boxes * self.map_box,), jnp.int32), plgpu.Barrier(num_arrivals=self.map_boxes)]
+        return found
 
 
 def _vector(ref: Any) -> Any:
@@ -68,115 +88,147 @@ def _zeros(width: int) -> Any:
     return plgpu.layout_cast(jnp.zeros((width,), jnp.int32), plgpu.Layout.WG_STRIDED((width,), vec_size=1))
 
 
-def _fetch_pairs(plan: _Plan, ids_g: Any, ids_s: Any, loaded: Any, block: Any, wg: Any) -> None:
-    first = block * plan.per_block + wg * plan.per_warpgroup
-    for box in range(plan.boxes):
-        source = ids_g.at[pl.ds(first + box * plan.box, plan.box)]  # past the end: zeros, never looked at
-        plgpu.copy_gmem_to_smem(source, ids_s.at[wg, pl.ds(box * plan.box, plan.box)], loaded.at[wg])
-    plgpu.barrier_wait(loaded.at[wg])
+class _Pairs:
+    """The pairs of a block in shared memory, and the walk of a warp over its own."""
 
+    def __init__(self, plan, num_pairs, num_experts, num_local, ids_g, map_g, ids_s, loaded, map_s, map_loaded):
+        self.plan, self.num_pairs, self.num_experts, self.num_local = plan, num_pairs, num_experts, num_local
+        self.ids_s, self.map_s = ids_s, map_s
+        self.block, self.wg = lax.axis_index("block"), lax.axis_index("wg")
+        first = self.block * plan.per_block + self.wg * plan.per_warpgroup
+        for box in range(plan.boxes):
+            source = ids_g.at[pl.ds(first + box * plan.box, plan.box)]  # past the end: zeros, never looked at
+            plgpu.copy_gmem_to_smem(source, ids_s.at[self.wg, pl.ds(box * plan.box, plan.box)], loaded.at[self.wg])
+        if map_g is not None:
 
-def _for_each_pair(plan: _Plan, num_pairs, num_experts, num_local, ids_s, map_g, block, wg, warp, visit) -> None:
-    """Calls `visit(pair, local expert or -1)` for the pairs of one warp, in order."""
-    first = block * plan.per_block + wg * plan.per_warpgroup + warp * plan.per_warp
-    mine = jnp.clip(num_pairs - first, 0, plan.per_warp)
+            @pl.when(self.wg == 0)
+            def _():
+                for box in range(plan.map_boxes):
+                    part = pl.ds(self.block * 0 + box * plan.map_box, plan.map_box)
+                    plgpu.copy_gmem_to_smem(map_g.at[part], map_s.at[part], map_loaded)
 
-    @pl.loop(0, mine)
-    def _(i):
-        expert = ids_s[wg, warp * plan.per_warp + i]
-        known = (expert >= 0) & (expert < num_experts)
-        local = expert if map_g is None else map_g[jnp.where(known, expert, 0)]
-        visit(first + i, jnp.where(known & (local >= 0) & (local < num_local), local, -1))
+            plgpu.barrier_wait(map_loaded)
+        plgpu.barrier_wait(loaded.at[self.wg])
 
+    def walk(self, warp: Any, visit: Any) -> None:
+        """Calls `visit(pair, local expert or -1)` for the pairs of one warp, in order."""
+        plan, wg = self.plan, self.wg
+        first = self.block * plan.per_block + wg * plan.per_warpgroup + warp * plan.per_warp
 
-def _count(ids, expert_map, num_experts: int, num_local: int, plan: _Plan, interpret: Any):
-    """Pairs per local expert: of every warp [blocks, 16, width] and of every block [blocks, width]."""
-    num_pairs = ids.shape[0]
+        @pl.loop(0, jnp.clip(self.num_pairs - first, 0, plan.per_warp))
+        def _(i):
+            expert = self.ids_s[wg, warp * plan.per_warp + i]
+            known = (expert >= 0) & (expert < self.num_experts)
+            local = expert if self.map_s is None else self.map_s[jnp.where(known, expert, 0)]
+            visit(first + i, jnp.where(known & (local >= 0) & (local < self.num_local), local, -1))
 
-    def body(ids_g, *refs):
-        map_g = refs[0] if expert_map is not None else None
-        warp_counts_g, block_counts_g, ids_s, counts_s, loaded, counted = refs[int(expert_map is not None) :]
-        block, wg = lax.axis_index("block"), lax.axis_index("wg")
-        for warp in range(_WARPS):
-            counts_s[wg * _WARPS + warp] = _zeros(plan.width)
-        _fetch_pairs(plan, ids_g, ids_s, loaded, block, wg)
+    def count(self, counts_s: Any) -> None:
+        """Fills the counters: pairs of each warp per local expert."""
+        rows = [self.wg * _WARPS + warp for warp in range(_WARPS)]
+        for row in rows:
+            counts_s[row] = _zeros(self.plan.width)
 
         @plgpu.warp_map
         def _(warp):
+            row = self.wg * _WARPS + warp
+
             def visit(pair, local):
+                del pair
+
                 @pl.when(local >= 0)
                 def _():
-                    counts_s[wg * _WARPS + warp, local] = counts_s[wg * _WARPS + warp, local] + 1
+                    counts_s[row, local] = counts_s[row, local] + 1
 
-            _for_each_pair(plan, num_pairs, num_experts, num_local, ids_s, map_g, block, wg, warp, visit)
+            self.walk(warp, visit)
 
-        for warp in range(_WARPS):
-            warp_counts_g[block, wg * _WARPS + warp] = _vector(counts_s.at[wg * _WARPS + warp])
+
+def _add_up(vectors: list[Any]) -> Any:
+    total = vectors[0]
+    for vector in vectors[1:]:
+        total = total + vector
+    return total
+
+
+def _count(ids, expert_map, num_experts: int, num_local: int, plan: _Plan, interpret: Any):
+    """Pairs per local expert of every block [blocks, width]."""
+    num_pairs = ids.shape[0]
+    mapped = expert_map is not None
+
+    def count_pairs(ids_g, *refs):
+        map_g = refs[0] if mapped else None
+        block_counts_g, ids_s, counts_s, loaded, counted, *map_refs = refs[int(mapped) :]
+        tiles.await_inputs(interpret)
+        pairs = _Pairs(
+            plan, num_pairs, num_experts, num_local, ids_g, map_g, ids_s, loaded, *(map_refs or (None, None))
+        )
+        pairs.count(counts_s)
         plgpu.barrier_arrive(counted)
         plgpu.barrier_wait(counted)
 
-        @pl.when(wg == 0)
+        @pl.when(pairs.wg == 0)
         def _():
-            total = _vector(counts_s.at[0])
-            for row in range(1, plan.warps):
-                total = total + _vector(counts_s.at[row])
-            block_counts_g[block] = total
+            block_counts_g[pairs.block] = _add_up([_vector(counts_s.at[row]) for row in range(plan.warps)])
 
     return _compat.kernel(
-        body,
-        out_type=(
-            jax.ShapeDtypeStruct((plan.blocks, plan.warps, plan.width), jnp.int32),
-            jax.ShapeDtypeStruct((plan.blocks, plan.width), jnp.int32),
-        ),
+        count_pairs,
+        out_type=jax.ShapeDtypeStruct((plan.blocks, plan.width), jnp.int32),
         grid=(plan.blocks,),
         grid_names=("block",),
         num_threads=plan.warpgroups,
         thread_name="wg",
-        scratch_types=[
-            plgpu.SMEM((plan.warpgroups, plan.per_warpgroup), jnp.int32),
-            plgpu.SMEM((plan.warps, plan.width), jnp.int32),
-            plgpu.Barrier(num_arrivals=plan.boxes, num_barriers=plan.warpgroups),
-            plgpu.Barrier(num_arrivals=plan.warpgroups),
-        ],
+        scratch_types=plan.scratch(mapped),
         compiler_params=plgpu.CompilerParams(lowering_semantics=_compat.LANE),
         interpret=interpret,
-    )(*((ids,) if expert_map is None else (ids, expert_map)))
+    )(*((ids, expert_map) if mapped else (ids,)))
 
 
-def _place(ids, expert_map, warp_counts, block_counts, num_experts, num_local, top_k, tile_rows, max_tiles, plan, interpret):
+def _place(ids, expert_map, block_counts, num_experts, num_local, top_k, tile_rows, max_tiles, plan, interpret):
     num_pairs = ids.shape[0]
-    width = plan.width
+    width, warpgroups = plan.width, plan.warpgroups
     shift = tile_rows.bit_length() - 1
+    mapped, counted = expert_map is not None, block_counts is not None
+    ahead = 8  # loads of other blocks' counts under way at a time
 
-    def body(ids_g, warp_counts_g, block_counts_g, *refs):
-        map_g = refs[0] if expert_map is not None else None
-        refs = refs[int(expert_map is not None) :]
-        positions_g, token_g, group_g, sizes_g, num_tiles_g = refs[:5]
-        ids_s, next_s, partial_s, sizes_s, scan_s, loaded, summed, based = refs[5:]
-        block, wg = lax.axis_index("block"), lax.axis_index("wg")
+    def place_pairs(ids_g, *refs):
+        block_counts_g = refs[0] if counted else None
+        map_g = refs[int(counted)] if mapped else None
+        refs = refs[int(counted) + int(mapped) :]
+        positions_g, token_g, group_g, tile_sizes_g, sizes_g, num_tiles_g = refs[:6]
+        partial_s, sizes_s, scan_s, summed = refs[6:10]
+        ids_s, next_s, loaded, based, *map_refs = refs[10:]
+        tiles.await_inputs(interpret)
+        pairs = _Pairs(
+            plan, num_pairs, num_experts, num_local, ids_g, map_g, ids_s, loaded, *(map_refs or (None, None))
+        )
+        block, wg = pairs.block, pairs.wg
+        pairs.count(next_s)
 
-        # Each warpgroup sums every fourth block: all of them, and those before this one.
-        def add(step, carry):
-            total, before = carry
-            other = step * plan.warpgroups + wg
-            counts = _vector(block_counts_g.at[jnp.minimum(other, plan.blocks - 1)])
-            total = total + counts * jnp.where(other < plan.blocks, 1, 0)
-            return total, before + counts * jnp.where(other < block, 1, 0)
+        if counted:  # each warpgroup sums its share of the blocks: all of them, and those before this one
 
-        steps = pl.cdiv(plan.blocks, plan.warpgroups)
-        total, before = lax.fori_loop(0, steps, add, (_zeros(width), _zeros(width)))
-        partial_s[0, wg] = total
-        partial_s[1, wg] = before
+            def add(step, carry):
+                total, before = carry
+                others = [(step * ahead + i) * warpgroups + wg for i in range(ahead)]
+                counts = [_vector(block_counts_g.at[jnp.minimum(o, plan.blocks - 1)]) for o in others]
+                for other, count in zip(others, counts, strict=True):
+                    total = total + count * jnp.where(other < plan.blocks, 1, 0)
+                    before = before + count * jnp.where(other < block, 1, 0)
+                return total, before
+
+            steps = pl.cdiv(plan.blocks, warpgroups * ahead)
+            total, before = lax.fori_loop(0, steps, add, (_zeros(width), _zeros(width)))
+            partial_s[0, wg] = total
+            partial_s[1, wg] = before
         plgpu.barrier_arrive(summed)
-        _fetch_pairs(plan, ids_g, ids_s, loaded, block, wg)
         plgpu.barrier_wait(summed)
 
         @pl.when(wg == 0)
         def _():
-            total, before = _vector(partial_s.at[0, 0]), _vector(partial_s.at[1, 0])
-            for other in range(1, plan.warpgroups):
-                total = total + _vector(partial_s.at[0, other])
-                before = before + _vector(partial_s.at[1, other])
+            counts = [_vector(next_s.at[row]) for row in range(plan.warps)]
+            if counted:
+                total = _add_up([_vector(partial_s.at[0, other]) for other in range(warpgroups)])
+                before = _add_up([_vector(partial_s.at[1, other]) for other in range(warpgroups)])
+            else:
+                total, before = _add_up(counts), _zeros(width)
             num_tiles = lax.shift_right_logical(total + (tile_rows - 1), jnp.full_like(total, shift))
             # Tiles of the experts before each one: an inclusive scan in shared memory (below it lie zeros), less its own.
             scan_s[pl.ds(0, width)] = _zeros(width)
@@ -189,13 +241,13 @@ def _place(ids, expert_map, warp_counts, block_counts, num_experts, num_local, t
             start = (_vector(scan_s.at[pl.ds(width, width)]) - num_tiles) * tile_rows
             sizes_s[...] = total
             running = start + before
-            for row in range(plan.warps):
-                counts = _vector(warp_counts_g.at[block, row])
+            for row, count in enumerate(counts):
                 next_s[row] = running
-                running = running + counts
+                running = running + count
 
         plgpu.barrier_arrive(based)
         plgpu.barrier_wait(based)
+        tiles.release_dependents(interpret)
 
         @plgpu.warp_map
         def _(warp):
@@ -213,9 +265,9 @@ def _place(ids, expert_map, warp_counts, block_counts, num_experts, num_local, t
                 def _():
                     positions_g[pair] = -1
 
-            _for_each_pair(plan, num_pairs, num_experts, num_local, ids_s, map_g, block, wg, warp, visit)
+            pairs.walk(warp, visit)
 
-            # The tile schedule, and the padding of each group's last tile: an expert a warp.
+            # The tile schedule: an expert a warp.
             workers = plan.blocks * plan.warps
             worker = block * plan.warps + row
             all_tiles = scan_s[width + num_local - 1]
@@ -225,55 +277,52 @@ def _place(ids, expert_map, warp_counts, block_counts, num_experts, num_local, t
                 expert = worker + i * workers
                 size = sizes_s[expert]
                 end = scan_s[width + expert]
-                tiles = lax.shift_right_logical(size + (tile_rows - 1), shift)
+                group_tiles = lax.shift_right_logical(size + (tile_rows - 1), shift)
                 sizes_g[expert] = size
 
-                @pl.loop(0, tiles)
+                @pl.loop(0, group_tiles)
                 def _(t):
-                    group_g[end - tiles + t] = expert
-
-                first_pad = (end - tiles) * tile_rows + size
-
-                @pl.loop(0, tiles * tile_rows - size)
-                def _(r):
-                    token_g[first_pad + r] = -1
+                    group_g[end - group_tiles + t] = expert
+                    tile_sizes_g[end - group_tiles + t] = jnp.minimum(size - t * tile_rows, tile_rows)
 
             # Tiles without rows.
-            idle = (max_tiles - all_tiles) * tile_rows
-
-            @pl.loop(0, lax.div(idle - worker + (workers - 1), workers))
-            def _(i):
-                token_g[all_tiles * tile_rows + worker + i * workers] = -1
-
             @pl.loop(0, lax.div(max_tiles - all_tiles - worker + (workers - 1), workers))
             def _(i):
                 group_g[all_tiles + worker + i * workers] = -1
+                tile_sizes_g[all_tiles + worker + i * workers] = 0
 
             @pl.when(worker == 0)
             def _():
                 num_tiles_g[0] = all_tiles
 
-    i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+    def i32(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    operands = [ids] + ([block_counts] if counted else []) + ([expert_map] if mapped else [])
     return _compat.kernel(
-        body,
-        out_type=(i32(num_pairs), i32(max_tiles * tile_rows), i32(max_tiles), i32(num_local), i32(1)),
+        place_pairs,
+        out_type=(
+            i32(num_pairs),
+            i32(max_tiles * tile_rows),
+            i32(max_tiles),
+            i32(max_tiles),
+            i32(num_local),
+            i32(1),
+        ),
         grid=(plan.blocks,),
         grid_names=("block",),
-        num_threads=plan.warpgroups,
+        num_threads=warpgroups,
         thread_name="wg",
         scratch_types=[
-            plgpu.SMEM((plan.warpgroups, plan.per_warpgroup), jnp.int32),
-            plgpu.SMEM((plan.warps, width), jnp.int32),
-            plgpu.SMEM((2, plan.warpgroups, width), jnp.int32),
+            plgpu.SMEM((2, warpgroups, width), jnp.int32),
             plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((2 * width,), jnp.int32),
-            plgpu.Barrier(num_arrivals=plan.boxes, num_barriers=plan.warpgroups),
-            plgpu.Barrier(num_arrivals=plan.warpgroups),
-            plgpu.Barrier(num_arrivals=plan.warpgroups),
+            plgpu.Barrier(num_arrivals=warpgroups),
+            *plan.scratch(mapped),
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=_compat.LANE),
         interpret=interpret,
-    )(ids, warp_counts, block_counts, *(() if expert_map is None else (expert_map,)))
+    )(*operands)
 
 
 def group_tokens(
@@ -286,13 +335,13 @@ def group_tokens(
     max_tiles: int,
     config: Config = Config(),
     interpret: Any = None,
-) -> tuple[Int[Array, "T k"], Int[Array, "R"], Int[Array, "tiles"], Int[Array, "E_local"], Int[Array, "1"]]:
-    """(positions, row_token, tile_group, group_sizes, num_tiles) as `moe_jax.ops.group_tokens` defines them."""
+) -> tuple[Array, ...]:
+    """(positions, row_token, tile_group, tile_sizes, group_sizes, num_tiles) as `moe_jax.ops.group_tokens` defines them."""
     tokens, top_k = topk_ids.shape
     ids = topk_ids.reshape(-1)
-    plan = _Plan(tokens * top_k, num_local_experts, config)
-    warp_counts, block_counts = _count(ids, expert_map, num_experts, num_local_experts, plan, interpret)
+    plan = _Plan(tokens * top_k, num_experts, num_local_experts, config)
+    counts = _count(ids, expert_map, num_experts, num_local_experts, plan, interpret) if plan.blocks > 1 else None
     positions, *rest = _place(
-        ids, expert_map, warp_counts, block_counts, num_experts, num_local_experts, top_k, tile_rows, max_tiles, plan, interpret
+        ids, expert_map, counts, num_experts, num_local_experts, top_k, tile_rows, max_tiles, plan, interpret
     )
     return positions.reshape(tokens, top_k), *rest

@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from moe_jax import _compat
+from moe_jax.kernels.hopper import tiles
 from moe_jax.routing_methods import RoutingRule
 
 _ROWS = 64
@@ -200,7 +201,7 @@ def topk(
     # A copy must move a multiple of 128 bytes: 64 rows of at least 8 elements of 2 bytes always do.
     tail = tokens % _ROWS
 
-    def body(logits_g, *refs):
+    def route_topk(logits_g, *refs):
         bias_g = refs[0] if correction_bias is not None else None
         refs = refs[int(correction_bias is not None) :]
         ids_g, weights_g = refs[:2]
@@ -209,6 +210,8 @@ def topk(
         logits_s = refs[5 : 5 + len(starts)]
         bias_s = refs[5 + len(starts) :]
         block = lax.axis_index("block")
+        tiles.await_inputs(interpret)
+        tiles.release_dependents(interpret)
         first = block * _ROWS
         for start, width, piece in zip(starts, widths, logits_s, strict=True):
             # Past the end TMA fills with zeros; the column index, made dynamic, may point there.
@@ -275,7 +278,7 @@ def topk(
     operands = [router_logits] if correction_bias is None else [router_logits, correction_bias.astype(jnp.float32)]
     bias_widths = [pl.cdiv(w, 32) * 32 for w in widths] if correction_bias is not None else []
     return _compat.kernel(
-        body,
+        route_topk,
         out_type=(
             jax.ShapeDtypeStruct((tokens, top_k), jnp.int32),
             jax.ShapeDtypeStruct((tokens, top_k), jnp.float32),

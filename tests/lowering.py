@@ -1,0 +1,63 @@
+"""What a function becomes on a GPU, seen on a machine without one: it is lowered for CUDA, not compiled."""
+
+import re
+from collections import Counter
+
+import jax
+import pytest
+
+# Reshapes cost nothing on a GPU; constants, and what is made of constants alone, are computed when the program is compiled.
+FREE = {"reshape", "constant", "iota", "broadcast_in_dim"}
+MOSAIC = re.compile(r"mosaic_gpu\w*")
+
+
+def lower(function, *operands) -> str:
+    """The StableHLO of ``function`` on a CUDA device. Operands are arrays or `like`."""
+    text = jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    return re.sub(r'"(?:[^"\\]|\\.)*"', '""', text)  # the kernels themselves are strings: not ours to read
+
+
+def like(dtype, *shape) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def operations(text: str) -> Counter:
+    """How often each operation occurs; custom calls by their target."""
+    found = Counter(re.findall(r"\b(?:stablehlo|chlo)\.(\w+)", text))
+    del found["custom_call"]
+    return found + Counter(re.findall(r"stablehlo\.custom_call @(\w+)", text))
+
+
+def num_kernels(text: str) -> int:
+    """Mosaic kernels in ``text``, which must consist of nothing else.
+
+    A broadcast is free if what it broadcasts is a constant, an iota or a scalar of the program; here that is decided by
+    the operand, which must not be an argument or the result of a kernel.
+    """
+    found = operations(text)
+    other = {name: count for name, count in found.items() if name not in FREE and not MOSAIC.fullmatch(name)}
+    assert not other, f"beside Mosaic kernels the function does {other}"
+    constants = set(re.findall(r"(%\w+) = stablehlo\.(?:constant|iota)\b", text))
+    while True:  # free operations on constants are constants
+        grown = constants | {
+            result
+            for result, operand in re.findall(r"(%\w+) = stablehlo\.(?:reshape|broadcast_in_dim) (%\w+)", text)
+            if operand in constants
+        }
+        if grown == constants:
+            break
+        constants = grown
+    for result, operand in re.findall(r"(%\w+) = stablehlo\.broadcast_in_dim (%\w+)", text):
+        assert operand in constants, f"{result} broadcasts {operand}, which is no constant: XLA makes a kernel of it"
+    return sum(count for name, count in found.items() if MOSAIC.fullmatch(name))
+
+
+def assert_lowers_to(kernels: int, function, *operands) -> None:
+    """``function`` becomes this many Mosaic kernels and nothing else."""
+    assert num_kernels(lower(function, *operands)) == kernels
+
+
+def assert_is_not_mosaic_alone(function, *operands) -> None:
+    """The check above can fail: it does for this function."""
+    with pytest.raises(AssertionError):
+        num_kernels(lower(function, *operands))
