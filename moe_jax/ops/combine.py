@@ -35,6 +35,7 @@ def combine(
     """
     from moe_jax.kernels.hopper import combine as kernel
 
+    impl.check_name(implementation)
     shape = (positions.shape[0], rows.shape[1])
     if rows.size == 0 or positions.size == 0:
         return jnp.zeros(shape, rows.dtype)

@@ -27,6 +27,7 @@ def gather(x: Float[Array, "T H"], groups: Groups, *, implementation: str = "aut
     """
     from moe_jax.kernels.hopper import gather as kernel
 
+    impl.check_name(implementation)
     if x.size == 0 or groups.row_token.size == 0:
         return jnp.zeros((groups.row_token.shape[0], x.shape[1]), x.dtype)
     chosen = impl.choose("gather", implementation, kernel.supports(x))

@@ -17,7 +17,9 @@ class Groups:
     """Where the rows of each local expert lie, and which tile belongs to which expert.
 
     Groups follow one another; each starts at a multiple of `tile_rows`, so that a tile of `tile_rows` rows belongs to one
-    group. Rows of a group keep token order. R = tiles * tile_rows is the largest number of rows that any routing can need.
+    group. A group that needs several tiles is spread evenly over them, in shares of a multiple of 8 rows: no tile is left
+    with a few rows for which all weights would be read again. Rows of a group keep token order.
+    R = tiles * tile_rows is the largest number of rows that any routing can need.
 
     Attributes:
         positions: int32 ``[T, k]``, the row of each pair; -1 for a pair without a local expert.
@@ -58,12 +60,14 @@ def default_tile_rows(num_pairs: int, num_local_experts: int, chosen: str) -> in
 
     Example:
         >>> default_tile_rows(num_pairs=32768, num_local_experts=128, chosen="mosaic")
-        128
+        192
     """
     mean = num_pairs / max(1, num_local_experts)
     if chosen == "xla":
         return min(128, max(8, 1 << max(0, round(mean) - 1).bit_length()))
-    return 64 if mean <= 48 else 128
+    from moe_jax.kernels.hopper.matmul_bf16 import tile_rows_for
+
+    return tile_rows_for(mean)
 
 
 def offset_map(num_experts: int, num_local_experts: int, group_offset: int | Array) -> Int[Array, " E"]:
@@ -98,7 +102,7 @@ def group_tokens(
         expert_map: int32 ``[E]``, global to local id, -1 for experts that live elsewhere. Without it the local experts are
             the `num_local_experts` neighbours from `group_offset` on.
         group_offset: the first local expert, if there is no map.
-        tile_rows: rows of a tile, a power of two; `default_tile_rows` by default.
+        tile_rows: rows of a tile; `default_tile_rows` by default.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Example:
@@ -146,7 +150,10 @@ def _xla(topk_ids, expert_map, num_experts, num_local, tile_rows, tiles):
     before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32)])
     start = jnp.concatenate([(last_tile - group_tiles) * tile_rows, jnp.zeros(1, jnp.int32)])
     group = local[order]
-    row = start[group] + jnp.arange(order.size, dtype=jnp.int32) - before[group]
+    even = -(-sizes // jnp.maximum(group_tiles, 1))
+    shares = jnp.concatenate([jnp.maximum(jnp.minimum(-(-even // 8) * 8, tile_rows), 1), jnp.ones(1, jnp.int32)])
+    rank = jnp.arange(order.size, dtype=jnp.int32) - before[group]
+    row = start[group] + rank // shares[group] * tile_rows + rank % shares[group]
     row = jnp.where(group < num_local, row, tiles * tile_rows)
     row_token = jnp.full(tiles * tile_rows, -1, jnp.int32).at[row].set(order // top_k, mode="drop")
     positions = jnp.zeros_like(ids).at[order].set(jnp.where(group < num_local, row, -1)).reshape(topk_ids.shape)
@@ -156,5 +163,5 @@ def _xla(topk_ids, expert_map, num_experts, num_local, tile_rows, tiles):
     tile_group = jnp.searchsorted(last_tile, tile, side="right").astype(jnp.int32)
     within = tile - jnp.concatenate([jnp.zeros(1, jnp.int32), last_tile])[tile_group]  # tiles of the same group before it
     size = jnp.concatenate([sizes, jnp.zeros(1, jnp.int32)])[tile_group]
-    tile_sizes = jnp.clip(size - within * tile_rows, 0, tile_rows)
+    tile_sizes = jnp.clip(size - within * shares[tile_group], 0, shares[tile_group]) * (tile < num_tiles)
     return positions, row_token, jnp.where(tile < num_tiles, tile_group, -1), tile_sizes, sizes, num_tiles[None]

@@ -47,6 +47,7 @@ def grouped_matmul(
     """
     from moe_jax.kernels.hopper import matmul_bf16 as kernel
 
+    impl.check_name(implementation)
     gated = activation is not None and activation.is_gated
     n_out = weights.shape[1] // 2 if gated else weights.shape[1]
     if rows.size == 0 or weights.size == 0:

@@ -44,6 +44,7 @@ def topk(
     """
     from moe_jax.kernels.hopper import topk as kernel
 
+    impl.check_name(implementation)
     tokens = router_logits.shape[0]
     if tokens == 0:
         return TopK(jnp.zeros((0, top_k), jnp.int32), jnp.zeros((0, top_k), jnp.float32))

@@ -72,8 +72,6 @@ def combine(
         weights_g = refs[0] if weights is not None else None
         out_g, rows_s, out_s, full = refs[int(weights is not None) :]
         worker = lax.axis_index("sm")
-        tiles.await_inputs(interpret)
-        tiles.release_dependents(interpret)
         steps = tiles.share(units, worker, workers) * rounds
 
         def locate(step):

@@ -75,8 +75,6 @@ def gather(
 
     def gather_rows(x_g, positions_g, out_g, buffer_s, full):
         worker = lax.axis_index("sm")
-        tiles.await_inputs(interpret)
-        tiles.release_dependents(interpret)
         mine = tiles.share(tokens, worker, workers)
 
         def fetch(i):

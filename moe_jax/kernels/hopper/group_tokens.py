@@ -1,8 +1,8 @@
 """Grouping on Hopper: a stable counting sort of (token, slot) pairs by local expert, in one or two kernels.
 
 `_place` lets every warp count its own contiguous pairs per local expert, then walk over them again: a pair's row is the start
-of its group, plus the pairs of that group in earlier blocks and warps, plus those seen by its own warp so far. More than 1024
-pairs take several blocks, and `_count` adds up the pairs of every block first. Warps take pairs in order and nothing is added
+of its group, plus the pairs of that group in earlier blocks and warps, plus those seen by its own warp so far. A group of
+several tiles is spread evenly over them. More than 1024 pairs take several blocks, and `_count` adds up the pairs of every block first. Warps take pairs in order and nothing is added
 atomically, so rows of a group keep token order and the result repeats.
 
 Groups start at multiples of `tile_rows`, so that a row tile belongs to one group. Pairs whose id is -1 or out of range, or
@@ -33,8 +33,6 @@ def supports(num_experts: int, num_local_experts: int, tile_rows: int, num_pairs
     """Why these kernels cannot group the pairs; None if they can."""
     if max(num_experts, num_local_experts) > _MAX_EXPERTS:
         return f"num_experts={max(num_experts, num_local_experts)} must be at most {_MAX_EXPERTS} (counters in shared memory)"
-    if tile_rows & (tile_rows - 1):
-        return f"tile_rows={tile_rows} must be a power of two"
     if num_pairs == 0:
         return "no pairs: an empty operand needs no kernel"
     return None
@@ -157,7 +155,6 @@ def _count(ids, expert_map, num_experts: int, num_local: int, plan: _Plan, inter
     def count_pairs(ids_g, *refs):
         map_g = refs[0] if mapped else None
         block_counts_g, ids_s, counts_s, loaded, counted, *map_refs = refs[int(mapped) :]
-        tiles.await_inputs(interpret)
         pairs = _Pairs(
             plan, num_pairs, num_experts, num_local, ids_g, map_g, ids_s, loaded, *(map_refs or (None, None))
         )
@@ -185,7 +182,6 @@ def _count(ids, expert_map, num_experts: int, num_local: int, plan: _Plan, inter
 def _place(ids, expert_map, block_counts, num_experts, num_local, top_k, tile_rows, max_tiles, plan, interpret):
     num_pairs = ids.shape[0]
     width, warpgroups = plan.width, plan.warpgroups
-    shift = tile_rows.bit_length() - 1
     mapped, counted = expert_map is not None, block_counts is not None
     ahead = 8  # loads of other blocks' counts under way at a time
 
@@ -194,9 +190,8 @@ def _place(ids, expert_map, block_counts, num_experts, num_local, top_k, tile_ro
         map_g = refs[int(counted)] if mapped else None
         refs = refs[int(counted) + int(mapped) :]
         positions_g, token_g, group_g, tile_sizes_g, sizes_g, num_tiles_g = refs[:6]
-        partial_s, sizes_s, scan_s, summed = refs[6:10]
-        ids_s, next_s, loaded, based, *map_refs = refs[10:]
-        tiles.await_inputs(interpret)
+        partial_s, sizes_s, shares_s, scan_s, summed = refs[6:11]
+        ids_s, next_s, loaded, based, *map_refs = refs[11:]
         pairs = _Pairs(
             plan, num_pairs, num_experts, num_local, ids_g, map_g, ids_s, loaded, *(map_refs or (None, None))
         )
@@ -229,7 +224,9 @@ def _place(ids, expert_map, block_counts, num_experts, num_local, top_k, tile_ro
                 before = _add_up([_vector(partial_s.at[1, other]) for other in range(warpgroups)])
             else:
                 total, before = _add_up(counts), _zeros(width)
-            num_tiles = lax.shift_right_logical(total + (tile_rows - 1), jnp.full_like(total, shift))
+            num_tiles = lax.div(total + (tile_rows - 1), jnp.full_like(total, tile_rows))
+            even = lax.div(total + num_tiles - 1, jnp.maximum(num_tiles, 1))
+            shares_s[...] = jnp.minimum(lax.div(even + 7, jnp.full_like(even, 8)) * 8, tile_rows)
             # Tiles of the experts before each one: an inclusive scan in shared memory (below it lie zeros), less its own.
             scan_s[pl.ds(0, width)] = _zeros(width)
             scan_s[pl.ds(width, width)] = num_tiles
@@ -238,16 +235,14 @@ def _place(ids, expert_map, block_counts, num_experts, num_local, top_k, tile_ro
                 lower = _vector(scan_s.at[pl.ds(width - distance, width)])
                 scan_s[pl.ds(width, width)] = _vector(scan_s.at[pl.ds(width, width)]) + lower
                 distance *= 2
-            start = (_vector(scan_s.at[pl.ds(width, width)]) - num_tiles) * tile_rows
             sizes_s[...] = total
-            running = start + before
+            running = before
             for row, count in enumerate(counts):
                 next_s[row] = running
                 running = running + count
 
         plgpu.barrier_arrive(based)
         plgpu.barrier_wait(based)
-        tiles.release_dependents(interpret)
 
         @plgpu.warp_map
         def _(warp):
@@ -256,8 +251,11 @@ def _place(ids, expert_map, block_counts, num_experts, num_local, top_k, tile_ro
             def visit(pair, local):
                 @pl.when(local >= 0)
                 def _():
-                    position = next_s[row, local]
-                    next_s[row, local] = position + 1
+                    rank = next_s[row, local]
+                    next_s[row, local] = rank + 1
+                    share, size = shares_s[local], sizes_s[local]
+                    first = scan_s[width + local] - lax.div(size + (tile_rows - 1), tile_rows)
+                    position = (first + lax.div(rank, share)) * tile_rows + lax.rem(rank, share)
                     positions_g[pair] = position
                     token_g[position] = lax.div(pair, top_k)
 
@@ -277,13 +275,14 @@ def _place(ids, expert_map, block_counts, num_experts, num_local, top_k, tile_ro
                 expert = worker + i * workers
                 size = sizes_s[expert]
                 end = scan_s[width + expert]
-                group_tiles = lax.shift_right_logical(size + (tile_rows - 1), shift)
+                share = shares_s[expert]
+                group_tiles = lax.div(size + (tile_rows - 1), tile_rows)
                 sizes_g[expert] = size
 
                 @pl.loop(0, group_tiles)
                 def _(t):
                     group_g[end - group_tiles + t] = expert
-                    tile_sizes_g[end - group_tiles + t] = jnp.minimum(size - t * tile_rows, tile_rows)
+                    tile_sizes_g[end - group_tiles + t] = jnp.clip(size - t * share, 0, share)
 
             # Tiles without rows.
             @pl.loop(0, lax.div(max_tiles - all_tiles - worker + (workers - 1), workers))
@@ -315,6 +314,7 @@ def _place(ids, expert_map, block_counts, num_experts, num_local, top_k, tile_ro
         thread_name="wg",
         scratch_types=[
             plgpu.SMEM((2, warpgroups, width), jnp.int32),
+            plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((2 * width,), jnp.int32),
             plgpu.Barrier(num_arrivals=warpgroups),

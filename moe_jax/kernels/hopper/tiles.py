@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# One stage of a matmul pipeline covers this many elements of the contracted axis: 128 bytes of bf16, one swizzle row.
-TILE_K = 64
-
-DEPENDENT_LAUNCH = True
 
 
 def swizzle_bytes(minor: int, dtype) -> int | None:
@@ -63,18 +57,3 @@ def even_columns(size: int, dtype, most: int) -> int | None:
     unit = 128 // jnp.dtype(dtype).itemsize
     return max((c for c in range(unit, most + 1, unit) if size % c == 0), default=None)
 
-
-def await_inputs(interpret: Any) -> None:
-    """Waits for the kernel before this one, which may still be running (programmatic dependent launch).
-
-    The kernels of a layer follow one another without a gap: each is launched while the one before is at work, sets itself
-    up, and waits here. The interpreter runs one kernel after the other and does not know the instruction.
-    """
-    if interpret is None and DEPENDENT_LAUNCH:
-        plgpu.griddepcontrol_wait()
-
-
-def release_dependents(interpret: Any) -> None:
-    """Lets the next kernel be launched; it waits in `await_inputs` for the end of this one."""
-    if interpret is None and DEPENDENT_LAUNCH:
-        plgpu.griddepcontrol_launch_dependents()

@@ -210,8 +210,6 @@ def topk(
         logits_s = refs[5 : 5 + len(starts)]
         bias_s = refs[5 + len(starts) :]
         block = lax.axis_index("block")
-        tiles.await_inputs(interpret)
-        tiles.release_dependents(interpret)
         first = block * _ROWS
         for start, width, piece in zip(starts, widths, logits_s, strict=True):
             # Past the end TMA fills with zeros; the column index, made dynamic, may point there.
