@@ -27,7 +27,12 @@ CASES = {
     "mixtral-8x7b": (8, 2, 4096, 14336),
     "qwen3-30b-a3b": (128, 8, 2048, 768),
     "qwen3-235b": (128, 8, 4096, 1536),
-    "dsv3-ep8": (32, 1, 7168, 2048),  # one of 8 expert-parallel ranks of DeepSeek-V3: one local expert a token on average
+    "dsv3-ep8": (
+        32,
+        1,
+        7168,
+        2048,
+    ),  # one of 8 expert-parallel ranks of DeepSeek-V3: one local expert a token on average
     "gpt-oss-120b": (128, 4, 2880, 2880),
     "odd-sizes": (16, 4, 1040, 528),  # multiples of 16 only
 }

@@ -23,7 +23,9 @@ def check_layer(x: jax.Array, experts: ExpertWeights, config: MoEConfig, expert_
         raise ValueError(f"x has shape {tuple(x.shape)}, but must be [T, H]; reshape it to (-1, {hidden}) first")
     _shape("x", x, (x.shape[0], hidden), "[T, H]", f"hidden_size={hidden} in the config")
     if experts.w13.ndim != 3:
-        raise ValueError(f"w13 has shape {tuple(experts.w13.shape)}, but must be [E_local, N, H]; stack the experts' weights")
+        raise ValueError(
+            f"w13 has shape {tuple(experts.w13.shape)}, but must be [E_local, N, H]; stack the experts' weights"
+        )
     local = experts.num_local_experts
     kind = "gate and up rows: 2I" if config.is_gated else "an un-gated activation: I rows"
     way_out = f"activation={config.activation!r} has {kind}, the contracted axis comes last"
@@ -32,12 +34,16 @@ def check_layer(x: jax.Array, experts: ExpertWeights, config: MoEConfig, expert_
     for name, array, width in (("w13_bias", experts.w13_bias, config.w13_rows), ("w2_bias", experts.w2_bias, hidden)):
         if (array is not None) != config.has_bias:
             has = "has no" if array is None else "has a"
-            raise ValueError(f"ExpertWeights {has} {name}, but the config says has_bias={config.has_bias}; make them agree")
+            raise ValueError(
+                f"ExpertWeights {has} {name}, but the config says has_bias={config.has_bias}; make them agree"
+            )
         if array is not None:
             _shape(name, array, (local, width), "[E_local, N]", "one bias row an expert")
     for name, array in (("x", x), ("w13", experts.w13), ("w2", experts.w2)):
         if array.dtype != dtype:
-            raise TypeError(f"{name} is {array.dtype}, but config.dtype is {config.dtype}; cast it, or change the config")
+            raise TypeError(
+                f"{name} is {array.dtype}, but config.dtype is {config.dtype}; cast it, or change the config"
+            )
     if expert_map is None:
         if local != config.num_experts:
             raise ValueError(

@@ -11,7 +11,12 @@ from moe_jax.types import ExpertWeights
 
 
 def expert_mlp(
-    rows: Float[Array, "R H"], experts: ExpertWeights, groups: Groups, config: MoEConfig, *, implementation: str = "auto"
+    rows: Float[Array, "R H"],
+    experts: ExpertWeights,
+    groups: Groups,
+    config: MoEConfig,
+    *,
+    implementation: str = "auto",
 ) -> Float[Array, "R H"]:
     """Each row through its group's expert; the router weight is not applied here.
 

@@ -161,7 +161,9 @@ def _xla(topk_ids, expert_map, num_experts, num_local, tile_rows, tiles):
     num_tiles = jnp.sum(group_tiles, dtype=jnp.int32)
     tile = jnp.arange(tiles, dtype=jnp.int32)
     tile_group = jnp.searchsorted(last_tile, tile, side="right").astype(jnp.int32)
-    within = tile - jnp.concatenate([jnp.zeros(1, jnp.int32), last_tile])[tile_group]  # tiles of the same group before it
+    within = (
+        tile - jnp.concatenate([jnp.zeros(1, jnp.int32), last_tile])[tile_group]
+    )  # tiles of the same group before it
     size = jnp.concatenate([sizes, jnp.zeros(1, jnp.int32)])[tile_group]
     tile_sizes = jnp.clip(size - within * shares[tile_group], 0, shares[tile_group]) * (tile < num_tiles)
     return positions, row_token, jnp.where(tile < num_tiles, tile_group, -1), tile_sizes, sizes, num_tiles[None]

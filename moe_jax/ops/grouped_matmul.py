@@ -86,8 +86,11 @@ def _plain(tile_rows: int, activation: Activation | None, n_out: int):
         return lax.dynamic_slice_in_dim(array, t * tile_rows, tile_rows)
 
     @jax.custom_vjp
-    def run(rows: Array, weights: Array, bias: Array | None, tile_group: Array, tile_sizes: Array, num_tiles: Array) -> Array:
+    def run(
+        rows: Array, weights: Array, bias: Array | None, tile_group: Array, tile_sizes: Array, num_tiles: Array
+    ) -> Array:
         del tile_sizes  # rows past a tile's size are computed too: they are not to be read
+
         def one(t, out):
             group = tile_group[t]
             h = dot(tile(rows, t), weights[group], (1, 1))
@@ -122,7 +125,14 @@ def _plain(tile_rows: int, activation: Activation | None, n_out: int):
             None if bias is None else jnp.zeros(bias.shape, jnp.float32),
         )
         d_rows, d_weights, d_bias = lax.fori_loop(0, num_tiles[0], one, start)
-        return d_rows, d_weights.astype(weights.dtype), None if bias is None else d_bias.astype(bias.dtype), None, None, None
+        return (
+            d_rows,
+            d_weights.astype(weights.dtype),
+            None if bias is None else d_bias.astype(bias.dtype),
+            None,
+            None,
+            None,
+        )
 
     run.defvjp(forward, backward)
     return run

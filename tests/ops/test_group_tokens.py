@@ -69,7 +69,7 @@ def test_the_checks_can_fail():
     for other in (random_ids(2, 37, 2, 5), np.roll(ids, 1, axis=0), np.where(ids == 1, -1, ids)):
         with pytest.raises(AssertionError):
             check_groups(groups, other, 5)
-    first = 0  # two rows of the first group
+    first = int(np.flatnonzero(np.diff(groups.row_token[: int(groups.group_sizes[0])]))[0])  # it and the next: two tokens
     swapped = jnp.asarray([first + 1, first]), jnp.asarray([first, first + 1])
     broken = {
         "two pairs in one row": dict(positions=groups.positions.at[3, 0].set(groups.positions[5, 0])),

@@ -114,7 +114,9 @@ def combine(
             buffer = lax.rem(step, _STAGES)
             plgpu.barrier_wait(full.at[buffer])
             # Each round starts from zero or goes on from the sum before: slot order, whatever the number of rounds.
-            total = total * jnp.where(lax.rem(step, rounds) == 0, jnp.float32(0), jnp.float32(1)) if rounds > 1 else None
+            total = (
+                total * jnp.where(lax.rem(step, rounds) == 0, jnp.float32(0), jnp.float32(1)) if rounds > 1 else None
+            )
             for j in range(slots):
                 term = plgpu.load(rows_s.at[buffer, j], layout=layout).astype(jnp.float32) * factors[j]
                 total = term if total is None else total + term
@@ -132,7 +134,9 @@ def combine(
 
                         @pl.when(chunk + c < total_chunks - 1)
                         def _():
-                            plgpu.copy_smem_to_gmem(out_s.at[c], out_g.at[token, pl.ds((chunk + c) * _COLUMNS, _COLUMNS)])
+                            plgpu.copy_smem_to_gmem(
+                                out_s.at[c], out_g.at[token, pl.ds((chunk + c) * _COLUMNS, _COLUMNS)]
+                            )
 
                         @pl.when(chunk + c == total_chunks - 1)
                         def _():

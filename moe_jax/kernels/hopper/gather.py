@@ -109,7 +109,9 @@ def gather(
 
             @pl.when(i + ahead < mine)
             def _():
-                plgpu.wait_smem_to_gmem(stages - ahead - 1, wait_read_only=True)  # the stores that last read that buffer
+                plgpu.wait_smem_to_gmem(
+                    stages - ahead - 1, wait_read_only=True
+                )  # the stores that last read that buffer
                 fetch(i + ahead)
 
             plgpu.barrier_wait(full.at[slot])

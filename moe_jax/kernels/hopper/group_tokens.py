@@ -40,8 +40,10 @@ def supports(num_experts: int, num_local_experts: int, tile_rows: int, num_pairs
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    warpgroups: int = 4
-    box: int = 128  # pairs of a warpgroup in one copy; several blocks take several of them when there are too many blocks
+    warpgroups: int = 8
+    box: int = (
+        64  # pairs of a warpgroup in one copy; several blocks take several of them when there are too many blocks
+    )
     max_box: int = 256  # TMA's limit per dimension: one block takes all pairs while they fit
     max_blocks: int = 256  # every block sums the counts of all blocks
 
@@ -69,12 +71,16 @@ class _Plan:
         """Shared memory of both kernels: pairs, counters, their barriers, and the map if there is one."""
         found = [
             plgpu.SMEM((self.warpgroups, self.per_warpgroup), jnp.int32),
+            plgpu.SMEM((self.warpgroups, self.per_warpgroup), jnp.int32),
             plgpu.SMEM((self.warps, self.width), jnp.int32),
             plgpu.Barrier(num_arrivals=self.boxes, num_barriers=self.warpgroups),
             plgpu.Barrier(num_arrivals=self.warpgroups),
         ]
         if mapped:
-            found += [plgpu.SMEM((self.map_boxes * self.map_box,), jnp.int32), plgpu.Barrier(num_arrivals=self.map_boxes)]
+            found += [
+                plgpu.SMEM((self.map_boxes * self.map_box,), jnp.int32),
+                plgpu.Barrier(num_arrivals=self.map_boxes),
+            ]
         return found
 
 
@@ -89,11 +95,13 @@ def _zeros(width: int) -> Any:
 class _Pairs:
     """The pairs of a block in shared memory, and the walk of a warp over its own."""
 
-    def __init__(self, plan, num_pairs, num_experts, num_local, ids_g, map_g, ids_s, loaded, map_s, map_loaded):
+    def __init__(
+        self, plan, num_pairs, num_experts, num_local, ids_g, map_g, ids_s, ranks_s, loaded, map_s, map_loaded
+    ):
         self.plan, self.num_pairs, self.num_experts, self.num_local = plan, num_pairs, num_experts, num_local
-        self.ids_s, self.map_s = ids_s, map_s
+        self.ids_s, self.ranks_s, self.map_s = ids_s, ranks_s, map_s
         self.block, self.wg = lax.axis_index("block"), lax.axis_index("wg")
-        first = self.block * plan.per_block + self.wg * plan.per_warpgroup
+        first = self.first = self.block * plan.per_block + self.wg * plan.per_warpgroup
         for box in range(plan.boxes):
             source = ids_g.at[pl.ds(first + box * plan.box, plan.box)]  # past the end: zeros, never looked at
             plgpu.copy_gmem_to_smem(source, ids_s.at[self.wg, pl.ds(box * plan.box, plan.box)], loaded.at[self.wg])
@@ -108,36 +116,46 @@ class _Pairs:
             plgpu.barrier_wait(map_loaded)
         plgpu.barrier_wait(loaded.at[self.wg])
 
-    def walk(self, warp: Any, visit: Any) -> None:
-        """Calls `visit(pair, local expert or -1)` for the pairs of one warp, in order."""
-        plan, wg = self.plan, self.wg
-        first = self.block * plan.per_block + wg * plan.per_warpgroup + warp * plan.per_warp
-
-        @pl.loop(0, jnp.clip(self.num_pairs - first, 0, plan.per_warp))
-        def _(i):
-            expert = self.ids_s[wg, warp * plan.per_warp + i]
-            known = (expert >= 0) & (expert < self.num_experts)
-            local = expert if self.map_s is None else self.map_s[jnp.where(known, expert, 0)]
-            visit(first + i, jnp.where(known & (local >= 0) & (local < self.num_local), local, -1))
-
     def count(self, counts_s: Any) -> None:
-        """Fills the counters: pairs of each warp per local expert."""
-        rows = [self.wg * _WARPS + warp for warp in range(_WARPS)]
-        for row in rows:
-            counts_s[row] = _zeros(self.plan.width)
+        """Fills the counters, pairs of each warp per local expert; a pair's id gives way to its local expert, or -1.
+
+        `ranks_s` keeps how many pairs of the same expert the warp had before.
+        """
+        plan, wg = self.plan, self.wg
+        for warp in range(_WARPS):
+            counts_s[wg * _WARPS + warp] = _zeros(plan.width)
 
         @plgpu.warp_map
         def _(warp):
-            row = self.wg * _WARPS + warp
+            row = wg * _WARPS + warp
+            first = warp * plan.per_warp
 
-            def visit(pair, local):
-                del pair
+            @pl.loop(0, jnp.clip(self.num_pairs - self.first - first, 0, plan.per_warp))
+            def _(i):
+                expert = self.ids_s[wg, first + i]
+                known = (expert >= 0) & (expert < self.num_experts)
+                local = expert if self.map_s is None else self.map_s[jnp.where(known, expert, 0)]
+                local = jnp.where(known & (local >= 0) & (local < self.num_local), local, -1)
+                self.ids_s[wg, first + i] = local
 
                 @pl.when(local >= 0)
                 def _():
-                    counts_s[row, local] = counts_s[row, local] + 1
+                    seen = counts_s[row, local]
+                    self.ranks_s[wg, first + i] = seen
+                    counts_s[row, local] = seen + 1
 
-            self.walk(warp, visit)
+    def walk(self, warp: Any, together: int, visit: Any) -> None:
+        """After `count`: calls `visit` with lists of (place in the warpgroup, pair, local expert or -1) of one warp."""
+        first = warp * self.plan.per_warp
+
+        @pl.loop(0, self.plan.per_warp // together)
+        def _(i):
+            found = []
+            for j in range(together):
+                place = first + i * together + j
+                pair = self.first + place
+                found.append((place, pair, jnp.where(pair < self.num_pairs, self.ids_s[self.wg, place], -1)))
+            visit(found)
 
 
 def _add_up(vectors: list[Any]) -> Any:
@@ -154,9 +172,9 @@ def _count(ids, expert_map, num_experts: int, num_local: int, plan: _Plan, inter
 
     def count_pairs(ids_g, *refs):
         map_g = refs[0] if mapped else None
-        block_counts_g, ids_s, counts_s, loaded, counted, *map_refs = refs[int(mapped) :]
+        block_counts_g, ids_s, ranks_s, counts_s, loaded, counted, *map_refs = refs[int(mapped) :]
         pairs = _Pairs(
-            plan, num_pairs, num_experts, num_local, ids_g, map_g, ids_s, loaded, *(map_refs or (None, None))
+            plan, num_pairs, num_experts, num_local, ids_g, map_g, ids_s, ranks_s, loaded, *(map_refs or (None, None))
         )
         pairs.count(counts_s)
         plgpu.barrier_arrive(counted)
@@ -190,10 +208,10 @@ def _place(ids, expert_map, block_counts, num_experts, num_local, top_k, tile_ro
         map_g = refs[int(counted)] if mapped else None
         refs = refs[int(counted) + int(mapped) :]
         positions_g, token_g, group_g, tile_sizes_g, sizes_g, num_tiles_g = refs[:6]
-        partial_s, sizes_s, shares_s, scan_s, summed = refs[6:11]
-        ids_s, next_s, loaded, based, *map_refs = refs[11:]
+        partial_s, sizes_s, shares_s, first_tile_s, scan_s, summed = refs[6:12]
+        ids_s, ranks_s, next_s, loaded, based, *map_refs = refs[12:]
         pairs = _Pairs(
-            plan, num_pairs, num_experts, num_local, ids_g, map_g, ids_s, loaded, *(map_refs or (None, None))
+            plan, num_pairs, num_experts, num_local, ids_g, map_g, ids_s, ranks_s, loaded, *(map_refs or (None, None))
         )
         block, wg = pairs.block, pairs.wg
         pairs.count(next_s)
@@ -226,7 +244,8 @@ def _place(ids, expert_map, block_counts, num_experts, num_local, top_k, tile_ro
                 total, before = _add_up(counts), _zeros(width)
             num_tiles = lax.div(total + (tile_rows - 1), jnp.full_like(total, tile_rows))
             even = lax.div(total + num_tiles - 1, jnp.maximum(num_tiles, 1))
-            shares_s[...] = jnp.minimum(lax.div(even + 7, jnp.full_like(even, 8)) * 8, tile_rows)
+            shares = jnp.minimum(lax.div(even + 7, jnp.full_like(even, 8)) * 8, tile_rows)
+            shares_s[...] = jnp.maximum(shares, 1)  # of an empty group too: something is divided by it
             # Tiles of the experts before each one: an inclusive scan in shared memory (below it lie zeros), less its own.
             scan_s[pl.ds(0, width)] = _zeros(width)
             scan_s[pl.ds(width, width)] = num_tiles
@@ -235,6 +254,7 @@ def _place(ids, expert_map, block_counts, num_experts, num_local, top_k, tile_ro
                 lower = _vector(scan_s.at[pl.ds(width - distance, width)])
                 scan_s[pl.ds(width, width)] = _vector(scan_s.at[pl.ds(width, width)]) + lower
                 distance *= 2
+            first_tile_s[...] = _vector(scan_s.at[pl.ds(width, width)]) - num_tiles
             sizes_s[...] = total
             running = before
             for row, count in enumerate(counts):
@@ -248,22 +268,25 @@ def _place(ids, expert_map, block_counts, num_experts, num_local, top_k, tile_ro
         def _(warp):
             row = wg * _WARPS + warp
 
-            def visit(pair, local):
-                @pl.when(local >= 0)
-                def _():
-                    rank = next_s[row, local]
-                    next_s[row, local] = rank + 1
-                    share, size = shares_s[local], sizes_s[local]
-                    first = scan_s[width + local] - lax.div(size + (tile_rows - 1), tile_rows)
-                    position = (first + lax.div(rank, share)) * tile_rows + lax.rem(rank, share)
-                    positions_g[pair] = position
-                    token_g[position] = lax.div(pair, top_k)
+            def place(found):
+                positions = []
+                for at, _, local in found:
+                    expert = jnp.maximum(local, 0)
+                    rank = next_s[row, expert] + ranks_s[wg, at]
+                    share = shares_s[expert]
+                    tile = first_tile_s[expert] + lax.div(rank, share)
+                    positions.append(jnp.where(local < 0, -1, tile * tile_rows + lax.rem(rank, share)))
+                for (_, pair, local), position in zip(found, positions, strict=True):
 
-                @pl.when(local < 0)
-                def _():
-                    positions_g[pair] = -1
+                    @pl.when(local >= 0)
+                    def _(pair=pair, position=position):
+                        token_g[position] = lax.div(pair, top_k)
 
-            pairs.walk(warp, visit)
+                    @pl.when(pair < num_pairs)
+                    def _(pair=pair, position=position):
+                        positions_g[pair] = position
+
+            pairs.walk(warp, min(4, plan.per_warp), place)  # a few at a time: their loads and divisions overlap
 
             # The tile schedule: an expert a warp.
             workers = plan.blocks * plan.warps
@@ -274,15 +297,15 @@ def _place(ids, expert_map, block_counts, num_experts, num_local, top_k, tile_ro
             def _(i):
                 expert = worker + i * workers
                 size = sizes_s[expert]
-                end = scan_s[width + expert]
+                first_tile = first_tile_s[expert]
                 share = shares_s[expert]
                 group_tiles = lax.div(size + (tile_rows - 1), tile_rows)
                 sizes_g[expert] = size
 
                 @pl.loop(0, group_tiles)
                 def _(t):
-                    group_g[end - group_tiles + t] = expert
-                    tile_sizes_g[end - group_tiles + t] = jnp.clip(size - t * share, 0, share)
+                    group_g[first_tile + t] = expert
+                    tile_sizes_g[first_tile + t] = jnp.clip(size - t * share, 0, share)
 
             # Tiles without rows.
             @pl.loop(0, lax.div(max_tiles - all_tiles - worker + (workers - 1), workers))
@@ -314,6 +337,7 @@ def _place(ids, expert_map, block_counts, num_experts, num_local, top_k, tile_ro
         thread_name="wg",
         scratch_types=[
             plgpu.SMEM((2, warpgroups, width), jnp.int32),
+            plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((2 * width,), jnp.int32),

@@ -39,6 +39,7 @@ from moe_jax.kernels.hopper import tiles
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 _M = 64  # rows of weights that one wgmma takes
 _FEW = (8, 16, 32, 64)
+_SOME = (16, 32, 48, 64, 80, 96, 112, 128)
 _MANY = (16, 32, 64, 96, 112, 128, 144, 160, 176, 192)
 
 
@@ -60,7 +61,7 @@ class Config:
 
 def tile_rows_for(mean_rows: float) -> int:
     """The row tile for a mean number of rows per expert."""
-    return _FEW[-1] if mean_rows <= 48 else _MANY[-1]
+    return _FEW[-1] if mean_rows <= 48 else _SOME[-1] if mean_rows <= 96 else _MANY[-1]
 
 
 def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -> Config:
@@ -75,8 +76,10 @@ def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -
     With few rows the stream of weights is all that counts: narrow tiles keep every multiprocessor busy, 128 elements of K a
     stage read memory in longer runs.
     """
-    if tile_rows > _FEW[-1]:
+    if tile_rows > _SOME[-1]:
         return Config(row_counts=tuple(c for c in _MANY if c < tile_rows) + (tile_rows,))
+    if tile_rows > _FEW[-1]:
+        return Config(row_counts=tuple(c for c in _SOME if c < tile_rows) + (tile_rows,), stages=4)
     narrow = not gated and likely_tiles * pl.cdiv(n_out, 2 * _M) < _compat.num_multiprocessors()
     counts = tuple(c for c in _FEW if c < tile_rows) + (tile_rows,)
     return Config(counts, consumers=1, halves=1 if narrow else 2, tile_k=128, stages=6 if narrow else 4)

@@ -8,7 +8,6 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
-
 def swizzle_bytes(minor: int, dtype) -> int | None:
     """The widest swizzle (128, 64 or 32 bytes) whose rows tile an axis of `minor` elements; None if not even 32 do.
 
@@ -56,4 +55,3 @@ def even_columns(size: int, dtype, most: int) -> int | None:
     """The widest even cut of an axis into pieces of at most `most` elements and whole multiples of 128 bytes, if there is one."""
     unit = 128 // jnp.dtype(dtype).itemsize
     return max((c for c in range(unit, most + 1, unit) if size % c == 0), default=None)
-

@@ -36,7 +36,9 @@ def supports(router_logits: Any, top_k: int, rule: RoutingRule) -> str | None:
     if experts * router_logits.dtype.itemsize % 16:
         return f"num_experts={experts} of {router_logits.dtype} must fill a multiple of 16 bytes (TMA strides); pass float32 logits"
     if experts > _MAX_EXPERTS or top_k > _MAX_TOP_K:
-        return f"num_experts={experts} must be at most {_MAX_EXPERTS} and top_k={top_k} at most {_MAX_TOP_K} (registers)"
+        return (
+            f"num_experts={experts} must be at most {_MAX_EXPERTS} and top_k={top_k} at most {_MAX_TOP_K} (registers)"
+        )
     if rule.num_expert_group > 32:
         return f"num_expert_group={rule.num_expert_group} must be at most 32"
     if tokens == 0:

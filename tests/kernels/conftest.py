@@ -1,0 +1,24 @@
+"""How the kernels of this folder are interpreted on a CPU: on two multiprocessors, and with races detected.
+
+The tests of this folder need neither torch nor transformers: they also run in an environment with the newest JAX alone.
+"""
+
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from moe_jax import _compat
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch, capsys):
+    """`implementation="mosaic_interpret"` with race detection; a race that the interpreter reports fails the test.
+
+    Blocks of a grid are interpreted one after the other and every operation on a scalar is a call of Python: with the
+    multiprocessors of a real GPU most of the time would go to blocks that have no work.
+    """
+    monkeypatch.setattr(_compat, "num_multiprocessors", lambda: 2)
+    monkeypatch.setattr(_compat, "interpret_params", lambda: plgpu.InterpretGPUParams(detect_races=True))
+    yield
+    printed = capsys.readouterr().out
+    _compat.reset_interpreter()  # an exception inside a kernel would be met again by the next one
+    assert "RACE DETECTED" not in printed, printed

@@ -1,0 +1,120 @@
+"""The grouping kernels, interpreted, against a counting sort in plain Python; and lowered for CUDA."""
+
+import functools
+
+import hypothesis
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from moe_jax import _compat
+from moe_jax.kernels.hopper import group_tokens as kernel
+from moe_jax.ops.group_tokens import Groups, group_tokens, max_tiles
+from tests.grouping import check_groups, check_invariants
+from tests.lowering import assert_lowers_to, like
+
+
+def run(ids, num_experts, num_local=None, expert_map=None, tile_rows=64, **kwargs):
+    groups = group_tokens(
+        jnp.asarray(ids, jnp.int32),
+        num_experts=num_experts,
+        num_local_experts=num_local,
+        expert_map=None if expert_map is None else jnp.asarray(expert_map, jnp.int32),
+        tile_rows=tile_rows,
+        implementation="mosaic_interpret",
+        **kwargs,
+    )
+    check_invariants(groups, ids)
+    return groups
+
+
+def random_ids(seed, num_tokens, top_k, num_experts, missing=0.2):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, num_experts, (num_tokens, top_k))
+    return np.where(rng.random(ids.shape) < missing, -1, ids)
+
+
+@pytest.mark.parametrize("shape", [(13, 3, 5), (1, 1, 1), (1, 4, 8), (20, 1, 2)])
+def test_random_pairs(shape):
+    num_tokens, top_k, num_experts = shape
+    ids = random_ids(0, num_tokens, top_k, num_experts)
+    groups = run(ids, num_experts)
+    check_groups(groups, ids, num_experts)
+    with pytest.raises(AssertionError):
+        check_groups(groups, np.where(ids == ids[0, 0], -1, ids), num_experts)
+
+
+@pytest.mark.parametrize("expert", [0, 4, -1])
+def test_all_pairs_on_one_expert_or_none(expert):
+    ids = np.full((13, 2), expert)
+    check_groups(run(ids, 5), ids, 5)
+
+
+def test_ids_out_of_range_get_no_row():
+    ids = np.array([[0, 5], [-2, 1], [2**31 - 1, -(2**31)], [4, 4]])
+    check_groups(run(ids, 5), ids, 5)
+
+
+@pytest.mark.parametrize("tile_rows", [1, 4, 128])
+def test_tiles(tile_rows):
+    ids = random_ids(1, 10, 3, 3)
+    check_groups(run(ids, 3, tile_rows=tile_rows), ids, 3)
+
+
+def test_more_local_experts_than_threads():
+    ids = random_ids(2, 6, 4, 150)
+    check_groups(run(ids, 150), ids, 150)
+
+
+def test_offset_instead_of_a_map():
+    ids = random_ids(3, 10, 2, 6)
+    check_groups(run(ids, 6, 2, group_offset=3), ids, 6, 2, [-1, -1, -1, 0, 1, -1])
+
+
+@hypothesis.settings(max_examples=4, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(
+    ids=st.lists(st.integers(-1, 5), min_size=18, max_size=18),
+    expert_map=st.lists(st.integers(-1, 3), min_size=5, max_size=5),
+)
+def test_any_pairs_and_any_map(ids, expert_map):
+    """An id and a local id are out of range; several experts may share a local one."""
+    ids = np.asarray(ids).reshape(9, 2)
+    check_groups(run(ids, 5, 3, expert_map), ids, 5, 3, expert_map)
+
+
+@pytest.mark.parametrize("expert_map", [None, [1, -1, 0, 2, -1]])
+def test_many_blocks(expert_map):
+    """A plan so small that few pairs take several blocks, each with several copies: counts travel between all of them."""
+    ids = random_ids(4, 33, 3, 5)
+    ids[3:9] = 3  # a run that straddles warps
+    num_local = 5 if expert_map is None else 3
+    config = kernel.Config(warpgroups=2, box=8, max_blocks=3)
+    found = kernel.group_tokens(
+        jnp.asarray(ids, jnp.int32),
+        None if expert_map is None else jnp.asarray(expert_map, jnp.int32),
+        num_experts=5,
+        num_local_experts=num_local,
+        tile_rows=4,
+        max_tiles=max_tiles(ids.size, num_local, 4),
+        config=config,
+        interpret=_compat.interpret_params(),
+    )
+    groups = Groups(*found, tile_rows=4)
+    check_groups(groups, ids, 5, num_local, expert_map)
+    check_invariants(groups, ids)
+
+
+LOWERED = [(1, 1, 8, 8), (16, 8, 128, 128), (1000, 8, 256, 32), (16384, 8, 128, 128)]
+
+
+@pytest.mark.parametrize("shape", LOWERED)
+def test_lowers_for_cuda(shape):
+    num_tokens, top_k, num_experts, num_local = shape
+    call = functools.partial(
+        group_tokens, num_experts=num_experts, num_local_experts=num_local, implementation="mosaic"
+    )
+    ids, expert_map = like("int32", num_tokens, top_k), like("int32", num_experts)
+    assert_lowers_to(2, lambda ids, expert_map: call(ids, expert_map=expert_map), ids, expert_map)
+    if num_local == num_experts:
+        assert_lowers_to(2, call, ids)

@@ -1,0 +1,154 @@
+"""The grouped matmul kernel of 16-bit floats, interpreted and lowered for CUDA; and the order in which it visits tiles."""
+
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from moe_jax.activations import ACTIVATIONS
+from moe_jax.config import MoEConfig
+from moe_jax.kernels.hopper import tiles
+from moe_jax.ops.group_tokens import group_tokens
+from moe_jax.ops.grouped_matmul import grouped_matmul
+from tests.contracts import check_grouped_matmul, groups_of, rows_of
+from tests.layers import normal
+from tests.lowering import assert_lowers_to, like
+
+
+def problem(seed, groups, k, n, dtype="bfloat16", num_experts=3):
+    rows = rows_of(seed, groups, k, dtype)
+    return rows, normal([seed, 1], num_experts, n, k, dtype=dtype, scale=k**-0.5), groups
+
+
+def run(rows, weights, groups, *, bias=None, activation=None, group_offset=0):
+    config = None if activation is None else MoEConfig(1, 1, 8, 8, activation=activation)
+    out = grouped_matmul(
+        rows,
+        weights,
+        groups,
+        bias=bias,
+        activation=None if config is None else config.act,
+        group_offset=group_offset,
+        implementation="mosaic_interpret",
+    )
+    check_grouped_matmul(out, rows, weights, groups, bias, config, group_offset)
+    return out
+
+
+@pytest.mark.parametrize("tile_rows", [64, 128])
+@pytest.mark.parametrize("sizes", [(64, 64), (16, 16), (80, 144), (144, 80), (272, 528)])
+def test_sizes(tile_rows, sizes):
+    """Contracted and output sizes below, at and above those of a tile; more steps than stages."""
+    run(*problem(0, groups_of(0, 9, 2, 3, tile_rows), *sizes))
+
+
+@pytest.mark.parametrize("tile_rows", [64, 128])
+@pytest.mark.parametrize("intermediate", [16, 80, 144])
+def test_gated_activation(tile_rows, intermediate):
+    run(*problem(1, groups_of(1, 9, 2, 3, tile_rows), 80, 2 * intermediate), activation="silu")
+
+
+def test_float16():
+    run(*problem(2, groups_of(2, 9, 2, 3, 64), 80, 96, "float16"), activation="silu")
+
+
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "silu"])
+def test_activations_with_bias(activation):
+    bias = normal(3, 3, 96, dtype="bfloat16")
+    run(*problem(3, groups_of(3, 9, 2, 3, 64), 80, 96), activation=activation, bias=bias)
+
+
+@pytest.mark.parametrize("bias_dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("tile_rows", [64, 128])
+def test_bias(tile_rows, bias_dtype):
+    run(*problem(4, groups_of(4, 9, 2, 3, tile_rows), 80, 144), bias=normal(4, 3, 144, dtype=bias_dtype))
+
+
+def test_a_group_of_several_tiles():
+    groups = groups_of(5, 70, 2, 3, 64, only=[1])
+    assert int(groups.num_tiles[0]) == 2
+    run(*problem(5, groups, 80, 80))
+
+
+@pytest.mark.parametrize("kwargs", [dict(only=[0]), dict(only=[2]), dict(missing=1)])
+def test_experts_without_rows_are_not_read(kwargs):
+    groups = groups_of(6, 9, 2, 3, 64, **kwargs)
+    rows, weights, _ = problem(6, groups, 80, 80)
+    unused = np.flatnonzero(np.asarray(groups.group_sizes) == 0)
+    run(rows, weights.at[unused].set(jnp.nan), groups)
+
+
+def test_group_offset():
+    groups = groups_of(7, 9, 2, 2, 64)
+    operands = problem(7, groups, 80, 80, num_experts=5)
+    bias = normal(7, 5, 80)
+    first, second = (run(*operands, bias=bias, group_offset=offset) for offset in (0, jnp.int32(3)))
+    assert not np.array_equal(first, second)
+
+
+def test_a_row_does_not_see_the_others():
+    """The same bits whichever rows share its tile, whatever the tile: alone in it, and among NaN."""
+    weights = normal(8, 3, 96, 80, dtype="bfloat16", scale=80**-0.5)
+    x = normal(8, 1, 80, dtype="bfloat16")
+    act = MoEConfig(1, 1, 8, 8).act
+    outputs = []
+    for tile_rows, num_tokens, fill in ((64, 1, 0.0), (64, 9, jnp.nan), (128, 30, 1.0)):
+        ids = jnp.full((num_tokens, 1), 1, jnp.int32)
+        groups = group_tokens(ids, num_experts=3, tile_rows=tile_rows, implementation="xla")
+        rows = jnp.full((groups.row_token.shape[0], 80), fill, jnp.bfloat16)
+        rows = rows.at[num_tokens - 1].set(x[0])
+        out = grouped_matmul(rows, weights, groups, activation=act, implementation="mosaic_interpret")
+        outputs.append(np.asarray(out[num_tokens - 1], np.float32))
+    assert np.abs(outputs[0]).max() > 0.1
+    np.testing.assert_allclose(outputs[1], outputs[0], rtol=1e-2, atol=1e-3)  # XLA's products differ in the last bit
+    np.testing.assert_allclose(outputs[2], outputs[0], rtol=1e-2, atol=1e-3)
+
+
+@hypothesis.settings(
+    max_examples=50, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+@hypothesis.given(m_tiles=st.integers(1, 40), n_tiles=st.integers(1, 12), band=st.integers(1, 20))
+def test_every_tile_is_visited_once(m_tiles, n_tiles, band):
+    index = jnp.arange(m_tiles * n_tiles)
+    m, n = tiles.visit(index, jnp.int32(m_tiles), n_tiles, band)
+    visited = set(zip(np.asarray(m).tolist(), np.asarray(n).tolist(), strict=True))
+    assert visited == {(i, j) for i in range(m_tiles) for j in range(n_tiles)}
+
+
+@pytest.mark.parametrize("workers", [1, 3, 132])
+def test_workers_share_all_items(workers):
+    for total in (0, 1, 131, 132, 1000):
+        shares = [int(tiles.share(jnp.int32(total), jnp.int32(worker), workers)) for worker in range(workers)]
+        assert sum(shares) == total and max(shares) - min(shares) <= 1
+
+
+LOWERED = {
+    "mixtral up": (16, 2, 8, 4096, 28672, "silu", False, "bfloat16"),
+    "qwen3 up": (4096, 8, 128, 2048, 1536, "silu", False, "bfloat16"),
+    "qwen3 down": (4096, 8, 128, 768, 2048, None, False, "bfloat16"),
+    "gpt-oss up": (128, 4, 128, 2880, 5760, "swigluoai", True, "bfloat16"),
+    "gpt-oss down": (1000, 4, 32, 2880, 2880, None, True, "float16"),
+    "no multiple of 64": (128, 4, 16, 1040, 1056, "gelu_tanh", False, "bfloat16"),
+    "one token": (1, 1, 8, 528, 1040, "relu2_no_mul", True, "bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_lowers_for_cuda(name):
+    num_tokens, top_k, num_experts, k, n, activation, with_bias, dtype = LOWERED[name]
+    act = None if activation is None else MoEConfig(1, 1, 8, 8, activation=activation).act
+
+    def call(rows, weights, ids, bias):
+        groups = group_tokens(ids, num_experts=num_experts, implementation="mosaic")
+        return grouped_matmul(rows, weights, groups, bias=bias, activation=act, implementation="mosaic")
+
+    pairs = like("int32", num_tokens, top_k)
+    group = functools.partial(group_tokens, num_experts=num_experts, implementation="mosaic")
+    total_rows = jax.eval_shape(group, pairs).row_token.shape[0]
+    bias = like(dtype, num_experts, n) if with_bias else None
+    assert_lowers_to(3, call, like(dtype, total_rows, k), like(dtype, num_experts, n, k), pairs, bias)
+
