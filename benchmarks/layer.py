@@ -64,7 +64,7 @@ def kernel_times(layer, *operands) -> dict[str, float]:
         seen: dict[str, int] = {}
         for name, milliseconds in run:
             seen[name] = seen.get(name, 0) + 1
-            key = name if seen[name] == 1 else f"{name}#{seen[name]}"
+            key = name.removesuffix("_mosaic_gpu_kernel") + (f"#{seen[name]}" if seen[name] > 1 else "")
             columns.setdefault(key, []).append(milliseconds * 1e3)
     return {name: statistics.median(times) for name, times in columns.items()}
 
@@ -108,13 +108,16 @@ def measure(name: str, tokens: int, dtype: str, weights: ExpertWeights, checks: 
         row["alone_bit_equal"] = all(bool((a == output[t]).all()) for a, t in zip(alone, chosen, strict=True))
     kernels = kernel_times(layer, x, weights, logits)
     flops = 2.0 * tokens * top_k * 3 * hidden * intermediate
-    matmuls = [t for n, t in kernels.items() if "matmul" in n]
+    shares = {"grouped_matmul_up": 2 / 3, "grouped_matmul_down": 1 / 3}  # of the floating-point operations
+    visited = len(np.unique(jax.lax.top_k(logits, top_k)[1]))
+    weight_bytes = visited * 3 * hidden * intermediate * jnp.dtype(dtype).itemsize
     total = sum(kernels.values())
     return row | {
         "kernel_us": {n: round(t, 2) for n, t in kernels.items()},
+        "kernel_tflops": {n: round(flops * s / kernels[n] / 1e6, 1) for n, s in shares.items() if n in kernels},
+        "weights_gb_per_s": {n: round(weight_bytes * s / kernels[n] / 1e3) for n, s in shares.items() if n in kernels},
         "kernels_total_us": round(total, 1),
         "layer_us": round(layer_time(layer, x, weights, logits), 1),
-        "matmul_tflops": round(flops / sum(matmuls) / 1e6, 1) if matmuls else None,
         "layer_tflops": round(flops / total / 1e6, 1),
     }
 

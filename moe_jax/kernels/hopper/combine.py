@@ -27,6 +27,8 @@ _MAX_SLOTS = 8  # slots summed from one buffer; more take further rounds
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """How the work is cut."""
+
     chunks: int = 4  # columns of a unit, in chunks of 256
     ctas_per_sm: int = 6
 

@@ -29,6 +29,8 @@ _BUFFER_BYTES = 200 * 1024  # shared memory of all CTAs of a multiprocessor
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """Tokens in flight."""
+
     stages: int = 4  # tokens in shared memory at a time
     ahead: int = 2  # of these, tokens on their way in; the others are on their way out
     ctas_per_sm: int = 8  # at most

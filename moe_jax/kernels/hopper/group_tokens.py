@@ -1,12 +1,15 @@
 """Grouping on Hopper: a stable counting sort of (token, slot) pairs by local expert, in one or two kernels.
 
-`_place` lets every warp count its own contiguous pairs per local expert, then walk over them again: a pair's row is the start
-of its group, plus the pairs of that group in earlier blocks and warps, plus those seen by its own warp so far. A group of
-several tiles is spread evenly over them. More than 1024 pairs take several blocks, and `_count` adds up the pairs of every block first. Warps take pairs in order and nothing is added
-atomically, so rows of a group keep token order and the result repeats.
+`_place` lets every warp count its own contiguous pairs per local expert, then walk over them again: the place of a pair in its
+group is the number of that group's pairs in earlier blocks and warps, plus those that its own warp saw before it. More than
+2048 pairs take several blocks, and `_count` adds up the pairs of every block first. Warps take pairs in order and nothing is
+added atomically, so rows of a group keep token order and the result repeats.
 
-Groups start at multiples of `tile_rows`, so that a row tile belongs to one group. Pairs whose id is -1 or out of range, or
-whose expert the map sends to -1, are dropped here: they get no row.
+Groups start at multiples of `tile_rows`, so that a row tile belongs to one group; a group of several tiles is spread evenly
+over them. Pairs whose id is -1 or out of range, or whose expert the map sends to -1, are dropped here: they get no row.
+
+A warp's loop is scalar code, some tens of cycles a pair, so the pairs are spread over many warps: 128 warps for 1024 tokens
+with 8 experts each.
 """
 
 from __future__ import annotations
@@ -22,7 +25,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 from moe_jax import _compat
-from moe_jax.kernels.hopper import tiles
 
 _WARPS = 4  # warps of a warpgroup
 _VECTOR = 128  # threads of a warpgroup: vectors over experts are padded to a multiple
@@ -40,6 +42,8 @@ def supports(num_experts: int, num_local_experts: int, tile_rows: int, num_pairs
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """How pairs are spread over warps."""
+
     warpgroups: int = 8
     box: int = (
         64  # pairs of a warpgroup in one copy; several blocks take several of them when there are too many blocks

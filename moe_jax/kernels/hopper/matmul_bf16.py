@@ -56,6 +56,7 @@ class Config:
 
     @property
     def tile_rows(self) -> int:
+        """Rows that a tile can hold."""
         return self.row_counts[-1]
 
 

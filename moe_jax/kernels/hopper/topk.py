@@ -16,7 +16,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from moe_jax import _compat
-from moe_jax.kernels.hopper import tiles
 from moe_jax.routing_methods import RoutingRule
 
 _ROWS = 64
@@ -218,7 +217,7 @@ def topk(
             source = logits_g.at[pl.ds(first, _ROWS), pl.ds(start + block * 0, width)]
             plgpu.copy_gmem_to_smem(source, piece, loaded)
         if bias_g is not None:
-            for start, width, piece in zip(starts, widths, bias_s, strict=True):
+            for start, piece in zip(starts, bias_s, strict=True):
                 plgpu.copy_gmem_to_smem(bias_g.at[pl.ds(start + block * 0, piece.shape[0])], piece, loaded)
         plgpu.barrier_wait(loaded)
 
