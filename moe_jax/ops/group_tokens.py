@@ -60,7 +60,7 @@ def default_tile_rows(num_pairs: int, num_local_experts: int, chosen: str) -> in
 
     Example:
         >>> default_tile_rows(num_pairs=32768, num_local_experts=128, chosen="mosaic")
-        192
+        160
     """
     mean = num_pairs / max(1, num_local_experts)
     if chosen == "xla":

@@ -38,9 +38,11 @@ from moe_jax.kernels.hopper import tiles
 
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 _M = 64  # rows of weights that one wgmma takes
+_STORED = 32  # rows of the output that leave shared memory together: two such buffers a consumer are enough
 _FEW = (8, 16, 32, 64)
 _SOME = (16, 32, 48, 64, 80, 96, 112, 128)
-_MANY = (16, 32, 64, 96, 112, 128, 144, 160, 176, 192)
+_MANY = (16, 32, 64, 96, 112, 120, 128, 136, 144, 152, 160)
+_MOST = 192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,7 @@ def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -
     stage read memory in longer runs.
     """
     if tile_rows > _SOME[-1]:
-        return Config(row_counts=tuple(c for c in _MANY if c < tile_rows) + (tile_rows,))
+        return Config(row_counts=tuple(c for c in _MANY if c < tile_rows) + (tile_rows,), stages=4 if tile_rows <= 160 else 3)
     if tile_rows > _FEW[-1]:
         return Config(row_counts=tuple(c for c in _SOME if c < tile_rows) + (tile_rows,), stages=4)
     narrow = not gated and likely_tiles * pl.cdiv(n_out, 2 * _M) < _compat.num_multiprocessors()
@@ -98,8 +100,8 @@ def supports(rows: Any, weights: Any, bias: Any, activation: Activation | None, 
                 f"{name}={size} must be a multiple of 16 (TMA and wgmma rows of 32 bytes); pad the weights, "
                 "or use implementation='xla'"
             )
-    if tile_rows % 8 or not 8 <= tile_rows <= _MANY[-1]:
-        return f"tile_rows={tile_rows} must be a multiple of 8 and at most {_MANY[-1]}"
+    if tile_rows % 8 or not 8 <= tile_rows <= _MOST:
+        return f"tile_rows={tile_rows} must be a multiple of 8 and at most {_MOST}"
     if bias is not None and bias.dtype not in (*_DTYPES, jnp.dtype(jnp.float32)):
         return f"bias {bias.dtype} must be bfloat16, float16 or float32"
     if 0 in rows.shape or 0 in weights.shape:
@@ -204,13 +206,20 @@ def grouped_matmul(
                 outs = [activation.apply(acc, divide=tiles.divide) for acc in accs]
             else:
                 outs = accs
-            for half, out in enumerate(outs):
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the store before has left shared memory
-                block = out_s.at[wg, pl.ds(0, count)]
-                block.T[...] = plgpu.layout_cast(out.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            parts = [(half, start) for half in range(len(outs)) for start in range(0, count, _STORED)]
+            for i, (half, start) in enumerate(parts):
+                size = min(_STORED, count - start)
+                part = plgpu.layout_cast(
+                    outs[half][:, start : start + size].astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED
+                )
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the store before the last has left its buffer
+                block = out_s.at[wg, i % 2, pl.ds(0, size)]
+                block.T[...] = part
                 plgpu.commit_smem()
-                target = out_g.at[pl.ds(m * tile_rows, count), pl.ds(col + half * _M, _M)]
+                target = out_g.at[pl.ds(m * tile_rows + start, size), pl.ds(col + half * _M, _M)]
                 plgpu.copy_smem_to_gmem(block, target)
+            if len(parts) % 2:  # the next tile begins with the first buffer again
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def bias_column(half, acc):
             column = plgpu.load(bias_s.at[wg, pl.ds(half * _M, _M)], layout=plgpu.Layout.WGMMA.reduce(1))
@@ -268,7 +277,7 @@ def grouped_matmul(
     scratch = [
         plgpu.SMEM((stages, tile_rows, tk), dtype, transforms=operand_tiles),
         plgpu.SMEM((stages, consumers * halves * _M, tk), dtype, transforms=operand_tiles),
-        plgpu.SMEM((consumers, tile_rows, _M), dtype, transforms=tiles.transforms(math.gcd(n_out, _M), dtype)),
+        plgpu.SMEM((consumers, 2, _STORED, _M), dtype, transforms=tiles.transforms(math.gcd(n_out, _M), dtype)),
         plgpu.Barrier(num_arrivals=1 + len(pieces), num_barriers=stages),
         plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
     ]
