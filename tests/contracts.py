@@ -86,8 +86,14 @@ def groups_of(seed, num_tokens, top_k, num_experts, tile_rows, *, only=None, mis
     rng = np.random.default_rng([seed, 31])
     ids = rng.choice(np.arange(num_experts) if only is None else only, (num_tokens, top_k))
     ids = np.where(rng.random(ids.shape) < missing, -1, ids)
+    return group_tokens(jnp.asarray(ids, jnp.int32), num_experts=num_experts, tile_rows=tile_rows, implementation="xla")
+
+
+def groups_with_sizes(seed, sizes, tile_rows) -> Groups:
+    """Groups of these sizes, a pair a token."""
+    ids = np.random.default_rng([seed, 33]).permutation(np.repeat(np.arange(len(sizes)), sizes))[:, None]
     return group_tokens(
-        jnp.asarray(ids, jnp.int32), num_experts=num_experts, tile_rows=tile_rows, implementation="xla"
+        jnp.asarray(ids, jnp.int32), num_experts=len(sizes), tile_rows=tile_rows, implementation="xla"
     )
 
 

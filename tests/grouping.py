@@ -5,6 +5,16 @@ import numpy as np
 from moe_jax.ops.group_tokens import Groups, max_tiles
 
 
+def share_of_tile(size: int, tile_rows: int) -> int:
+    """Rows that each tile of a group of ``size`` takes, the last one less: the same for all, rounded up to a multiple of 8.
+
+    >>> [share_of_tile(size, 64) for size in (0, 5, 64, 65, 200)]
+    [64, 8, 64, 40, 56]
+    """
+    tiles = -(-size // tile_rows)
+    return tile_rows if tiles == 0 else min(-(-size // tiles // 8) * 8, tile_rows)
+
+
 def python_groups(ids, num_experts, num_local, expert_map, tile_rows):
     """The fields of `Groups`, pair by pair. Rows without a token are -1 here."""
     ids = np.asarray(ids)
@@ -23,8 +33,9 @@ def python_groups(ids, num_experts, num_local, expert_map, tile_rows):
     tile_sizes = np.zeros(tiles, np.int32)
     tile = 0
     for local, pairs in enumerate(members):
-        for start in range(0, len(pairs), tile_rows):
-            here = pairs[start : start + tile_rows]
+        share = share_of_tile(len(pairs), tile_rows)
+        for start in range(0, len(pairs), share):
+            here = pairs[start : start + share]
             tile_group[tile], tile_sizes[tile] = local, len(here)
             for i, (token, slot) in enumerate(here):
                 positions[token, slot] = tile * tile_rows + i
@@ -71,7 +82,8 @@ def check_invariants(groups: Groups, ids) -> None:
     for group, size in enumerate(np.asarray(groups.group_sizes).tolist()):
         mine = np.flatnonzero(tile_group == group)
         assert len(mine) == -(-size // groups.tile_rows)
-        members = [mine[0] * groups.tile_rows + i for i in range(size)] if size else []
+        members = [tile * groups.tile_rows + row for tile in mine for row in range(tile_sizes[tile])]
+        assert len(members) == size and tile_sizes.max() <= groups.tile_rows
         assert set(members) <= set(rows[placed].tolist())
         assert (np.diff(row_token[members]) >= 0).all(), "tokens of a group are out of order"
         experts = {int(e) for e in np.asarray(ids).reshape(-1)[np.isin(rows, members)]}

@@ -137,7 +137,9 @@ def test_biases_that_are_missing_superfluous_or_misshapen(missing):
 
 def test_ungated_weights_have_one_half_of_the_rows():
     config = dataclasses.replace(CONFIG, activation="relu2_no_mul")
-    check_refused(ValueError, ["w13", "(6, 16, 16)", "(6, 8, 16)", "un-gated"], config=config, experts=experts_of(0, CONFIG))
+    check_refused(
+        ValueError, ["w13", "(6, 16, 16)", "(6, 8, 16)", "un-gated"], config=config, experts=experts_of(0, CONFIG)
+    )
 
 
 def test_more_slots_than_experts():

@@ -26,9 +26,7 @@ def run(rows, positions, weights):
     return out
 
 
-@pytest.mark.parametrize(
-    ("dtype", "hidden"), [("bfloat16", h) for h in (16, 80, 256, 272, 1536)] + [("float16", 144)]
-)
+@pytest.mark.parametrize(("dtype", "hidden"), [("bfloat16", h) for h in (16, 80, 256, 272, 1536)] + [("float16", 144)])
 def test_weighted_sum(dtype, hidden):
     operands = problem(0, 7, 2, hidden, dtype)
     out = run(*operands)

@@ -8,7 +8,7 @@ from moe_jax.config import MoEConfig
 from moe_jax.kernels.hopper import tiles
 from moe_jax.ops.group_tokens import default_tile_rows, group_tokens, max_tiles
 from moe_jax.ops.grouped_matmul import grouped_matmul
-from tests.contracts import check_grouped_matmul, groups_of, rows_of
+from tests.contracts import check_grouped_matmul, groups_of, groups_with_sizes, rows_of
 from tests.layers import normal, quick_jit
 from tests.lowering import assert_lowers_to_kernels, like
 
@@ -34,14 +34,14 @@ def run(rows, weights, groups, *, bias=None, activation=None, group_offset=0):
 
 
 @pytest.mark.parametrize(
-    ("tile_rows", "sizes"), [(64, (64, 64)), (128, (16, 16)), (64, (80, 144)), (128, (144, 80)), (64, (272, 528))]
+    ("tile_rows", "sizes"), [(64, (64, 64)), (128, (16, 16)), (64, (80, 144)), (160, (144, 80)), (64, (272, 528))]
 )
 def test_sizes(tile_rows, sizes):
     """Contracted and output sizes below, at and above those of a tile; more steps than stages."""
     run(*problem(0, groups_of(0, 9, 2, 3, tile_rows), *sizes))
 
 
-@pytest.mark.parametrize(("tile_rows", "intermediate"), [(64, 16), (128, 80), (64, 144), (128, 144)])
+@pytest.mark.parametrize(("tile_rows", "intermediate"), [(64, 16), (128, 80), (64, 144), (160, 144)])
 def test_gated_activation(tile_rows, intermediate):
     run(*problem(1, groups_of(1, 9, 2, 3, tile_rows), 80, 2 * intermediate), activation="silu")
 
@@ -56,15 +56,24 @@ def test_activations_with_bias(activation):
     run(*problem(3, groups_of(3, 9, 2, 3, 64), 80, 96), activation=activation, bias=bias)
 
 
-@pytest.mark.parametrize(("tile_rows", "bias_dtype"), [(64, "bfloat16"), (128, "float16"), (128, "float32")])
+@pytest.mark.parametrize(("tile_rows", "bias_dtype"), [(64, "bfloat16"), (128, "float16"), (160, "float32")])
 def test_bias(tile_rows, bias_dtype):
     run(*problem(4, groups_of(4, 9, 2, 3, tile_rows), 80, 144), bias=normal(4, 3, 144, dtype=bias_dtype))
 
 
-def test_a_group_of_several_tiles():
-    groups = groups_of(5, 70, 2, 3, 64, only=[1])
-    assert int(groups.num_tiles[0]) == 2
-    run(*problem(5, groups, 80, 80))
+GROUP_SIZES = {
+    64: [(1, 8, 9), (16, 17, 32), (33, 63, 64), (0, 65, 200)],
+    128: [(1, 48, 49), (64, 65, 80), (81, 96, 97), (112, 127, 128), (129, 0, 300)],
+    160: [(16, 17, 100), (112, 113, 120), (128, 136, 137), (145, 152, 160), (161, 0, 330)],
+}
+
+
+@pytest.mark.parametrize(("tile_rows", "sizes"), [(t, s) for t, several in GROUP_SIZES.items() for s in several])
+def test_group_sizes(tile_rows, sizes):
+    """A tile is computed with as many rows as it has, rounded up: each of these numbers, and groups of several tiles."""
+    groups = groups_with_sizes(5, sizes, tile_rows)
+    assert groups.group_sizes.tolist() == list(sizes)
+    run(*problem(5, groups, 80, 96), activation="silu" if sizes[0] % 2 else None)
 
 
 @pytest.mark.parametrize("kwargs", [dict(only=[0]), dict(only=[2]), dict(missing=1)])

@@ -37,7 +37,7 @@ def random_ids(seed, num_tokens, top_k, num_experts, missing=0.1):
 
 
 @pytest.mark.parametrize("shape", [(37, 2, 5), (1, 1, 1), (1, 4, 4), (64, 1, 3), (50, 8, 16), (3, 2, 100)])
-@pytest.mark.parametrize("tile_rows", [1, 8, 64])
+@pytest.mark.parametrize("tile_rows", [1, 8, 24, 64])
 def test_random_pairs(shape, tile_rows):
     num_tokens, top_k, num_experts = shape
     ids = random_ids(0, num_tokens, top_k, num_experts)
@@ -69,7 +69,9 @@ def test_the_checks_can_fail():
     for other in (random_ids(2, 37, 2, 5), np.roll(ids, 1, axis=0), np.where(ids == 1, -1, ids)):
         with pytest.raises(AssertionError):
             check_groups(groups, other, 5)
-    first = int(np.flatnonzero(np.diff(groups.row_token[: int(groups.group_sizes[0])]))[0])  # it and the next: two tokens
+    first = int(
+        np.flatnonzero(np.diff(groups.row_token[: int(groups.group_sizes[0])]))[0]
+    )  # it and the next: two tokens
     swapped = jnp.asarray([first + 1, first]), jnp.asarray([first, first + 1])
     broken = {
         "two pairs in one row": dict(positions=groups.positions.at[3, 0].set(groups.positions[5, 0])),
@@ -137,7 +139,10 @@ def test_neighbouring_experts_by_offset(offset):
 
 
 @hypothesis.given(
-    num_pairs=st.integers(0, 300), num_local=st.integers(0, 20), tile_rows=st.sampled_from([1, 8, 64]), seed=st.integers(0)
+    num_pairs=st.integers(0, 300),
+    num_local=st.integers(0, 20),
+    tile_rows=st.sampled_from([1, 8, 64]),
+    seed=st.integers(0),
 )
 def test_the_schedule_has_room_for_any_routing_and_not_for_more(num_pairs, num_local, tile_rows, seed):
     def needed(sizes):

@@ -95,5 +95,7 @@ def test_gradient(name):
 def test_the_gradient_is_finite_where_logits_are_not():
     for name in ("default", "renormalize", "sigmoid_renorm", "deepseek_v4"):
         config = config_of(name)
-        gradient = quick_jit(jax.grad(lambda x: jnp.sum(run(x, config, None, topk).weights)))(jnp.asarray(special_logits()))
+        gradient = quick_jit(jax.grad(lambda x: jnp.sum(run(x, config, None, topk).weights)))(
+            jnp.asarray(special_logits())
+        )
         assert np.isfinite(np.asarray(gradient)).all(), name

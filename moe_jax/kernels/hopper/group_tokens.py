@@ -27,6 +27,7 @@ from jaxtyping import Array, Int
 from moe_jax import _compat
 
 _WARPS = 4  # warps of a warpgroup
+_TOGETHER = 4  # pairs that a warp places at a time, so that their loads and divisions overlap
 _VECTOR = 128  # threads of a warpgroup: vectors over experts are padded to a multiple
 _MAX_EXPERTS = 1024
 
@@ -44,7 +45,7 @@ def supports(num_experts: int, num_local_experts: int, tile_rows: int, num_pairs
 class Config:
     """How pairs are spread over warps."""
 
-    warpgroups: int = 8
+    warpgroups: int | None = None  # by default 4 for up to 512 pairs, 8 for more
     box: int = (
         64  # pairs of a warpgroup in one copy; several blocks take several of them when there are too many blocks
     )
@@ -56,16 +57,20 @@ class _Plan:
     """Who takes which pairs: blocks of a few warpgroups of 4 warps, each warp a contiguous run."""
 
     def __init__(self, num_pairs: int, num_experts: int, num_local_experts: int, config: Config):
-        self.warpgroups = config.warpgroups
-        self.warps = config.warpgroups * _WARPS
-        one_block = config.max_box * config.warpgroups
-        share = pl.cdiv(num_pairs, config.warpgroups)
+        self.warpgroups = config.warpgroups or (4 if num_pairs <= 512 else 8)
+        self.warps = self.warpgroups * _WARPS
+        one_block = config.max_box * self.warpgroups
+        share = pl.cdiv(num_pairs, self.warpgroups)
         self.box = max(32, 1 << (share - 1).bit_length()) if num_pairs <= one_block else config.box
+        if self.box % (_WARPS * _TOGETHER):
+            raise ValueError(
+                f"box={self.box} must be a multiple of {_WARPS * _TOGETHER}: each warp takes {_TOGETHER} pairs at a time"
+            )
         # At most 8 boxes: they lie in shared memory.
-        self.boxes = max(1, min(8, pl.cdiv(num_pairs, config.max_blocks * config.warpgroups * self.box)))
+        self.boxes = max(1, min(8, pl.cdiv(num_pairs, config.max_blocks * self.warpgroups * self.box)))
         self.per_warpgroup = self.boxes * self.box
         self.per_warp = self.per_warpgroup // _WARPS
-        self.per_block = self.per_warpgroup * config.warpgroups
+        self.per_block = self.per_warpgroup * self.warpgroups
         self.blocks = pl.cdiv(num_pairs, self.per_block)
         self.width = pl.cdiv(num_local_experts, _VECTOR) * _VECTOR
         self.map_boxes = pl.cdiv(num_experts, config.max_box)
@@ -74,7 +79,6 @@ class _Plan:
     def scratch(self, mapped: bool) -> list[Any]:
         """Shared memory of both kernels: pairs, counters, their barriers, and the map if there is one."""
         found = [
-            plgpu.SMEM((self.warpgroups, self.per_warpgroup), jnp.int32),
             plgpu.SMEM((self.warpgroups, self.per_warpgroup), jnp.int32),
             plgpu.SMEM((self.warps, self.width), jnp.int32),
             plgpu.Barrier(num_arrivals=self.boxes, num_barriers=self.warpgroups),
@@ -99,11 +103,9 @@ def _zeros(width: int) -> Any:
 class _Pairs:
     """The pairs of a block in shared memory, and the walk of a warp over its own."""
 
-    def __init__(
-        self, plan, num_pairs, num_experts, num_local, ids_g, map_g, ids_s, ranks_s, loaded, map_s, map_loaded
-    ):
+    def __init__(self, plan, num_pairs, num_experts, num_local, ids_g, map_g, ids_s, loaded, map_s, map_loaded):
         self.plan, self.num_pairs, self.num_experts, self.num_local = plan, num_pairs, num_experts, num_local
-        self.ids_s, self.ranks_s, self.map_s = ids_s, ranks_s, map_s
+        self.ids_s, self.map_s = ids_s, map_s
         self.block, self.wg = lax.axis_index("block"), lax.axis_index("wg")
         first = self.first = self.block * plan.per_block + self.wg * plan.per_warpgroup
         for box in range(plan.boxes):
@@ -121,9 +123,10 @@ class _Pairs:
         plgpu.barrier_wait(loaded.at[self.wg])
 
     def count(self, counts_s: Any) -> None:
-        """Fills the counters, pairs of each warp per local expert; a pair's id gives way to its local expert, or -1.
+        """Fills the counters: pairs of each warp per local expert.
 
-        `ranks_s` keeps how many pairs of the same expert the warp had before.
+        The id of a pair gives way to what `walk` needs of it: its local expert, and how many pairs of that expert its warp
+        had before; -1 for a pair that is dropped.
         """
         plan, wg = self.plan, self.wg
         for warp in range(_WARPS):
@@ -140,25 +143,26 @@ class _Pairs:
                 known = (expert >= 0) & (expert < self.num_experts)
                 local = expert if self.map_s is None else self.map_s[jnp.where(known, expert, 0)]
                 local = jnp.where(known & (local >= 0) & (local < self.num_local), local, -1)
-                self.ids_s[wg, first + i] = local
+                seen = counts_s[row, jnp.maximum(local, 0)]
+                self.ids_s[wg, first + i] = jnp.where(local < 0, -1, seen * _MAX_EXPERTS + local)
 
                 @pl.when(local >= 0)
                 def _():
-                    seen = counts_s[row, local]
-                    self.ranks_s[wg, first + i] = seen
                     counts_s[row, local] = seen + 1
 
-    def walk(self, warp: Any, together: int, visit: Any) -> None:
-        """After `count`: calls `visit` with lists of (place in the warpgroup, pair, local expert or -1) of one warp."""
+    def walk(self, warp: Any, visit: Any) -> None:
+        """After `count`: calls `visit` with lists of (pair, local expert or -1, rank in the warp) of one warp."""
         first = warp * self.plan.per_warp
 
-        @pl.loop(0, self.plan.per_warp // together)
+        @pl.loop(0, self.plan.per_warp // _TOGETHER)
         def _(i):
             found = []
-            for j in range(together):
-                place = first + i * together + j
-                pair = self.first + place
-                found.append((place, pair, jnp.where(pair < self.num_pairs, self.ids_s[self.wg, place], -1)))
+            for j in range(_TOGETHER):
+                at = first + i * _TOGETHER + j
+                pair = self.first + at
+                packed = jnp.where(pair < self.num_pairs, self.ids_s[self.wg, at], -1)
+                local = jnp.where(packed < 0, -1, lax.rem(packed, _MAX_EXPERTS))
+                found.append((pair, local, lax.div(packed, _MAX_EXPERTS)))
             visit(found)
 
 
@@ -176,9 +180,9 @@ def _count(ids, expert_map, num_experts: int, num_local: int, plan: _Plan, inter
 
     def count_pairs(ids_g, *refs):
         map_g = refs[0] if mapped else None
-        block_counts_g, ids_s, ranks_s, counts_s, loaded, counted, *map_refs = refs[int(mapped) :]
+        block_counts_g, ids_s, counts_s, loaded, counted, *map_refs = refs[int(mapped) :]
         pairs = _Pairs(
-            plan, num_pairs, num_experts, num_local, ids_g, map_g, ids_s, ranks_s, loaded, *(map_refs or (None, None))
+            plan, num_pairs, num_experts, num_local, ids_g, map_g, ids_s, loaded, *(map_refs or (None, None))
         )
         pairs.count(counts_s)
         plgpu.barrier_arrive(counted)
@@ -212,13 +216,13 @@ def _place(ids, expert_map, block_counts, num_experts, num_local, top_k, tile_ro
         map_g = refs[int(counted)] if mapped else None
         refs = refs[int(counted) + int(mapped) :]
         positions_g, token_g, group_g, tile_sizes_g, sizes_g, num_tiles_g = refs[:6]
-        partial_s, sizes_s, shares_s, first_tile_s, scan_s, summed = refs[6:12]
-        ids_s, ranks_s, next_s, loaded, based, *map_refs = refs[12:]
+        partial_s, sizes_s, shares_s, first_tile_s, scan_s, base_s, summed = refs[6:13]
+        ids_s, counts_s, loaded, based, *map_refs = refs[13:]
         pairs = _Pairs(
-            plan, num_pairs, num_experts, num_local, ids_g, map_g, ids_s, ranks_s, loaded, *(map_refs or (None, None))
+            plan, num_pairs, num_experts, num_local, ids_g, map_g, ids_s, loaded, *(map_refs or (None, None))
         )
         block, wg = pairs.block, pairs.wg
-        pairs.count(next_s)
+        pairs.count(counts_s)
 
         if counted:  # each warpgroup sums its share of the blocks: all of them, and those before this one
 
@@ -238,14 +242,22 @@ def _place(ids, expert_map, block_counts, num_experts, num_local, top_k, tile_ro
         plgpu.barrier_arrive(summed)
         plgpu.barrier_wait(summed)
 
+        def set_base(row, running):
+            base_s[row] = running
+
+        # Where each warp goes on: after the pairs of the blocks and warps before it.
+        counts = [_vector(counts_s.at[row]) for row in range(plan.warps)]
+        if counted:
+            total = _add_up([_vector(partial_s.at[0, other]) for other in range(warpgroups)])
+            running = _add_up([_vector(partial_s.at[1, other]) for other in range(warpgroups)])
+        else:
+            total, running = _add_up(counts), _zeros(width)
+        for row, count in enumerate(counts):
+            pl.when(wg == row // _WARPS)(lambda row=row, running=running: set_base(row, running))
+            running = running + count
+
         @pl.when(wg == 0)
         def _():
-            counts = [_vector(next_s.at[row]) for row in range(plan.warps)]
-            if counted:
-                total = _add_up([_vector(partial_s.at[0, other]) for other in range(warpgroups)])
-                before = _add_up([_vector(partial_s.at[1, other]) for other in range(warpgroups)])
-            else:
-                total, before = _add_up(counts), _zeros(width)
             num_tiles = lax.div(total + (tile_rows - 1), jnp.full_like(total, tile_rows))
             even = lax.div(total + num_tiles - 1, jnp.maximum(num_tiles, 1))
             shares = jnp.minimum(lax.div(even + 7, jnp.full_like(even, 8)) * 8, tile_rows)
@@ -260,10 +272,6 @@ def _place(ids, expert_map, block_counts, num_experts, num_local, top_k, tile_ro
                 distance *= 2
             first_tile_s[...] = _vector(scan_s.at[pl.ds(width, width)]) - num_tiles
             sizes_s[...] = total
-            running = before
-            for row, count in enumerate(counts):
-                next_s[row] = running
-                running = running + count
 
         plgpu.barrier_arrive(based)
         plgpu.barrier_wait(based)
@@ -274,13 +282,13 @@ def _place(ids, expert_map, block_counts, num_experts, num_local, top_k, tile_ro
 
             def place(found):
                 positions = []
-                for at, _, local in found:
+                for _, local, seen in found:
                     expert = jnp.maximum(local, 0)
-                    rank = next_s[row, expert] + ranks_s[wg, at]
+                    rank = base_s[row, expert] + seen
                     share = shares_s[expert]
                     tile = first_tile_s[expert] + lax.div(rank, share)
                     positions.append(jnp.where(local < 0, -1, tile * tile_rows + lax.rem(rank, share)))
-                for (_, pair, local), position in zip(found, positions, strict=True):
+                for (pair, local, _), position in zip(found, positions, strict=True):
 
                     @pl.when(local >= 0)
                     def _(pair=pair, position=position):
@@ -290,7 +298,7 @@ def _place(ids, expert_map, block_counts, num_experts, num_local, top_k, tile_ro
                     def _(pair=pair, position=position):
                         positions_g[pair] = position
 
-            pairs.walk(warp, min(4, plan.per_warp), place)  # a few at a time: their loads and divisions overlap
+            pairs.walk(warp, place)
 
             # The tile schedule: an expert a warp.
             workers = plan.blocks * plan.warps
@@ -345,6 +353,7 @@ def _place(ids, expert_map, block_counts, num_experts, num_local, top_k, tile_ro
             plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((2 * width,), jnp.int32),
+            plgpu.SMEM((plan.warps, width), jnp.int32),
             plgpu.Barrier(num_arrivals=warpgroups),
             *plan.scratch(mapped),
         ],

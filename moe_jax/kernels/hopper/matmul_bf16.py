@@ -80,7 +80,9 @@ def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -
     stage read memory in longer runs.
     """
     if tile_rows > _SOME[-1]:
-        return Config(row_counts=tuple(c for c in _MANY if c < tile_rows) + (tile_rows,), stages=4 if tile_rows <= 160 else 3)
+        return Config(
+            row_counts=tuple(c for c in _MANY if c < tile_rows) + (tile_rows,), stages=4 if tile_rows <= 160 else 3
+        )
     if tile_rows > _FEW[-1]:
         return Config(row_counts=tuple(c for c in _SOME if c < tile_rows) + (tile_rows,), stages=4)
     narrow = not gated and likely_tiles * pl.cdiv(n_out, 2 * _M) < _compat.num_multiprocessors()

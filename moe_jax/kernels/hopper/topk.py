@@ -33,7 +33,7 @@ def supports(router_logits: Any, top_k: int, rule: RoutingRule) -> str | None:
     if router_logits.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"router_logits {router_logits.dtype} must be float32, bfloat16 or float16"
     if experts * router_logits.dtype.itemsize % 16:
-        return f"num_experts={experts} of {router_logits.dtype} must fill a multiple of 16 bytes (TMA strides); pass float32 logits"
+        return f"num_experts={experts} of {router_logits.dtype} must fill whole 16 bytes (TMA strides); pass float32 logits"
     if experts > _MAX_EXPERTS or top_k > _MAX_TOP_K:
         return (
             f"num_experts={experts} must be at most {_MAX_EXPERTS} and top_k={top_k} at most {_MAX_TOP_K} (registers)"
