@@ -18,8 +18,8 @@ def table(result: dict, source: str) -> str:
     rows = {(r["case"], r["tokens"]): r for r in result["rows"] if r.get("layer_us")}
     tokens = sorted({t for _, t in rows})
     lines = [
-        f"Microseconds for the whole {result['rows'][0]['dtype']} layer, router logits and hidden states in, output out, inside one "
-        f"jit (in brackets: the sum of its kernels alone), on one {result['device']}, jax {result['jax']}, commit "
+        f"Microseconds for the whole {result['rows'][0]['dtype']} layer, router logits and hidden states in, output out, "
+        f"inside one jit (in brackets: the sum of its kernels alone), on one {result['device']}, jax {result['jax']}, commit "
         f"`{result['commit']}`, {result['date']}. From `{source}`, which also has each kernel and the error of each row.",
         "",
         "| case | " + " | ".join(f"T = {t}" for t in tokens) + " |",

@@ -92,9 +92,7 @@ def groups_of(seed, num_tokens, top_k, num_experts, tile_rows, *, only=None, mis
 def groups_with_sizes(seed, sizes, tile_rows) -> Groups:
     """Groups of these sizes, a pair a token."""
     ids = np.random.default_rng([seed, 33]).permutation(np.repeat(np.arange(len(sizes)), sizes))[:, None]
-    return group_tokens(
-        jnp.asarray(ids, jnp.int32), num_experts=len(sizes), tile_rows=tile_rows, implementation="xla"
-    )
+    return group_tokens(jnp.asarray(ids, jnp.int32), num_experts=len(sizes), tile_rows=tile_rows, implementation="xla")
 
 
 def rows_of(seed, groups: Groups, width, dtype):
