@@ -6,6 +6,7 @@ Each entry says why it is here, so that it can go when the reason does.
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import jax
@@ -41,13 +42,21 @@ def default_device() -> jax.Device:
     return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
 
 
+# The interpreter runs every warpgroup of every block as a thread of XLA's CPU client and blocks it at barriers.
+_INTERPRETER_THREADS = 32
+
+
 def interpret_params() -> Any:
-    """How the kernels are interpreted on a CPU."""
+    """How the kernels are interpreted on a CPU.
+
+    Raises:
+        RuntimeError: XLA's CPU client has so few threads that blocked ones would wait for each other for ever.
+    """
+    threads = os.environ.get("NPROC") or str(os.cpu_count() or 1)
+    if not threads.isdigit() or int(threads) < _INTERPRETER_THREADS:
+        raise RuntimeError(
+            f"implementation='mosaic_interpret' needs at least {_INTERPRETER_THREADS} threads in XLA's CPU client, which takes "
+            f"their number from the environment variable NPROC (here {threads}, the number of cores by default) when JAX "
+            "starts; set NPROC=64 before importing jax, or use implementation='xla'"
+        )
     return plgpu.InterpretGPUParams()
-
-
-def reset_interpreter() -> None:
-    """Clears the interpreter's global state, which an exception inside a kernel can leave behind for the next one."""
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # public only as a name in the interpreter's docs
-
-    gpu_callbacks.reset_gpu_interpret_mode_state()
