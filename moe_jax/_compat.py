@@ -60,3 +60,10 @@ def interpret_params() -> Any:
             "starts; set NPROC=64 before importing jax, or use implementation='xla'"
         )
     return plgpu.InterpretGPUParams()
+
+
+def reset_interpreter() -> None:
+    """Clears the interpreter's global state, which an exception inside a kernel can leave behind for the next one."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # public only as a name in the interpreter's docs
+
+    gpu_callbacks.reset_gpu_interpret_mode_state()

@@ -83,7 +83,7 @@ def check_invariants(groups: Groups, ids) -> None:
         mine = np.flatnonzero(tile_group == group)
         assert len(mine) == -(-size // groups.tile_rows)
         members = [tile * groups.tile_rows + row for tile in mine for row in range(tile_sizes[tile])]
-        assert len(members) == size and tile_sizes.max() <= groups.tile_rows
+        assert len(members) == size and tile_sizes.max(initial=0) <= groups.tile_rows
         assert set(members) <= set(rows[placed].tolist())
         assert (np.diff(row_token[members]) >= 0).all(), "tokens of a group are out of order"
         experts = {int(e) for e in np.asarray(ids).reshape(-1)[np.isin(rows, members)]}

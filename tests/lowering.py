@@ -13,8 +13,12 @@ MOSAIC = re.compile(r"mosaic_gpu\w*")
 
 def lower(function, *operands) -> str:
     """The StableHLO of ``function`` on a CUDA device. Operands are arrays or `like`."""
-    text = jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
-    return re.sub(r'"(?:[^"\\]|\\.)*"', '""', text)  # the kernels themselves are strings: not ours to read
+    return without_strings(jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text())
+
+
+def without_strings(text: str) -> str:
+    """The program without the kernels themselves, which are strings: not ours to read."""
+    return re.sub(r'"(?:[^"\\]|\\.)*"', '""', text)
 
 
 def like(dtype, *shape) -> jax.ShapeDtypeStruct:

@@ -91,7 +91,6 @@ def test_the_scaling_factor_cannot_make_weights_infinite():
 
 LOWERED = {
     "qwen3": (RoutingConfig(), 1000, 128, 8, "float32"),
-    "mixtral": (RoutingConfig("renormalize"), 1, 8, 2, "float32"),
     "deepseek": (RoutingConfig("deepseek_v3", 8, 4, routed_scaling_factor=2.5), 4096, 256, 8, "float32"),
     "384 experts": (RoutingConfig("deepseek_v3"), 100, 384, 8, "float32"),
     "bfloat16": (RoutingConfig("deepseek_v2", 8, 3), 64, 160, 6, "bfloat16"),
