@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,6 +26,14 @@ def kernel(body: Any, *, interpret: Any = None, **kwargs: Any) -> Any:
     if interpret is not None:
         kwargs["interpret"] = interpret
     return plgpu.kernel(body, **kwargs)
+
+
+def store_scattered(ref: Any, value: Any) -> None:
+    """Stores registers to places in GPU memory that do not fill whole sectors; jax 0.12 wants to be told that this is meant."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
 
 
 @functools.cache
@@ -67,3 +76,11 @@ def reset_interpreter() -> None:
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # public only as a name in the interpreter's docs
 
     gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def measure_kernels(function: Callable[..., Any], *operands: Any, iterations: int = 11) -> list[list[tuple[str, float]]]:
+    """Runs `function` on the GPU under CUPTI: for each iteration its kernels in order, each a name and milliseconds."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    _, runs = profiler.measure(function, iterations=iterations, aggregate=False)(*operands)
+    return runs or []  # None when no kernel was launched

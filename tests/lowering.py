@@ -35,8 +35,7 @@ def operations(text: str) -> Counter:
 def num_kernels(text: str) -> int:
     """Mosaic kernels in ``text``, which must consist of nothing else.
 
-    A broadcast is free if what it broadcasts is a constant, an iota or a scalar of the program; here that is decided by
-    the operand, which must not be an argument or the result of a kernel.
+    A broadcast is free only of what is made of constants, not of an argument or the result of a kernel.
     """
     found = operations(text)
     other = {name: count for name, count in found.items() if name not in FREE and not MOSAIC.fullmatch(name)}

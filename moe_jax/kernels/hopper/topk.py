@@ -254,8 +254,8 @@ def topk(
         @pl.when(full)
         def _():
             for slot in range(top_k):
-                ids_g[pl.ds(first, _ROWS), slot] = ids[slot]
-                weights_g[pl.ds(first, _ROWS), slot] = weights[slot]
+                _compat.store_scattered(ids_g.at[pl.ds(first, _ROWS), slot], ids[slot])
+                _compat.store_scattered(weights_g.at[pl.ds(first, _ROWS), slot], weights[slot])
 
         if tail:
 
