@@ -1,4 +1,4 @@
-"""Writes the README's benchmark table from a result file of layer.py, between the two markers in the README.
+"""Writes the README's benchmark table from a result file of `moe-jax bench`, between the two markers in the README.
 
 python benchmarks/table.py benchmarks/results/NAME.json
 """
@@ -15,7 +15,7 @@ START, END = "<!-- benchmarks: start -->", "<!-- benchmarks: end -->"
 
 def table(result: dict, source: str) -> str:
     """The Markdown table: microseconds of the whole layer, with the kernels' sum, for each case and number of tokens."""
-    rows = {(r["case"], r["tokens"]): r for r in result["rows"] if r.get("layer_us")}
+    rows = {(r["case"], r["tokens"]): r for r in result["rows"] if r.get("layer_us") and "failed" not in r}
     tokens = sorted({t for _, t in rows})
     lines = [
         f"Microseconds for the whole {result['rows'][0]['dtype']} layer, router logits and hidden states in, output out, "
@@ -27,9 +27,14 @@ def table(result: dict, source: str) -> str:
     ]
     for case in dict.fromkeys(c for c, _ in rows):
         cells = [rows.get((case, t)) for t in tokens]
-        texts = [f"{c['layer_us']:.0f} ({c['kernels_total_us']:.0f})" if c else "" for c in cells]
+        texts = [f"{c['layer_us']:.0f}" + kernels(c) if c else "" for c in cells]
         lines.append(f"| {case} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
+
+
+def kernels(row: dict) -> str:
+    """The kernels' sum in brackets; nothing for a row from a CPU, which has none."""
+    return f" ({row['kernels_total_us']:.0f})" if "kernels_total_us" in row else ""
 
 
 def main(path: Path) -> None:

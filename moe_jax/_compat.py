@@ -78,7 +78,9 @@ def reset_interpreter() -> None:
     gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
-def measure_kernels(function: Callable[..., Any], *operands: Any, iterations: int = 11) -> list[list[tuple[str, float]]]:
+def measure_kernels(
+    function: Callable[..., Any], *operands: Any, iterations: int = 11
+) -> list[list[tuple[str, float]]]:
     """Runs `function` on the GPU under CUPTI: for each iteration its kernels in order, each a name and milliseconds."""
     from jax.experimental.mosaic.gpu import profiler
 

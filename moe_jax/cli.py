@@ -1,7 +1,8 @@
-"""The command line, `moe-jax demo | explain`: it reads options and prints; the work is done elsewhere."""
+"""The command line, `moe-jax demo | explain | bench`: it reads options and prints; the work is done elsewhere."""
 
 import enum
 import importlib.metadata
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -166,6 +167,87 @@ def explain(
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise _fail(str(error), 2) from error
     _console().print(explanation_table(explain_layer(moe_config, tokens, platform.value if platform else None)))
+
+
+@app.command()
+def bench(
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name of a shape, or E,k,H,I; may be repeated. Default: all names on a GPU, a small one without."
+        ),
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Numbers of tokens, T. Default: 0,1,16,128,1000,4096 on a GPU, else 1,16,128.")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Compute dtype. Default: bfloat16 on a GPU, else float32.")
+    ] = None,
+    implementation: Annotated[Implementation, typer.Option(help="What to measure.")] = Implementation.AUTO,
+    compare: Annotated[
+        str,
+        typer.Option(
+            help="Peers to run beside it, of torch, tokamax, ragged_dot (jax.lax's) and xla (our plain-JAX form); one that "
+            "cannot run here says why. vLLM is not supported by this command."
+        ),
+    ] = "",
+    checks: Annotated[bool, typer.Option("--checks", help="Also check bit for bit: two runs, a token alone.")] = False,
+    commit: Annotated[str | None, typer.Option(help="Commit to record. Default: what git says.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Result file, JSON.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture of time against tokens; with several cases one each, FILE-CASE.png.")
+    ] = None,
+) -> None:
+    """Measure the layer: kernel and layer times, error, share of what the hardware can do."""
+    if implementation is Implementation.MOSAIC_INTERPRET:
+        os.environ.setdefault("NPROC", "64")  # see demo
+    from moe_jax.bench import BenchOptions, failures, parse_case, parse_peers, parse_tokens, run_bench
+    from moe_jax.bench.report import case_table, headline, save_plots
+    from moe_jax.bench.run import has_gpu
+
+    try:
+        options = BenchOptions(
+            cases=tuple(parse_case(text) for text in dict.fromkeys(case or [])),
+            tokens=parse_tokens(tokens) if tokens is not None else (),
+            dtype=dtype.value if dtype else None,
+            implementation=implementation.value,
+            compare=parse_peers(compare),
+            checks=checks,
+            commit=commit,
+            out=out,
+        )
+        for name, path in (("--out", out), ("--plot", plot)):
+            if path is not None and not path.parent.is_dir():
+                raise ValueError(f"{name} {path}: there is no folder {path.parent}")
+        if plot is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib; pip install 'moe_jax[demo]'")
+    except ValueError as error:
+        raise _fail(str(error), 2) from error
+    if "torch" in options.compare:
+        # Both frameworks share the GPU: JAX must not reserve most of it up front.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        # torch's threads on a CPU spin while they wait, which on a busy machine makes it look a hundred times slower.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    console = _console()
+    if not has_gpu():
+        console.print(
+            "There is no GPU here: the plain-JAX (xla) path runs, at small sizes by default, and kernel times are left out.",
+            highlight=False,
+        )
+    with console.status("starting") as status:
+        result = run_bench(options, lambda _, rows: console.print(case_table(rows)), status.update)
+    console.print(headline(result), highlight=False, markup=False)
+    if out is not None:
+        console.print(f"wrote {out}", highlight=False, markup=False)
+    wrong = failures(result)
+    if plot is not None:
+        try:
+            for path in save_plots(result, plot):
+                console.print(f"wrote {path}", highlight=False, markup=False)
+        except (OSError, ValueError) as error:  # a folder that is read-only; an ending that names no picture format
+            raise _fail(f"cannot write --plot {plot}: {error}", 2) from error
+    if wrong:
+        raise _fail("; ".join(wrong), 1)
 
 
 def main() -> None:

@@ -2,18 +2,24 @@
 
 import re
 from collections import Counter
+from unittest import mock
 
 import jax
 import pytest
 
+from moe_jax import _compat
+
 # Reshapes cost nothing on a GPU; constants, and what is made of constants alone, are computed when the program is compiled.
 FREE = {"reshape", "constant", "iota", "broadcast_in_dim"}
+H200_MULTIPROCESSORS = 132
 MOSAIC = re.compile(r"mosaic_gpu\w*")
 
 
 def lower(function, *operands) -> str:
-    """The StableHLO of ``function`` on a CUDA device. Operands are arrays or `like`."""
-    return without_strings(jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text())
+    """The StableHLO of ``function`` on an H200. Operands are arrays or `like`."""
+    with mock.patch.object(_compat, "num_multiprocessors", lambda: H200_MULTIPROCESSORS):
+        lowered = jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",))
+    return without_strings(lowered.as_text())
 
 
 def without_strings(text: str) -> str:

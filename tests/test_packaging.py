@@ -63,19 +63,21 @@ def test_only_compat_imports_private_jax():
     assert set(importers("jax._src", "jaxlib")) <= {"moe_jax/_compat.py"}
 
 
-def test_only_the_demo_imports_torch():
-    assert importers("torch", "transformers") == ["moe_jax/demo/transformers_side.py"]
+def test_only_what_compares_with_torch_imports_it():
+    assert importers("torch", "transformers") == ["moe_jax/bench/peers.py", "moe_jax/demo/transformers_side.py"]
 
 
 @pytest.mark.parametrize(
     ("room", "never"),
     [
-        ("kernels", ["ops", "routing", "moe", "checkpoints", "reference", "demo", "cli"]),
-        ("ops", ["routing", "moe", "checkpoints", "reference", "demo", "cli"]),
-        ("reference.py", ["ops", "kernels", "activations", "moe", "routing"]),
-        ("routing.py", ["kernels", "moe", "checkpoints", "demo", "cli"]),
-        ("moe.py", ["kernels", "checkpoints", "demo", "cli"]),
-        ("checkpoints", ["kernels", "ops", "demo", "cli"]),
+        ("kernels", ["ops", "routing", "moe", "checkpoints", "reference", "demo", "bench", "cli"]),
+        ("ops", ["routing", "moe", "checkpoints", "reference", "demo", "bench", "cli"]),
+        ("reference.py", ["ops", "kernels", "activations", "moe", "routing", "bench"]),
+        ("routing.py", ["kernels", "moe", "checkpoints", "demo", "bench", "cli"]),
+        ("moe.py", ["kernels", "checkpoints", "demo", "bench", "cli"]),
+        ("checkpoints", ["kernels", "ops", "demo", "bench", "cli"]),
+        ("demo", ["bench", "cli"]),
+        ("bench", ["kernels", "ops", "checkpoints", "demo", "cli"]),
     ],
 )
 def test_nothing_points_back(room, never):
@@ -84,8 +86,8 @@ def test_nothing_points_back(room, never):
 
 
 def test_importing_the_package_and_its_command_line_loads_no_torch():
-    heavy = ("torch", "transformers", "matplotlib")
-    code = f"import sys, moe_jax, moe_jax.cli; print([name for name in {heavy} if name in sys.modules])"
+    heavy = ("torch", "transformers", "matplotlib", "tokamax")
+    code = f"import sys, moe_jax, moe_jax.cli, moe_jax.bench.report; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax import _compat
 from moe_jax.config import MoEConfig
+from moe_jax.kernels.hopper import matmul_bf16 as kernel
 from moe_jax.kernels.hopper import tiles
 from moe_jax.ops.group_tokens import default_tile_rows, group_tokens, max_tiles
 from moe_jax.ops.grouped_matmul import grouped_matmul
@@ -75,6 +77,15 @@ def test_group_sizes(tile_rows):
     groups = groups_with_sizes(5, sizes, tile_rows)
     assert groups.group_sizes.tolist() == list(sizes)
     run(*problem(5, groups, 80, 96, num_experts=len(sizes)), activation="silu")
+
+
+def test_fewer_tiles_than_multiprocessors(monkeypatch):
+    """Narrow tiles, so that there is work for more multiprocessors."""
+    monkeypatch.setattr(_compat, "num_multiprocessors", lambda: 8)
+    groups = groups_with_sizes(10, (3, 0, 20), 64)
+    narrow, usual = (kernel.default_config(64, gated, 144, 3) for gated in (False, True))
+    assert narrow != usual
+    run(*problem(10, groups, 272, 144))
 
 
 @pytest.mark.parametrize("kwargs", [dict(only=[0]), dict(only=[2]), dict(missing=1)])

@@ -1,0 +1,17 @@
+"""`moe-jax bench`: times of the layer and of its peers, with the error beside each, against what the hardware can do."""
+
+from moe_jax.bench.cases import CASES, Case, parse_case, parse_tokens
+from moe_jax.bench.peers import PEERS, parse_peers
+from moe_jax.bench.run import BenchOptions, failures, run_bench
+
+__all__ = [
+    "CASES",
+    "PEERS",
+    "BenchOptions",
+    "Case",
+    "failures",
+    "parse_case",
+    "parse_peers",
+    "parse_tokens",
+    "run_bench",
+]

@@ -1,0 +1,219 @@
+"""`moe-jax bench` end to end on a CPU, small: what it writes, and that it notices what is wrong."""
+
+import importlib.util
+import json
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+from typer.testing import CliRunner
+
+from moe_jax import moe
+from moe_jax.bench import measure, peers, report, run, timing
+from moe_jax.bench.roofline import Ceilings, measure_ceilings
+from moe_jax.cli import app
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="sizes and wording are those of a CPU")
+
+needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
+needs_torch = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="needs torch")
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """Runs the command on one tiny case, in quick rounds; gives its outcome and the result file."""
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # set by the command, and to be forgotten after the test
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "ROUND_SECONDS", 1e-4)
+    monkeypatch.setattr(run, "measure_ceilings", lambda *arguments: Ceilings(0.1, 10.0, 20.0))
+    out = tmp_path / "result.json"
+
+    def call(*arguments):
+        words = ["bench", "--out", out, "--case", "6,2,32,48", *arguments]
+        outcome = CliRunner().invoke(app, [str(word) for word in words])
+        return outcome, json.loads(out.read_text()) if out.exists() else None
+
+    return call
+
+
+@needs_matplotlib
+def test_end_to_end(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "measure_ceilings", measure_ceilings)
+    plot = tmp_path / "times.png"
+    arguments = ["--tokens", "0,4", "--compare", "ragged_dot"]
+    outcome, result = bench(*arguments, "--checks", "--commit", "abc1234", "--plot", plot)
+    assert outcome.exit_code == 0, outcome.output
+    assert "no GPU" in outcome.stdout
+    assert result["device"] == "cpu"
+    assert result["jax"] == result["versions"]["jax"] == jax.__version__
+    assert result["commit"] == "abc1234"
+    assert len(result["date"]) == 10
+    assert all(rate > 0 for rate in result["ceilings"].values())
+    assert [(row["case"], row["tokens"]) for row in result["rows"]] == [("E6-k2-H32-I48", 0), ("E6-k2-H32-I48", 4)]
+    for row in result["rows"]:
+        assert row["implementation"] == "xla"
+        assert row["dtype"] == "float32"
+        assert "failed" not in row
+        assert "kernel_us" not in row
+        if row["tokens"] == 0:
+            assert row["shape"][0] == 0
+            continue
+        assert 0 < row["error"] < 1e-5
+        assert row["two_runs_bit_equal"]
+        assert row["layer_us"] > 0
+        assert min(row["floor_memory_us"], row["floor_compute_us"]) >= 0
+        assert row["roofline"] > 0
+        for peer in row["peers"].values():
+            assert peer["layer_us"] > 0
+            assert 0 < peer["error"] < 1e-5
+    assert set(result["rows"][1]["peers"]) == {"ragged_dot"}
+    for word in ("E6-k2-H32-I48, float32", "moe_jax (xla)", "jax.lax.ragged_dot", "x moe_jax's time", "shape [0, 32]"):
+        assert word in outcome.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert f"wrote {plot}" in outcome.stdout
+
+
+@needs_matplotlib
+def test_several_cases_get_a_picture_each(tmp_path):
+    times = {"layer_us": 9.0, "floor_memory_us": 2.0, "floor_compute_us": 1.0, "roofline": 0.2, "dtype": "float32"}
+    peer = {"peers": {"torch": {"layer_us": 20.0}, "tokamax": {"reason": "not here"}}}
+    rows = [
+        {"case": "a", "tokens": 0, "dtype": "float32", "shape": [0, 32]},
+        {"case": "a", "tokens": 1} | times,
+        {"case": "a", "tokens": 8} | times | peer,
+        {"case": "b", "tokens": 1, "kernels_total_us": 5.0} | times,
+        {"case": "wrong", "tokens": 1, "failed": "wrong output"},
+    ]
+    result = {"device": "cpu", "commit": "abc1234", "rows": rows}
+    assert report.series(rows[:3]) == {
+        "moe_jax": [(1, 9.0), (8, 9.0)],
+        "torch": [(8, 20.0)],
+        "floor: memory": [(1, 2.0), (8, 2.0)],
+        "floor: compute": [(1, 1.0), (8, 1.0)],
+    }
+    written = report.save_plots(result, tmp_path / "times.png")
+    assert [path.name for path in written] == ["times-a.png", "times-b.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_defaults_are_those_of_the_device():
+    options = run.BenchOptions().filled(on_gpu=False)
+    assert [case.name for case in options.cases] == ["small"]
+    assert options.dtype == "float32"
+    assert len(run.BenchOptions().filled(on_gpu=True).cases) == 6
+    assert run.BenchOptions().filled(on_gpu=True).dtype == "bfloat16"
+
+
+def test_a_missing_peer_gives_its_reason(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    outcome, result = bench("--tokens", 4, "--compare", "tokamax,torch,xla")
+    assert outcome.exit_code == 0, outcome.output
+    found = result["rows"][0]["peers"]
+    assert set(found["tokamax"]) == set(found["torch"]) == {"reason"}
+    assert "pip install tokamax" in found["tokamax"]["reason"]
+    assert "pip install 'moe_jax[torch]'" in found["torch"]["reason"]
+    assert found["tokamax"]["reason"] in outcome.stdout
+    assert 0 < found["xla"]["error"] < 1e-5
+    assert found["xla"]["layer_us"] > 0
+
+
+def test_tokamax_runs_where_it_can_be_imported(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokamax", types.SimpleNamespace(ragged_dot=jax.lax.ragged_dot))
+    outcome, result = bench("--tokens", 4, "--compare", "tokamax")
+    assert outcome.exit_code == 0, outcome.output
+    assert result["rows"][0]["peers"]["tokamax"]["error"] < 1e-5
+
+
+@needs_torch
+@pytest.mark.parametrize("grouped", [False, True])
+def test_torch_agrees(bench, monkeypatch, grouped):
+    monkeypatch.setattr(peers, "_takes_grouped_mm", lambda *arguments: grouped)
+    monkeypatch.setattr(peers, "_in_cuda_graph", lambda torch, call, what: (call, what))
+    outcome, result = bench("--tokens", 4, "--compare", "torch", "--dtype", "bfloat16")
+    assert outcome.exit_code == 0, outcome.output
+    found = result["rows"][0]["peers"]["torch"]
+    assert "reason" not in found, found
+    assert found["implementation"] == ("torch._grouped_mm" if grouped else "loop over experts, torch.nn.functional")
+    assert found["layer_us"] > 0
+    assert 0 < found["error"] < 1e-2
+
+
+def test_a_peer_with_a_wrong_output_is_not_timed(bench, monkeypatch):
+    def wrong(config, weights):
+        return peers._bind_jax(lambda x, weights, logits: 2 * moe(x, weights, logits, config), weights, "twice")
+
+    def broken(config, weights):
+        raise RuntimeError("out of everything\nand more")
+
+    monkeypatch.setitem(peers.PEERS, "wrong", wrong)
+    monkeypatch.setitem(peers.PEERS, "broken", broken)
+    outcome, result = bench("--tokens", 4, "--compare", "wrong,broken")
+    assert outcome.exit_code == 0, outcome.output
+    found = result["rows"][0]["peers"]
+    assert found["wrong"]["error"] == pytest.approx(1.0, abs=1e-3)
+    assert "wrong output" in found["wrong"]["reason"]
+    assert "layer_us" not in found["wrong"]
+    assert found["broken"] == {"reason": "RuntimeError: out of everything"}
+    assert "layer_us" in result["rows"][0]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda y: y * 1.001, "wrong output: relative error 0.001"),
+        (lambda y: y.at[0, 0].set(jnp.nan), "wrong output: relative error nan"),
+        (lambda y: y[:, :-1], "wrong output: shape [4, 31], not [4, 32]"),
+        (lambda y: 1 / 0, "ZeroDivisionError"),
+    ],
+    ids=["values", "nan", "shape", "raises"],
+)
+def test_a_wrong_layer_is_reported_and_not_timed(bench, monkeypatch, spoil, words):
+    monkeypatch.setattr(measure, "moe", lambda *operands, **keywords: spoil(moe(*operands, **keywords)))
+    outcome, result = bench("--tokens", 4)
+    assert outcome.exit_code == 1
+    assert words in outcome.stderr
+    assert "FAILED" in outcome.stdout
+    assert words in result["rows"][0]["failed"]
+    assert "layer_us" not in result["rows"][0]
+
+
+def test_bits_that_do_not_repeat_are_reported(bench, monkeypatch):
+    def by_batch(x, weights, logits, **keywords):  # a rounding error that depends on the other tokens
+        return moe(x, weights, logits, **keywords) * (1 + 2e-7 * x.shape[0])
+
+    monkeypatch.setattr(measure, "moe", by_batch)
+    outcome, result = bench("--tokens", 4, "--checks")
+    assert outcome.exit_code == 1
+    assert result["rows"][0]["two_runs_bit_equal"] is True
+    assert result["rows"][0]["alone_bit_equal"] is False
+    assert "alone_bit_equal does not hold" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--case", "8,2,64"], ["E,k,H,I"]),
+        (["--tokens", "few"], ["few"]),
+        (["--compare", "vllm"], ["vllm", "tokamax"]),
+        (["--plot", "/nonexistent/x.png"], ["--plot", "/nonexistent"]),
+    ],
+)
+def test_options_are_checked_before_the_work(bench, arguments, words):
+    outcome, result = bench(*arguments)
+    assert outcome.exit_code == 2
+    assert result is None
+    assert "Traceback" not in outcome.output
+    assert all(word in outcome.stderr for word in words), outcome.stderr
+
+
+def test_the_commit_is_that_of_the_source(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where the command is called does not matter
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "site-packages" / "moe_jax" / "bench" / "run.py"))
+    (tmp_path / "site-packages" / "moe_jax").mkdir(parents=True)
+    assert run.source_commit() is None

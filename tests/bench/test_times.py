@@ -1,0 +1,100 @@
+"""Arithmetic of times and rates, on made-up measurements."""
+
+import types
+
+import jax.numpy as jnp
+import pytest
+from jax.experimental.mosaic.gpu import profiler
+
+from moe_jax import MoEConfig, _compat
+from moe_jax.bench import measure, roofline, timing
+from moe_jax.bench.cases import Case
+from moe_jax.bench.roofline import Ceilings, floors
+
+
+def test_floors_by_hand():
+    config = MoEConfig(4, 2, 1000, 500, dtype="bfloat16")
+    ceilings = Ceilings(matmul_tflops=100.0, copy_gb_per_s=1000.0, read_gb_per_s=2000.0)
+    least = floors(config, 10, 3, ceilings)
+    # weights: 3 experts x 3 x 1000 x 500 x 2 bytes = 9 MB; x and y: 2 x 10 x 1000 x 2 = 40 kB; logits: 10 x 4 x 4 = 160 B
+    assert least.memory_us == pytest.approx(9_040_160 / 2e12 * 1e6)  # at the faster of the two rates
+    # 10 tokens x 2 experts x 3 matrices x 1000 x 500 x 2 = 60 Mflop
+    assert least.compute_us == pytest.approx(60e6 / 100e12 * 1e6)
+    assert least.us == least.memory_us
+    assert floors(config, 10_000, 4, ceilings).us == pytest.approx(60e9 / 100e12 * 1e6)
+
+
+def test_ceilings_from_times(monkeypatch):
+    times = iter([2.0, 50.0, 25.0])  # matmul, copy, read, in microseconds
+    monkeypatch.setattr(roofline, "call_time", lambda call: next(times))
+    ceilings = roofline.measure_ceilings("float32", on_gpu=False)
+    assert ceilings.matmul_tflops == pytest.approx(2 * 1024**3 / 2e-6 / 1e12)
+    assert ceilings.copy_gb_per_s == pytest.approx(2 * 4 * 2**24 / 50e-6 / 1e9)
+    assert ceilings.read_gb_per_s == pytest.approx(4 * 2**24 / 25e-6 / 1e9)
+
+
+def test_kernel_times_are_medians_by_name(monkeypatch):
+    asked = {}
+
+    def fake(function, **keywords):
+        asked.update(keywords)
+        runs = [[("up_mosaic_gpu_kernel", up), ("fusion", 0.5), ("fusion", 0.25)] for up in (0.003, 0.001, 0.002)]
+        return lambda *operands: (function(*operands), runs)
+
+    monkeypatch.setattr(profiler, "measure", fake)
+    assert timing.kernel_times(jnp.sin, jnp.ones(3)) == pytest.approx({"up": 2.0, "fusion": 500.0, "fusion#2": 250.0})
+    assert asked == {"iterations": 11, "aggregate": False}
+
+
+def test_no_kernel_is_an_error(monkeypatch):
+    monkeypatch.setattr(_compat, "measure_kernels", lambda *arguments: [])
+    with pytest.raises(RuntimeError, match="no kernel"):
+        timing.kernel_times(jnp.sin, jnp.ones(3))
+
+
+def test_call_time_divides_by_the_calls_and_ends_when_calls_are_slow(monkeypatch):
+    now = [0.0]
+    calls = []
+
+    def call(seconds):
+        calls.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    assert timing.call_time(lambda: call(0.002), wait=lambda out: None) == pytest.approx(2000.0)
+    assert len(calls) == 2 + 5 * 75
+    calls.clear()
+    assert timing.call_time(lambda: call(2.0), wait=lambda out: None) == pytest.approx(2e6)
+    assert len(calls) == 2 + 2
+
+
+def test_a_gpu_row_has_the_keys_of_the_result_files(monkeypatch):
+    case = Case("tiny", 4, 2, 32, 16)
+    config = case.config("float32")
+    kernels = {"route_topk": 1.0, "grouped_matmul_up": 4.0, "grouped_matmul_down": 2.0}
+    monkeypatch.setattr(measure, "kernel_times", lambda *arguments: kernels)
+    monkeypatch.setattr(measure, "call_time", lambda call: 10.0)
+    layer, weights = measure.make_layer(config, "xla"), measure.make_weights(config, measure.jax.random.key(0))
+    x, logits = measure.make_inputs(config, 64)
+    row = measure.measure(
+        case,
+        config,
+        layer,
+        weights,
+        (x, logits),
+        measure.Expected(config, weights, x, logits),
+        implementation="xla",
+        ceilings=Ceilings(matmul_tflops=0.5, copy_gb_per_s=10.0, read_gb_per_s=1.0),
+        checks=False,
+        on_gpu=True,
+    )
+    flops = 64 * 2 * 3 * 32 * 16 * 2  # 393216
+    assert row["kernel_us"] == kernels
+    assert row["kernel_tflops"]["grouped_matmul_up"] == round(flops * 2 / 3 / 4e-6 / 1e12, 1)
+    assert row["weights_gb_per_s"]["grouped_matmul_down"] == round(4 * 32 * 16 * 4 / 2e-6 / 1e9)
+    assert (row["kernels_total_us"], row["layer_us"]) == (7.0, 10.0)
+    assert row["floor_memory_us"] == round((4 * 3 * 32 * 16 * 4 + 2 * 64 * 32 * 4 + 64 * 4 * 4) / 10e9 * 1e6, 2)
+    assert row["floor_compute_us"] == round(flops / 0.5e12 * 1e6, 2)
+    assert row["roofline"] == round(row["floor_memory_us"] / 10.0, 3)
+    assert row["kernels_roofline"] == round(row["floor_memory_us"] / 7.0, 3)
+    assert "failed" not in row
