@@ -10,11 +10,15 @@ import numpy as np
 from moe_jax.config import MoEConfig
 from moe_jax.ops.group_tokens import Groups, group_tokens
 from tests.grouping import group_of_rows, occupied_rows
+from tests.layers import quick_jit
 from tests.oracles import F32_MAX, python_activation, python_route
 from tests.util import assert_discriminates, check_close
 
 # Relative Frobenius errors: the rounding of the output, and little more.
 TOLERANCE = {"float32": 1e-6, "float16": 3.5e-4, "bfloat16": 2.5e-3}
+
+
+_group = quick_jit(group_tokens, static_argnames=("num_experts", "tile_rows", "implementation"))
 
 
 def tolerance_of(array) -> float:
@@ -86,13 +90,13 @@ def groups_of(seed, num_tokens, top_k, num_experts, tile_rows, *, only=None, mis
     rng = np.random.default_rng([seed, 31])
     ids = rng.choice(np.arange(num_experts) if only is None else only, (num_tokens, top_k))
     ids = np.where(rng.random(ids.shape) < missing, -1, ids)
-    return group_tokens(jnp.asarray(ids, jnp.int32), num_experts=num_experts, tile_rows=tile_rows, implementation="xla")
+    return _group(jnp.asarray(ids, jnp.int32), num_experts=num_experts, tile_rows=tile_rows, implementation="xla")
 
 
 def groups_with_sizes(seed, sizes, tile_rows) -> Groups:
     """Groups of these sizes, a pair a token."""
     ids = np.random.default_rng([seed, 33]).permutation(np.repeat(np.arange(len(sizes)), sizes))[:, None]
-    return group_tokens(jnp.asarray(ids, jnp.int32), num_experts=len(sizes), tile_rows=tile_rows, implementation="xla")
+    return _group(jnp.asarray(ids, jnp.int32), num_experts=len(sizes), tile_rows=tile_rows, implementation="xla")
 
 
 def rows_of(seed, groups: Groups, width, dtype):

@@ -21,8 +21,7 @@ def problem(seed, num_tokens, top_k, hidden, dtype, **kwargs):
     return rows_of(seed, groups, hidden, dtype), groups.positions, jnp.asarray(weights, jnp.float32)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("top_k", [1, 3, 9])
+@pytest.mark.parametrize(("dtype", "top_k"), [("float32", 3), ("bfloat16", 1), ("bfloat16", 9), ("float16", 3)])
 def test_weighted_sum(dtype, top_k):
     operands = problem(0, 23, top_k, 40, dtype)
     out = run(*operands)

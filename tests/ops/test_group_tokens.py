@@ -37,7 +37,7 @@ def random_ids(seed, num_tokens, top_k, num_experts, missing=0.1):
 
 
 @pytest.mark.parametrize("shape", [(37, 2, 5), (1, 1, 1), (1, 4, 4), (64, 1, 3), (50, 8, 16), (3, 2, 100)])
-@pytest.mark.parametrize("tile_rows", [1, 8, 24, 64])
+@pytest.mark.parametrize("tile_rows", [1, 24])
 def test_random_pairs(shape, tile_rows):
     num_tokens, top_k, num_experts = shape
     ids = random_ids(0, num_tokens, top_k, num_experts)
