@@ -39,6 +39,8 @@ def check_layer(x: jax.Array, experts: ExpertWeights, config: MoEConfig, expert_
             )
         if array is not None:
             _shape(name, array, (local, width), "[E_local, N]", "one bias row an expert")
+            if not jnp.issubdtype(array.dtype, jnp.floating):
+                raise TypeError(f"{name} is {array.dtype}, but must be a floating array; cast it to {config.dtype}")
     for name, array in (("x", x), ("w13", experts.w13), ("w2", experts.w2)):
         if array.dtype != dtype:
             raise TypeError(

@@ -130,6 +130,8 @@ def test_biases_that_are_missing_superfluous_or_misshapen(missing):
     check_refused(ValueError, [f"has no {missing}", "has_bias=True"], config=BIASED, experts=no_bias)
     superfluous = experts_with(CONFIG, **{missing: bias})
     check_refused(ValueError, [f"has a {missing}", "has_bias=False"], experts=superfluous)
+    integers = experts_with(BIASED, **{missing: bias.astype("int32")})
+    check_refused(TypeError, [missing, "int32", "floating"], config=BIASED, experts=integers)
     misshapen = experts_with(BIASED, **{missing: bias[:, :-1]})
     words = [missing, f"(6, {width - 1})", f"(6, {width})"]
     check_refused(ValueError, words, config=BIASED, experts=misshapen)
