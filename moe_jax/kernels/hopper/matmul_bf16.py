@@ -22,13 +22,14 @@ Learned on an H200 (benchmarks/results/2026-11-22-h200-matmul-variants.txt; qwen
 
 - Rows on the M side, tiles of 128 x 256: 388 + 209 us. Skipping the 64-row halves that are padding did not change that:
   what the multiprocessors fetch from L2 and the stages they have for it bind, not the products.
-- Clusters of two row tiles that share their weights by multicast: 369 + 213 us, with four stages; slower with three.
+- Clusters of two row tiles that share their weights by multicast: 369 + 213 us, four stages up; slower with three.
 - Swapped, up to 192 rows, three stages: 356 + 201 us. Up to 160 rows, outputs stored in blocks of 32 rows, which leaves room
   for a fourth stage: 318 + 178 us (649 and 580 TFLOP/s). 128 rows and four stages: 352 + 190, more groups are split.
-- Few rows: 128 weight rows x 128 of K a stage, four stages, one consumer reads weights at 4.0 to 4.3 TB/s; 256 x 64 at 3.7 to
-  4.1, 128 x 256 with two stages at 3.1 to 4.0.
+- Few rows (16 and 128 tokens): 128 weight rows x 128 of K a stage, four stages, one consumer reads weights at 4.0 to 4.3 TB/s;
+  256 x 64 at 3.8 to 4.1; 128 x 256 with two stages at 3.8 to 3.9.
 - Programmatic dependent launch: no difference under XLA (208.0 and 207.7 us for a layer of 16 tokens).
-- Long runs lower the clock: the sum of a layer's kernels, each measured alone, is up to 9 % below the layer's own time.
+- Long runs lower the clock: the sum of a layer's kernels, each measured alone, is up to 16 % below the layer's own time
+  (2026-11-22-h200-bf16-layer.json).
 """
 
 from __future__ import annotations
