@@ -8,8 +8,8 @@ added atomically, so rows of a group keep token order and the result repeats.
 Groups start at multiples of `tile_rows`, so that a row tile belongs to one group; a group of several tiles is spread evenly
 over them. Pairs whose id is -1 or out of range, or whose expert the map sends to -1, are dropped here: they get no row.
 
-A warp's loop is scalar code, a chain of dependent loads for each pair, so the pairs are spread over many warps: 512 warps for 1024 tokens
-with 8 experts each.
+A warp's loop is scalar code, a chain of dependent loads for each pair, so the pairs are spread over many warps: 512 for
+1024 tokens with 8 experts each.
 """
 
 from __future__ import annotations
