@@ -68,7 +68,8 @@ def combine(
     rounds = pl.cdiv(k, slots)
     units = tokens * parts
     workers = min((multiprocessors or _compat.num_multiprocessors()) * config.ctas_per_sm, units)
-    layout = plgpu.Layout.WG_STRIDED((chunks, _COLUMNS), vec_size=min(8, chunks * 2))
+    # A thread holds 2 * chunks elements of a row, loaded in the widest powers of two that divide them.
+    layout = plgpu.Layout.WG_STRIDED((chunks, _COLUMNS), vec_size=min(8, (2 * chunks) & -(2 * chunks)))
 
     def combine_rows(rows_g, positions_g, *refs):
         weights_g = refs[0] if weights is not None else None

@@ -55,7 +55,7 @@ _STORED = 32  # rows of the output that leave shared memory together: two such b
 _FEW = (8, 16, 32, 64)
 _SOME = (16, 32, 48, 64, 80, 96, 112, 128)
 _MANY = (16, 32, 64, 96, 112, 120, 128, 136, 144, 152, 160)
-_MOST = 192
+_MOST = 192  # of the registers of a consumer; three stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,8 @@ def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -
     """
     if tile_rows > _SOME[-1]:
         return Config(
-            row_counts=tuple(c for c in _MANY if c < tile_rows) + (tile_rows,), stages=4 if tile_rows <= 160 else 3
+            row_counts=tuple(c for c in _MANY if c < tile_rows) + (tile_rows,),
+            stages=4 if tile_rows <= _MANY[-1] else 3,
         )
     if tile_rows > _FEW[-1]:
         return Config(row_counts=tuple(c for c in _SOME if c < tile_rows) + (tile_rows,), stages=4)
