@@ -68,6 +68,7 @@ class Config:
     tile_k: int = 64
     stages: int = 3
     band: int = 8  # row tiles walked together before the next weight columns: what L2 holds at a time
+    cluster: int = 1  # neighbouring blocks of weight columns that fetch their rows once and together
 
     @property
     def tile_rows(self) -> int:
@@ -135,22 +136,29 @@ def grouped_matmul(
     activation: Activation | None,
     *,
     config: Config,
+    shared_rows: bool = False,
     interpret: Any = None,
     multiprocessors: int | None = None,
 ) -> Float[Array, "R N_out"]:
-    """`activation(rows @ weights[group].T + bias[group])` for the rows that `tile_sizes` counts; the others are undefined."""
-    total_rows, k = rows.shape
+    """`activation(rows @ weights[group].T + bias[group])` for the rows that `tile_sizes` counts; the others are undefined.
+
+    With `shared_rows` every tile multiplies the same rows, of which there are at most as many as a tile holds.
+    """
+    k = rows.shape[1]
     n_weights = weights.shape[1]
     gated = activation is not None and activation.is_gated
     n_out = n_weights // 2 if gated else n_weights
     dtype = rows.dtype
     tile_rows, tk, stages = config.tile_rows, config.tile_k, config.stages
+    total_rows = tile_group.shape[0] * tile_rows if shared_rows else rows.shape[0]
     consumers, halves = config.consumers, config.halves
     wg_cols = _M if gated else halves * _M  # columns of the output that one consumer writes
     tile_cols = consumers * wg_cols
     n_tiles = pl.cdiv(n_out, tile_cols)
     k_steps = pl.cdiv(k, tk)
-    workers = multiprocessors or _compat.num_multiprocessors()
+    cluster = config.cluster
+    workers = (multiprocessors or _compat.num_multiprocessors()) // cluster
+    n_steps = pl.cdiv(n_tiles, cluster)  # past the last columns TMA reads zeros and stores nothing
     # A stage holds the weights of one consumer after the other: gate then up, or 64 columns then the next 64.
     pieces = [  # (row of the stage, row of the expert's matrix)
         ((wg * halves + half) * _M, half * n_out + wg * _M if gated else (wg * halves + half) * _M)
@@ -176,10 +184,11 @@ def grouped_matmul(
         bias_s, bias_full = refs[-2:] if bias is not None else (None, None)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
         m_tiles = count_g[0]
-        my_tiles = tiles.share(m_tiles * n_tiles, worker, workers)
+        my_tiles = tiles.share(m_tiles * n_steps, worker, workers)
 
         def tile_at(i):
-            return tiles.visit(worker + i * workers, m_tiles, n_tiles, config.band)
+            m, n = tiles.visit(worker + i * workers, m_tiles, n_steps, config.band)
+            return m, n if cluster == 1 else n * cluster + lax.axis_index("cta")
 
         def consume(i):
             m, n = tile_at(i)
@@ -262,8 +271,10 @@ def grouped_matmul(
                         plgpu.copy_gmem_to_smem(source, weights_s.at[slot, pl.ds(at, rows_a_copy)], full.at[slot])
 
                     def load_rows(count):
-                        source = rows_g.at[pl.ds(m * tile_rows, count), ks]
-                        plgpu.copy_gmem_to_smem(source, rows_s.at[slot, pl.ds(0, count)], full.at[slot])
+                        source = rows_g.at[pl.ds(m * (0 if shared_rows else tile_rows), count), ks]
+                        # The interpreter has no multicast: there every CTA fetches all of its rows.
+                        together = dict(collective_axes="cta") if cluster > 1 and interpret is None else {}
+                        plgpu.copy_gmem_to_smem(source, rows_s.at[slot, pl.ds(0, count)], full.at[slot], **together)
 
                     for_row_count(size, load_rows)
 
@@ -295,7 +306,9 @@ def grouped_matmul(
         plgpu.SMEM((stages, consumers * halves * _M, tk), dtype, transforms=operand_tiles),
         plgpu.SMEM((consumers, 2, _STORED, _M), dtype, transforms=tiles.transforms(math.gcd(n_out, _M), dtype)),
         plgpu.Barrier(num_arrivals=1 + len(pieces), num_barriers=stages),
-        plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
+        if cluster == 1
+        else plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=consumers, num_barriers=stages),
     ]
     if bias is not None:
         scratch += [
@@ -307,6 +320,7 @@ def grouped_matmul(
         out_type=jax.ShapeDtypeStruct((total_rows, n_out), dtype),
         grid=(workers,),
         grid_names=("sm",),
+        **(dict(cluster=(cluster,), cluster_names=("cta",)) if cluster > 1 else {}),
         num_threads=consumers + 1,
         thread_name="wg",
         scratch_types=scratch,
