@@ -86,3 +86,10 @@ def measure_kernels(
 
     _, runs = profiler.measure(function, iterations=iterations, aggregate=False)(*operands)
     return runs or []  # None when no kernel was launched
+
+
+def tiled_layout(tiles: tuple[tuple[int, ...], ...], **dims: Any) -> Any:
+    """How registers of a warpgroup hold a matrix: a layout of our own, whose parts only the lower level has names for."""
+    from jax.experimental.mosaic.gpu import fragmented_array
+
+    return plgpu.Layout.TILED(fragmented_array.Tiling(tiles), **dims)

@@ -7,6 +7,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from moe_jax.config import DTYPES, MoEConfig, RoutingMethod
+from moe_jax.ops.group_tokens import Groups, group_tokens
+from moe_jax.ops.route_groups import route_groups
+from moe_jax.ops.topk import topk as topk_of_rule
 from moe_jax.types import TopK
 
 
@@ -75,6 +78,80 @@ def route(
     """
     routing = config.routing
     method = routing.method
+    router_logits, correction_bias = _prepare(router_logits, config, correction_bias, hash_indices_table)
+    if method is RoutingMethod.HASH:
+        return _route_hash(router_logits, config, input_ids, hash_indices_table)
+    if method is RoutingMethod.CUSTOM:
+        return _route_custom(router_logits, config, hidden_states)
+    if method in (RoutingMethod.SIMULATED_UNIFORM, RoutingMethod.SIMULATED_NORMAL):
+        return _route_simulated(router_logits.shape[0], config, key)
+
+    return topk_of_rule(
+        router_logits, config.top_k, routing.rule, correction_bias=correction_bias, implementation=implementation
+    )
+
+
+def route_and_group(
+    router_logits: Float[Array, "T E"],
+    config: MoEConfig,
+    *,
+    num_local_experts: int | None = None,
+    expert_map: Int[Array, " E"] | None = None,
+    tile_rows: int | None = None,
+    correction_bias: Float[Array, " E"] | None = None,
+    implementation: str = "auto",
+    **more: Array | None,
+) -> tuple[TopK, Groups]:
+    """`route`, and the rows that the experts get: in fewer launches than one after the other.
+
+    Args:
+        router_logits: ``[T, E]``, as in `route`.
+        config: the layer.
+        num_local_experts: E_local; E by default.
+        expert_map: int32 ``[E]``, global to local id, -1 for experts that live elsewhere.
+        tile_rows: rows of a tile; by default what `group_tokens` takes. A few tokens may get smaller tiles.
+        correction_bias: ``[E]``, as in `route`.
+        implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
+        **more: what else `route` takes, for the methods that are not a top-k rule.
+
+    Example:
+        >>> config = MoEConfig(num_experts=4, top_k=2, hidden_size=8, intermediate_size=8)
+        >>> topk, groups = route_and_group(jnp.array([[0.0, 1.0, 3.0, 2.0]]), config)
+        >>> topk.ids.tolist(), groups.group_sizes.tolist()
+        ([[2, 3]], [0, 0, 1, 1])
+    """
+    if config.routing.rule is not None:
+        hash_indices_table = more.get("hash_indices_table")
+        router_logits, correction_bias = _prepare(router_logits, config, correction_bias, hash_indices_table)
+        return route_groups(
+            router_logits,
+            config.top_k,
+            config.routing.rule,
+            correction_bias=correction_bias,
+            num_local_experts=num_local_experts,
+            expert_map=expert_map,
+            tile_rows=tile_rows,
+            share_rows=True,
+            implementation=implementation,
+        )
+    topk = route(router_logits, config, correction_bias=correction_bias, implementation=implementation, **more)
+    groups = group_tokens(
+        topk.ids,
+        num_experts=config.num_experts,
+        num_local_experts=num_local_experts,
+        expert_map=expert_map,
+        tile_rows=tile_rows,
+        implementation=implementation,
+    )
+    return topk, groups
+
+
+def _prepare(
+    router_logits: ArrayLike, config: MoEConfig, correction_bias: ArrayLike | None, hash_indices_table: ArrayLike | None
+) -> tuple[Array, Array | None]:
+    """Logits and bias as the method takes them; raises for what does not belong to it."""
+    routing = config.routing
+    method = routing.method
     router_logits = _check_logits(router_logits, config)
     correction_bias = _check_correction_bias(correction_bias, config)
     if hash_indices_table is not None and method is not RoutingMethod.HASH:
@@ -84,19 +161,7 @@ def route(
     if routing.router_logits_dtype is not None:
         # The barrier keeps XLA from cancelling the rounding against the conversion to float32 that follows.
         router_logits = lax.optimization_barrier(router_logits.astype(routing.router_logits_dtype))
-
-    if method is RoutingMethod.HASH:
-        return _route_hash(router_logits, config, input_ids, hash_indices_table)
-    if method is RoutingMethod.CUSTOM:
-        return _route_custom(router_logits, config, hidden_states)
-    if method in (RoutingMethod.SIMULATED_UNIFORM, RoutingMethod.SIMULATED_NORMAL):
-        return _route_simulated(router_logits.shape[0], config, key)
-
-    from moe_jax.ops.topk import topk
-
-    return topk(
-        router_logits, config.top_k, routing.rule, correction_bias=correction_bias, implementation=implementation
-    )
+    return router_logits, correction_bias
 
 
 def _check_logits(router_logits: ArrayLike, config: MoEConfig) -> Array:

@@ -12,7 +12,8 @@ from moe_jax.ops.group_tokens import Groups
 def gather(x: Float[Array, "T H"], groups: Groups, *, implementation: str = "auto") -> Float[Array, "R H"]:
     """``x[row_token]`` for the rows that hold a token.
 
-    Padding rows are undefined on a GPU and must not be read: `groups.tile_sizes` says which they are.
+    Padding rows are undefined on a GPU and must not be read: `groups.tile_sizes` says which they are. With
+    `groups.shared_rows` the hidden states are the rows of every tile as they are, and come back unchanged.
 
     Args:
         x: ``[T, H]``.
@@ -28,6 +29,8 @@ def gather(x: Float[Array, "T H"], groups: Groups, *, implementation: str = "aut
     from moe_jax.kernels.hopper import gather as kernel
 
     impl.check_name(implementation)
+    if groups.shared_rows:
+        return x
     if x.size == 0 or groups.row_token.size == 0:
         return jnp.zeros((groups.row_token.shape[0], x.shape[1]), x.dtype)
     chosen = impl.choose("gather", implementation, kernel.supports(x))

@@ -29,6 +29,8 @@ class Groups:
         group_sizes: int32 ``[E_local]``, rows of each local expert, without padding.
         num_tiles: int32 ``[1]``, tiles that hold rows; they come first.
         tile_rows: rows of a tile (static).
+        shared_rows: every tile holds all tokens, in order: the hidden states themselves are its rows, and nothing is gathered
+            (static; only for few tokens, see `moe_jax.ops.route_groups`).
     """
 
     positions: Int[Array, "T k"]
@@ -38,6 +40,12 @@ class Groups:
     group_sizes: Int[Array, " E_local"]
     num_tiles: Int[Array, "1"]
     tile_rows: int = field(metadata={"static": True})
+    shared_rows: bool = field(default=False, metadata={"static": True})
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.tile_group.shape[0] * self.tile_rows
 
 
 def max_tiles(num_pairs: int, num_local_experts: int, tile_rows: int) -> int:

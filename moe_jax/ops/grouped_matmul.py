@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from moe_jax.activations import Activation
+from moe_jax.kernels.hopper.matmul_bf16 import Config
 from moe_jax.ops import implementation as impl
 from moe_jax.ops.group_tokens import Groups
 
@@ -20,6 +21,7 @@ def grouped_matmul(
     bias: Float[Array, "E N"] | None = None,
     activation: Activation | None = None,
     group_offset: int | Array = 0,
+    config: Config | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "R N_out"]:
     """``activation(rows @ weights[group].T + bias[group])``, accumulated in float32.
@@ -28,16 +30,22 @@ def grouped_matmul(
     Padding rows and rows of tiles past `num_tiles` are not to be read: their content is undefined.
 
     Args:
-        rows: ``[R, K]``, grouped as `groups` says.
+        rows: ``[R, K]``, grouped as `groups` says; ``[T, K]`` hidden states for an up-projection with `groups.shared_rows`.
         weights: ``[E, N, K]``, contracted axis last; group g uses ``weights[g + group_offset]``.
         groups: from `group_tokens`.
         bias: ``[E, N]``, added in float32 before the activation.
         activation: applied to the float32 accumulator; None for none.
         group_offset: index of the first group's weights.
+        config: how the kernel tiles its work, see `moe_jax.tuning`; the kernel's `default_config` by default. The result
+            does not depend on it, and the plain-JAX form does not use it.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Returns:
         ``[R, N_out]`` in the dtype of `rows`.
+
+    Raises:
+        ValueError: a `config` for another row tile than that of `groups`, or one that the kernel cannot run; a kernel asked
+            for by name that does not support the problem.
 
     Example:
         >>> from moe_jax.ops.group_tokens import group_tokens
@@ -49,26 +57,62 @@ def grouped_matmul(
 
     impl.check_name(implementation)
     gated = activation is not None and activation.is_gated
+    if config is not None and config.tile_rows != groups.tile_rows:
+        raise ValueError(
+            f"config.tile_rows={config.tile_rows} must be groups.tile_rows={groups.tile_rows}, which the rows were padded to; "
+            f"group them with group_tokens(..., tile_rows={config.tile_rows}), or leave config None"
+        )
     n_out = weights.shape[1] // 2 if gated else weights.shape[1]
     if rows.size == 0 or weights.size == 0:
-        return jnp.zeros((rows.shape[0], n_out), rows.dtype)
+        return jnp.zeros((groups.num_rows, n_out), rows.dtype)
+    shared = groups.shared_rows and rows.shape[0] != groups.num_rows
     reason = kernel.supports(rows, weights, bias, activation, groups.tile_rows)
     chosen = impl.choose("grouped_matmul", implementation, reason)
     tile_group = groups.tile_group
     if not (isinstance(group_offset, int) and group_offset == 0):
         tile_group = tile_group + group_offset
     plain = _plain(groups.tile_rows, activation, n_out)
+    if shared:
+        plain = _with_rows_repeated(plain, groups)
     if chosen == "xla":
         return plain(rows, weights, bias, tile_group, groups.tile_sizes, groups.num_tiles)
+    if config is not None:
+        _check_config(config, gated, rows.dtype.name)
 
     def run(rows, weights, bias, tile_group, tile_sizes, num_tiles):
-        config = kernel.default_config(groups.tile_rows, gated, n_out, min(groups.positions.size, weights.shape[0]))
-        interpret = impl.interpret_params(chosen)
+        likely_tiles = min(groups.positions.size, weights.shape[0])
         return kernel.grouped_matmul(
-            rows, weights, tile_group, tile_sizes, num_tiles, bias, activation, config=config, interpret=interpret
+            rows,
+            weights,
+            tile_group,
+            tile_sizes,
+            num_tiles,
+            bias,
+            activation,
+            config=config or kernel.default_config(groups.tile_rows, gated, n_out, likely_tiles),
+            shared_rows=shared,
+            interpret=impl.interpret_params(chosen),
         )
 
     return impl.with_plain_gradient(run, plain)(rows, weights, bias, tile_group, groups.tile_sizes, groups.num_tiles)
+
+
+def _check_config(config: Config, gated: bool, dtype: str) -> None:
+    from moe_jax.tuning.fit import config_misfit
+
+    reason = config_misfit(config, gated, dtype)
+    if reason:
+        raise ValueError(f"config={config} cannot run: {reason}; leave config None for the default")
+
+
+def _with_rows_repeated(plain, groups: Groups):
+    """The plain-JAX form for rows that every tile shares: each tile gets its own."""
+
+    def run(rows, *others):
+        tile = jnp.pad(rows, ((0, groups.tile_rows - rows.shape[0]), (0, 0)))
+        return plain(jnp.tile(tile, (groups.tile_group.shape[0], 1)), *others)
+
+    return run
 
 
 def _plain(tile_rows: int, activation: Activation | None, n_out: int):

@@ -49,17 +49,18 @@ def topk(
     if tokens == 0:
         return TopK(jnp.zeros((0, top_k), jnp.int32), jnp.zeros((0, top_k), jnp.float32))
     chosen = impl.choose("topk", implementation, kernel.supports(router_logits, top_k, rule))
-    plain = functools.partial(_xla, top_k=top_k, rule=rule)
+    run_plain = functools.partial(plain, top_k=top_k, rule=rule)
     if chosen == "xla":
-        return TopK(*plain(router_logits, correction_bias))
+        return TopK(*run_plain(router_logits, correction_bias))
 
     def run(logits, bias):
         return kernel.topk(logits, top_k, rule, bias, interpret=impl.interpret_params(chosen))
 
-    return TopK(*impl.with_plain_gradient(run, plain)(router_logits, correction_bias))
+    return TopK(*impl.with_plain_gradient(run, run_plain)(router_logits, correction_bias))
 
 
-def _xla(logits: Array, bias: Array | None, *, top_k: int, rule: RoutingRule) -> tuple[Array, Array]:
+def plain(logits: Array, bias: Array | None, *, top_k: int, rule: RoutingRule) -> tuple[Array, Array]:
+    """The plain-JAX form: (ids, weights)."""
     logits = logits.astype(jnp.float32)
     selectable = logits > -jnp.inf  # false for NaN
     logits = jnp.where(selectable, jnp.minimum(logits, _LARGEST), -jnp.inf)

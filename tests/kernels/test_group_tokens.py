@@ -86,11 +86,11 @@ def test_any_pairs_and_any_map(ids, expert_map):
 
 @pytest.mark.parametrize("expert_map", [None, [1, -1, 0, 2, -1]])
 def test_many_blocks(expert_map):
-    """A plan so small that few pairs take several blocks, each with several copies: counts travel between all of them."""
-    ids = random_ids(4, 33, 3, 5)
+    """Two blocks of several tiles, the last one not full: counts travel between tiles and blocks."""
+    ids = random_ids(4, 101, 3, 5)
     ids[3:9] = 3  # a run that straddles warps
     num_local = 5 if expert_map is None else 3
-    config = kernel.Config(warpgroups=2, box=8, max_blocks=3)
+    config = kernel.Config(warpgroups=2, max_blocks=2)
     found = kernel.group_tokens(
         jnp.asarray(ids, jnp.int32),
         None if expert_map is None else jnp.asarray(expert_map, jnp.int32),

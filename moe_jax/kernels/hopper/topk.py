@@ -1,11 +1,15 @@
-"""Routing on Hopper: scores, grouped and biased selection, weights and their order, in one kernel.
+"""Routing on Hopper: scores, grouped and biased selection, weights and their order, in one kernel; it can count pairs as well.
 
-A CTA takes 64 tokens; their logits stay in registers in the layout of wgmma's accumulator, four threads a row, so that the k
-rounds of "row maximum, lowest index that has it, strike it out" need no shared memory. All arithmetic is float32.
+A CTA takes tiles of 16 tokens, whose logits stay in registers (`selection`). On the way to the grouping it also ranks the pairs
+of its tokens among those of their expert (`ranks`), so that all that grouping needs to know of other CTAs is how many pairs of
+each expert they have.
+
+A tile of 64 tokens, in the layout of wgmma's accumulator, was the first form: 6 us for any number of tokens up to 64.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -16,15 +20,46 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from moe_jax import _compat
+from moe_jax.kernels.hopper import ranks
+from moe_jax.kernels.hopper.selection import COLUMNS, LAYOUT, ROWS, Scores, repeat, row_numbers, select
 from moe_jax.routing_methods import RoutingRule
 
-_ROWS = 64
-_COLUMNS = 256  # TMA's limit per dimension: more experts come in several pieces
+_BOX = 256  # TMA's limit per dimension: more experts come in several pieces
 _MAX_EXPERTS = 512
 _MAX_TOP_K = 32
-_WGMMA = plgpu.Layout.WGMMA
-_LARGEST = float(jnp.finfo(jnp.float32).max)
-_NEVER = -float("inf")
+_WARPS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """What grouping wants to know.
+
+    Attributes:
+        num_local_experts: E_local.
+        expert_map: global expert id to local id, or -1; None if all experts are local.
+        max_blocks: at most so many CTAs, since each of the next kernel's adds up the counts of all.
+    """
+
+    num_local_experts: int
+    expert_map: Int[Array, "E"] | None = None
+    max_blocks: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Grouping of so few tokens (at most 16) that a tile of every expert visited may simply hold all of them.
+
+    Attributes:
+        num_local_experts: E_local.
+        expert_map: global expert id to local id, or -1; None if all experts are local.
+        tile_rows: rows of a tile, at least the number of tokens.
+        max_tiles: the most tiles; a multiple of 16.
+    """
+
+    num_local_experts: int
+    expert_map: Int[Array, "E"] | None
+    tile_rows: int
+    max_tiles: int
 
 
 def supports(router_logits: Any, top_k: int, rule: RoutingRule) -> str | None:
@@ -45,145 +80,10 @@ def supports(router_logits: Any, top_k: int, rule: RoutingRule) -> str | None:
     return None
 
 
-def _rows(vector: Any, like: Any) -> Any:
-    """A value per token, repeated over the experts."""
-    return lax.broadcast_in_dim(vector, like.shape, [0])
-
-
-class _Scores:
-    """A [64, E] matrix in registers, as pieces of at most 256 columns."""
-
-    def __init__(self, pieces: list[Any], starts: list[int]):
-        self.pieces, self.starts = pieces, starts
-        self.experts = [
-            plgpu.broadcasted_iota(jnp.int32, piece.shape, 1, layout=_WGMMA) + start
-            for piece, start in zip(pieces, starts, strict=True)
-        ]
-
-    def map(self, fn: Any, *others: _Scores) -> _Scores:
-        return _Scores([fn(*xs) for xs in zip(self.pieces, *(o.pieces for o in others), strict=True)], self.starts)
-
-    def map_indexed(self, fn: Any, *others: _Scores) -> _Scores:
-        zipped = zip(self.experts, self.pieces, *(o.pieces for o in others), strict=True)
-        return _Scores([fn(*xs) for xs in zipped], self.starts)
-
-    def reduce(self, along: Any, combine: Any) -> Any:
-        total = along(self.pieces[0], axis=1)
-        for piece in self.pieces[1:]:
-            total = combine(total, along(piece, axis=1))
-        return total
-
-    def max(self) -> Any:
-        return self.reduce(jnp.max, jnp.maximum)
-
-    def sum(self) -> Any:
-        return self.reduce(jnp.sum, jnp.add)
-
-    def first(self, value: Any) -> Any:
-        """The lowest expert whose score is `value`."""
-        none = -(2 * _MAX_EXPERTS)
-        hits = self.map_indexed(lambda e, x: jnp.where(x == _rows(value, x), -e, none))
-        return -hits.max()
-
-    def at(self, expert: Any) -> Any:
-        return self.map_indexed(lambda e, x: jnp.where(e == _rows(expert, x), x, 0.0)).sum()
-
-    def strike(self, expert: Any) -> _Scores:
-        return self.map_indexed(lambda e, x: jnp.where(e == _rows(expert, x), _NEVER, x))
-
-
-def _score(logits: _Scores, score: str) -> _Scores:
-    """Scores of clamped logits; -inf marks what cannot be selected and scores 0 where a score is a probability."""
-    if score == "identity":
-        return logits
-    if score == "softmax":
-        top = jnp.maximum(logits.max(), -_LARGEST)
-        e = logits.map(lambda x: jnp.exp(x - _rows(top, x)))
-        total = e.sum()
-        return e.map(lambda x: x / _rows(jnp.where(total > 0, total, 1.0), x))
-    if score == "sigmoid":
-        return logits.map(lambda x: 1.0 / (1.0 + jnp.exp(-x)))
-    assert score == "sqrtsoftplus", score
-
-    def sqrtsoftplus(x):
-        small = jnp.exp(-jnp.abs(x))
-        above = 1.0 + small  # log(1 + small) to full precision: the rounding of the sum cancels in the quotient
-        log1p = jnp.where(above == 1.0, small, jnp.log(above) * (small / jnp.where(above == 1.0, 1.0, above - 1.0)))
-        return jnp.sqrt(jnp.maximum(x, 0.0) + log1p)
-
-    return logits.map(sqrtsoftplus)
-
-
-def _keep_groups(selection: _Scores, experts: int, rule: RoutingRule) -> _Scores:
-    """Strikes out the experts of all but the best `topk_group` groups."""
-    size = experts // rule.num_expert_group
-
-    def inside(e, group):
-        return (e >= group * size) & (e < (group + 1) * size)
-
-    quality = []
-    for group in range(rule.num_expert_group):
-        members = selection.map_indexed(lambda e, x, g=group: jnp.where(inside(e, g), x, _NEVER))
-        best = members.max()
-        if rule.group_score == "top2_sum":
-            second = members.strike(members.first(best)).max()
-            best = best + second
-        quality.append(best)
-    kept = selection.map(lambda x: jnp.full_like(x, _NEVER))
-    for group, mine in enumerate(quality):
-        better = jnp.zeros_like(mine)
-        for other, theirs in enumerate(quality):
-            if other < group:
-                better = better + jnp.where(theirs >= mine, 1.0, 0.0)
-            elif other > group:
-                better = better + jnp.where(theirs > mine, 1.0, 0.0)
-        chosen = jnp.where(better < rule.topk_group, 1.0, 0.0)
-        kept = kept.map_indexed(
-            lambda e, old, x, g=group, c=chosen: jnp.where(inside(e, g) & (_rows(c, x) > 0.5), x, old), selection
-        )
-    return kept
-
-
-def _weigh(ids: list[Any], values: list[Any], rule: RoutingRule) -> list[Any]:
-    """Weights of the chosen slots: of their scores, or of their logits when the rule scores after the choice."""
-    if rule.weight == "softmax":
-        top = jnp.where(ids[0] < 0, 0.0, values[0])
-        weights = [jnp.exp(v - top) for v in values]
-    elif rule.weight == "sigmoid":
-        weights = [1.0 / (1.0 + jnp.exp(-v)) for v in values]
-    else:
-        weights = values
-    weights = [jnp.where(i < 0, 0.0, w) for i, w in zip(ids, weights, strict=True)]
-    if rule.renormalize or rule.weight == "softmax":
-        total = weights[0]
-        for weight in weights[1:]:
-            total = total + weight
-        total = total + rule.renorm_epsilon
-        total = jnp.where(total > 0, total, 1.0)
-        weights = [w / total for w in weights]
-    return weights
-
-
-def _sort(ids: list[Any], weights: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Slots by descending weight, then by lowest id; those without an expert last."""
-    keys = [jnp.where(i < 0, _NEVER, w) for i, w in zip(ids, weights, strict=True)]
-    ranks = []
-    for j, (id_j, key_j) in enumerate(zip(ids, keys, strict=True)):
-        rank = jnp.zeros_like(key_j)
-        for i, (id_i, key_i) in enumerate(zip(ids, keys, strict=True)):
-            if i != j:
-                first = (id_i < id_j) | (id_i == id_j) if i < j else (id_i < id_j)
-                rank = rank + jnp.where((key_i > key_j) | ((key_i == key_j) & first), 1.0, 0.0)
-        ranks.append(rank)
-    slots = range(len(ids))
-
-    def pick(values, slot):
-        found = values[-1]
-        for value, rank in zip(values[:-1], ranks[:-1], strict=True):
-            found = jnp.where(rank == float(slot), value, found)
-        return found
-
-    return [pick(ids, s) for s in slots], [pick(weights, s) for s in slots]
+def _row(refs: list[Any], widths: list[int], starts: list[int]) -> Scores:
+    """A vector over experts, seen in every row of a tile."""
+    parts = [plgpu.load(r.at[pl.ds(0, w)], layout=LAYOUT.reduce(0)) for r, w in zip(refs, widths, strict=True)]
+    return Scores([repeat(part, ROWS) for part in parts], starts)
 
 
 def topk(
@@ -192,105 +92,180 @@ def topk(
     rule: RoutingRule,
     correction_bias: Float[Array, "E"] | None = None,
     *,
+    grouping: Count | Share | None = None,
     interpret: Any = None,
-) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
-    """(ids, weights) as `moe_jax.ops.topk` defines them."""
+) -> tuple[Array, ...]:
+    """(ids, weights) as `moe_jax.ops.topk` defines them, and what `grouping` asks for.
+
+    With `Count` also (tickets [T, k], block counts [blocks, width]). A ticket is ``rank * 1024 + local expert``, rank being that
+    of the pair in its block and expert; -1 without local expert.
+
+    With `Share` also (positions [T, k], tile_group [tiles], tile_sizes [tiles], group_sizes [width], num_tiles [1]): row
+    ``positions[t, j]`` is row t of the tile of its expert.
+    """
     tokens, experts = router_logits.shape
     dtype = router_logits.dtype
-    starts = list(range(0, experts, _COLUMNS))
-    widths = [pl.cdiv(min(_COLUMNS, experts - start), 8) * 8 for start in starts]
-    # A copy must move a multiple of 128 bytes: 64 rows of at least 8 elements of 2 bytes always do.
-    tail = tokens % _ROWS
+    starts = list(range(0, experts, _BOX))
+    widths = [pl.cdiv(min(_BOX, experts - start), COLUMNS) * COLUMNS for start in starts]
+    chunks = pl.cdiv(tokens, ROWS * grouping.max_blocks) if isinstance(grouping, Count) else 1
+    blocks = pl.cdiv(tokens, ROWS * chunks)
+    tail = tokens % ROWS
+    biased = correction_bias is not None
+    mapped = grouping is not None and grouping.expert_map is not None
+    columns = [(correction_bias, jnp.float32)] if biased else []
+    columns += [(grouping.expert_map, jnp.int32)] if mapped else []
 
     def route_topk(logits_g, *refs):
-        bias_g = refs[0] if correction_bias is not None else None
-        refs = refs[int(correction_bias is not None) :]
+        columns_g, refs = refs[: len(columns)], refs[len(columns) :]
         ids_g, weights_g = refs[:2]
-        ids_s, weights_s = refs[2:4]
-        loaded = refs[4]
-        logits_s = refs[5 : 5 + len(starts)]
-        bias_s = refs[5 + len(starts) :]
+        refs = refs[2:]
+        groups_g, refs = refs[:more], refs[more:]
+        tail_s, tail_weights_s, loaded, columns_loaded, logits_s, *refs = refs
+        if grouping is not None:
+            seen_s, counts_s, scan_s, *refs = refs
+        columns_s = [refs[i * len(starts) : (i + 1) * len(starts)] for i in range(len(columns))]
         block = lax.axis_index("block")
-        first = block * _ROWS
-        for start, width, piece in zip(starts, widths, logits_s, strict=True):
-            # Past the end TMA fills with zeros; the column index, made dynamic, may point there.
-            source = logits_g.at[pl.ds(first, _ROWS), pl.ds(start + block * 0, width)]
-            plgpu.copy_gmem_to_smem(source, piece, loaded)
-        if bias_g is not None:
-            for start, piece in zip(starts, bias_s, strict=True):
-                plgpu.copy_gmem_to_smem(bias_g.at[pl.ds(start + block * 0, piece.shape[0])], piece, loaded)
-        plgpu.barrier_wait(loaded)
+        mine = jnp.minimum(chunks, pl.cdiv(tokens, ROWS) - block * chunks)
 
-        raw = _Scores([plgpu.load(p, layout=_WGMMA, optimized=False).astype(jnp.float32) for p in logits_s], starts)
-        # NaN compares false: it counts as -inf, "cannot be selected", as do the columns past the last expert.
-        logits = raw.map_indexed(lambda e, x: jnp.where((x > _NEVER) & (e < experts), jnp.minimum(x, _LARGEST), _NEVER))
-        scores = _score(logits, rule.score)
-        selection = scores
-        if bias_g is not None:
-            rows = [plgpu.load(p.at[pl.ds(0, w)], layout=_WGMMA.reduce(0)) for p, w in zip(bias_s, widths, strict=True)]
-            biases = _Scores([lax.broadcast_in_dim(r, (_ROWS, r.shape[0]), [1]) for r in rows], starts)
-            selection = scores.map(lambda x, b: x + b, biases)
-        selection = selection.map(
-            lambda x, logit: jnp.where((logit > _NEVER) & (x > _NEVER), jnp.minimum(x, _LARGEST), _NEVER), logits
-        )
-        if rule.num_expert_group > 1:
-            selection = _keep_groups(selection, experts, rule)
+        def fetch(chunk):
+            first = (block * chunks + chunk) * ROWS
+            for i, (start, width) in enumerate(zip(starts, widths, strict=True)):
+                # Past the end TMA fills with zeros; the column index, made dynamic, may point there.
+                source = logits_g.at[pl.ds(first, ROWS), pl.ds(start + block * 0, width)]
+                buffer = lax.rem(chunk, 2)
+                plgpu.copy_gmem_to_smem(source, logits_s[i].at[buffer], loaded.at[buffer])
 
-        ids, values = [], []
-        for _ in range(top_k):
-            best = selection.max()
-            expert = selection.first(best)
-            selection = selection.strike(expert)
-            values.append(best if bias_g is None else scores.at(expert))
-            ids.append(jnp.where(best > _NEVER, expert, -1))
-        weights = _weigh(ids, values, rule)
-        if bias_g is not None:
-            ids, weights = _sort(ids, weights)
-        # Finite weights, whatever the scale and the logits.
-        weights = [jnp.maximum(jnp.minimum(w * jnp.float32(rule.scale), _LARGEST), -_LARGEST) for w in weights]
+        fetch(0)
+        for source, pieces in zip(columns_g, columns_s, strict=True):
+            for start, piece in zip(starts, pieces, strict=True):
+                part = pl.ds(start + block * 0, piece.shape[0])
+                plgpu.copy_gmem_to_smem(source.at[part], piece, columns_loaded)
+        if isinstance(grouping, Count):
+            counts_s[...] = ranks.zeros(counts_s.shape[0])
+        if columns:
+            plgpu.barrier_wait(columns_loaded)
 
-        full = first + _ROWS <= tokens
+        def local_experts(ids, first):
+            there = row_numbers(ROWS) < tokens - first  # behind the last token TMA has filled in zeros
+            locals_ = [jnp.where(there, expert, -1) for expert in ids]
+            if mapped:
+                table = _row(columns_s[-1], widths, starts)
+                locals_ = [jnp.where(expert < 0, -1, table.at(expert)) for expert in locals_]
+                locals_ = [jnp.where(local < grouping.num_local_experts, local, -1) for local in locals_]
+            return [jnp.maximum(local, -1) for local in locals_]
 
-        @pl.when(full)
-        def _():
-            for slot in range(top_k):
-                _compat.store_scattered(ids_g.at[pl.ds(first, _ROWS), slot], ids[slot])
-                _compat.store_scattered(weights_g.at[pl.ds(first, _ROWS), slot], weights[slot])
+        def one(chunk):
+            pl.when(chunk + 1 < mine)(lambda: fetch(chunk + 1))
+            first = (block * chunks + chunk) * ROWS
+            buffer = lax.rem(chunk, 2)
+            plgpu.barrier_wait(loaded.at[buffer])
+            parts = [plgpu.load(p.at[buffer], layout=LAYOUT, optimized=False) for p in logits_s]
+            raw = Scores([part.astype(jnp.float32) for part in parts], starts)
+            biases = _row(columns_s[0], widths, starts) if biased else None
+            ids, weights = select(raw, biases, experts, top_k, rule)
+            outputs = [(ids_g, ids), (weights_g, weights)]
+            if grouping is not None:
+                locals_ = local_experts(ids, first)
+            if isinstance(grouping, Count):
+                outputs.append((groups_g[0], ranks.rank_pairs(locals_, ROWS, seen_s, counts_s)))
+            elif isinstance(grouping, Share):
+                outputs.append(
+                    (groups_g[0], _share_tiles(grouping, tokens, locals_, groups_g, seen_s, counts_s, scan_s))
+                )
+            else:
+                plgpu.commit_smem()  # all have read the logits: their buffer may be filled again
+            full = first + ROWS <= tokens
 
-        if tail:
-
-            @pl.when(jnp.logical_not(full))
+            @pl.when(full)
             def _():
-                for slot in range(top_k):
-                    ids_s[slot] = ids[slot]
-                    weights_s[slot] = weights[slot]
+                for target, vectors in outputs:
+                    for slot, values in enumerate(vectors):
+                        _compat.store_scattered(target.at[pl.ds(first, ROWS), slot], values)
 
-                @plgpu.warp_map
-                def _(warp):
-                    @pl.loop(0, lax.div(tail - warp + 3, 4))
-                    def _(i):
-                        row = warp + i * 4
-                        for slot in range(top_k):
-                            ids_g[first + row, slot] = ids_s[slot, row]
-                            weights_g[first + row, slot] = weights_s[slot, row]
+            if tail:
 
-    operands = [router_logits] if correction_bias is None else [router_logits, correction_bias.astype(jnp.float32)]
-    bias_widths = [pl.cdiv(w, 32) * 32 for w in widths] if correction_bias is not None else []
+                @pl.when(jnp.logical_not(full))
+                def _():
+                    for target, vectors in outputs:
+                        staged = tail_weights_s if target is weights_g else tail_s
+                        plgpu.commit_smem()
+                        for slot, values in enumerate(vectors):
+                            staged[slot] = values
+                        plgpu.commit_smem()
+
+                        @plgpu.warp_map
+                        def _(warp, target=target, staged=staged):
+                            @pl.loop(0, lax.div(tail - warp + _WARPS - 1, _WARPS))
+                            def _(i):
+                                row = warp + i * _WARPS
+                                for slot in range(top_k):
+                                    target[first + row, slot] = staged[slot, row]
+
+        if chunks == 1:
+            one(block * 0)
+        else:
+            pl.loop(0, mine)(one)
+        if isinstance(grouping, Count):
+            groups_g[1][block] = ranks.vector(counts_s)
+
+    out_type = [
+        jax.ShapeDtypeStruct((tokens, top_k), jnp.int32),
+        jax.ShapeDtypeStruct((tokens, top_k), jnp.float32),
+    ]
+    scratch = [
+        plgpu.SMEM((top_k, ROWS), jnp.int32),
+        plgpu.SMEM((top_k, ROWS), jnp.float32),
+        plgpu.Barrier(num_arrivals=len(starts), num_barriers=2),
+        plgpu.Barrier(num_arrivals=max(1, len(columns) * len(starts))),
+        [plgpu.SMEM((2, ROWS, width), dtype) for width in widths],
+    ]
+    if grouping is not None:
+        local_width = ranks.padded(grouping.num_local_experts)
+        scratch += [plgpu.SMEM((ROWS, local_width), jnp.int32), plgpu.SMEM((local_width,), jnp.int32)]
+        scratch += [plgpu.SMEM((2, 2 * local_width), jnp.int32)]
+        shapes = [(tokens, top_k)]
+        if isinstance(grouping, Count):
+            shapes += [(blocks, local_width)]
+        else:
+            shapes += [(grouping.max_tiles,), (grouping.max_tiles,), (local_width,), (1,)]
+        out_type += [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
+    more = len(out_type) - 2
+    scratch += [plgpu.SMEM((width,), kind) for _, kind in columns for width in widths]
     return _compat.kernel(
         route_topk,
-        out_type=(
-            jax.ShapeDtypeStruct((tokens, top_k), jnp.int32),
-            jax.ShapeDtypeStruct((tokens, top_k), jnp.float32),
-        ),
-        grid=(pl.cdiv(tokens, _ROWS),),
+        out_type=tuple(out_type),
+        grid=(blocks,),
         grid_names=("block",),
-        scratch_types=[
-            plgpu.SMEM((top_k, _ROWS), jnp.int32),
-            plgpu.SMEM((top_k, _ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=len(starts) + len(bias_widths)),
-            *[plgpu.SMEM((_ROWS, width), dtype) for width in widths],
-            *[plgpu.SMEM((width,), jnp.float32) for width in bias_widths],
-        ],
-        compiler_params=plgpu.CompilerParams(lowering_semantics=_compat.LANE),
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=_compat.LANE),
         interpret=interpret,
-    )(*operands)
+    )(router_logits, *(column.astype(kind) for column, kind in columns))
+
+
+def _share_tiles(share: Share, tokens: int, locals_, groups_g, seen_s, counts_s, scan_s) -> list[Any]:
+    """Positions of a tile's pairs when every expert visited gets a tile of all tokens; writes the schedule."""
+    _, group_g, tile_sizes_g, sizes_g, num_tiles_g = groups_g
+    width = counts_s.shape[0]
+    ranks.mark_pairs(locals_, ROWS, seen_s)
+    sizes = ranks.add_up([ranks.vector(seen_s.at[row]) for row in range(ROWS)])
+    sizes_g[...] = sizes
+    visited = jnp.minimum(sizes, 1)
+    tiles, buffer = ranks.scan(visited, scan_s, share.num_local_experts)
+    counts_s[...] = tiles * visited - 1  # the tile of an expert, -1 without tokens
+    plgpu.commit_smem()
+    positions = [
+        jnp.where(local < 0, -1, tile * share.tile_rows + row_numbers(ROWS))
+        for local, tile in zip(locals_, ranks.look_up(locals_, ROWS, counts_s), strict=True)
+    ]
+    for first in range(0, share.max_tiles, ROWS):
+        group = ranks.find(row_numbers(ROWS) + first, ROWS, counts_s)
+        group_g[pl.ds(first, ROWS)] = group
+        tile_sizes_g[pl.ds(first, ROWS)] = jnp.where(group < 0, 0, tokens)
+
+    @plgpu.warp_map
+    def _(warp):
+        @pl.when(warp == 0)
+        def _():
+            num_tiles_g[0] = scan_s[buffer, width + share.num_local_experts - 1]
+
+    return positions

@@ -1,0 +1,149 @@
+"""Ranks of (token, slot) pairs among those of their expert, and how counts of pairs become places; inside a kernel.
+
+The pairs of a few tokens are a matrix of ones, tokens by experts. A thread adds up its columns of it in shared memory, token by
+token: what stands before a token is the rank of its pair, what stands after the last is the number of pairs. Nothing is added
+atomically, so ranks follow the order of the tokens and repeat.
+
+Kernels that use it turn automatic barriers off: a column belongs to one thread, and `plgpu.commit_smem` stands wherever
+registers cross from one thread's to another's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from moe_jax.kernels.hopper.selection import LAYOUT, repeat, spread
+
+LANES = 128  # threads of a warpgroup: vectors over experts are padded to a multiple
+MAX_EXPERTS = 1024  # a ticket is rank * MAX_EXPERTS + local expert; -1 for a pair that gets no row
+
+
+def padded(num_experts: int) -> int:
+    """Length of a vector over experts."""
+    return pl.cdiv(num_experts, LANES) * LANES
+
+
+def vector(ref: Any) -> Any:
+    """A vector over experts in registers, an expert a thread."""
+    return plgpu.load(ref, layout=plgpu.Layout.WG_STRIDED(ref.shape, vec_size=1))
+
+
+def zeros(width: int) -> Any:
+    """A vector over experts of zeros."""
+    return plgpu.layout_cast(jnp.zeros((width,), jnp.int32), plgpu.Layout.WG_STRIDED((width,), vec_size=1))
+
+
+def add_up(vectors: list[Any]) -> Any:
+    """Sum of a list."""
+    total = vectors[0]
+    for other in vectors[1:]:
+        total = total + other
+    return total
+
+
+def experts_of(rows: int, start: int) -> Any:
+    """The expert of each element of 128 columns of a tile."""
+    return plgpu.broadcasted_iota(jnp.int32, (rows, LANES), 1, layout=LAYOUT) + start
+
+
+def look_up(locals_: list[Any], rows: int, table: Any) -> list[Any]:
+    """``table[local]`` of each slot, 0 where local is -1.
+
+    Args:
+        locals_: for each slot the local experts of the tile's tokens.
+        rows: tokens of the tile.
+        table: reference to a vector over experts, or to a matrix of tokens by experts, in shared memory.
+    """
+    found = [jnp.zeros_like(local) for local in locals_]
+    for start in range(0, table.shape[-1], LANES):
+        experts = experts_of(rows, start)
+        if len(table.shape) == 1:
+            part = plgpu.load(table.at[pl.ds(start, LANES)], layout=LAYOUT.reduce(0))
+            part = repeat(part, rows)
+        else:
+            part = plgpu.load(table.at[:, pl.ds(start, LANES)], layout=LAYOUT, optimized=False)
+        for slot, local in enumerate(locals_):
+            found[slot] = found[slot] + jnp.sum(jnp.where(experts == spread(local, experts), part, 0), axis=1)
+    return found
+
+
+def find(values: Any, rows: int, table: Any) -> Any:
+    """The expert whose entry in `table` is the value, -1 if there is none; entries >= 0 are distinct.
+
+    Args:
+        values: one for each row, at least 0.
+        rows: their number.
+        table: reference to a vector over experts in shared memory.
+    """
+    found = jnp.zeros_like(values) - 1
+    for start in range(0, table.shape[0], LANES):
+        experts = experts_of(rows, start)
+        part = repeat(plgpu.load(table.at[pl.ds(start, LANES)], layout=LAYOUT.reduce(0)), rows)
+        found = found + jnp.sum(jnp.where(part == spread(values, part), experts + 1, 0), axis=1)
+    return found
+
+
+def mark_pairs(locals_: list[Any], rows: int, seen_s: Any) -> None:
+    """Writes the pairs of a tile as a matrix of tokens by local experts: ones, and more where a token names one twice."""
+    plgpu.commit_smem()  # every thread is done with the tile before
+    for start in range(0, seen_s.shape[1], LANES):
+        experts = experts_of(rows, start)
+        ones = [jnp.where(experts == spread(local, experts), 1, 0) for local in locals_]
+        seen_s[:, pl.ds(start, LANES)] = add_up(ones)
+    plgpu.commit_smem()
+
+
+def rank_pairs(locals_: list[Any], rows: int, seen_s: Any, counts_s: Any) -> list[Any]:
+    """Tickets of a tile's pairs; adds the pairs to `counts_s`.
+
+    Args:
+        locals_: for each slot the local experts of the tile's tokens, -1 for none.
+        rows: tokens of the tile.
+        seen_s: scratch, int32 [rows, width].
+        counts_s: int32 [width], pairs of each local expert in the tiles before; ranks go on from there.
+    """
+    mark_pairs(locals_, rows, seen_s)
+    running = vector(counts_s)
+    pairs = [vector(seen_s.at[row]) for row in range(rows)]
+    for row, mine in enumerate(pairs):
+        seen_s[row] = running
+        running = running + mine
+    counts_s[...] = running
+    plgpu.commit_smem()
+    ranks = look_up(locals_, rows, seen_s)
+    tickets = []
+    for slot, (local, rank) in enumerate(zip(locals_, ranks, strict=True)):
+        for other in locals_[:slot]:  # of the same token: only where several experts share a local one, or ids repeat
+            rank = rank + jnp.where(other == local, 1, 0)
+        tickets.append(jnp.where(local < 0, -1, rank * MAX_EXPERTS + local))
+    return tickets
+
+
+def scan(values: Any, scan_s: Any, length: int) -> Any:
+    """Inclusive sums over experts. One warpgroup calls it.
+
+    Args:
+        values: vector over experts.
+        scan_s: scratch, int32 [2, 2 * width].
+        length: experts that count.
+
+    Returns:
+        The sums as a vector; and the row of `scan_s` in whose upper half they stand.
+    """
+    width = values.shape[0]
+    for buffer in range(2):
+        scan_s[buffer, pl.ds(0, width)] = zeros(width)
+    scan_s[0, pl.ds(width, width)] = values
+    distance, buffer = 1, 0
+    while distance < length:
+        plgpu.commit_smem()
+        values = values + vector(scan_s.at[buffer, pl.ds(width - distance, width)])
+        buffer = 1 - buffer
+        scan_s[buffer, pl.ds(width, width)] = values
+        distance *= 2
+    plgpu.commit_smem()
+    return values, buffer
