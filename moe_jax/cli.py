@@ -1,4 +1,4 @@
-"""The command line, `moe-jax demo | explain | bench`: it reads options and prints; the work is done elsewhere."""
+"""The command line, `moe-jax demo | explain | bench | tune`: it reads options and prints; the work is done elsewhere."""
 
 import enum
 import importlib.metadata
@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from moe_jax.config import MoEConfig, RoutingConfig
+from moe_jax.console import console as _console
+from moe_jax.console import fail as _fail
 from moe_jax.explain_table import explanation_table
 from moe_jax.explanation import explain as explain_layer
+from moe_jax.explanation import explain_plan
+from moe_jax.tuning.command import tune
 
 app = typer.Typer(
     help="Mixture-of-Experts layers for JAX on NVIDIA GPUs.",
@@ -22,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(tune)
 
 
 class Dtype(enum.StrEnum):
@@ -46,17 +49,6 @@ class Platform(enum.StrEnum):
 
     CPU = "cpu"
     GPU = "gpu"
-
-
-def _console(stderr: bool = False) -> Console:
-    # Piped into a file or a CI log there is no terminal to measure: wide enough for the tables.
-    wide = not os.environ.get("COLUMNS") and not Console(stderr=stderr).is_terminal
-    return Console(stderr=stderr, width=140 if wide else None)
-
-
-def _fail(message: str, code: int) -> typer.Exit:
-    _console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False)
-    return typer.Exit(code)
 
 
 def _version(value: bool) -> bool:
@@ -166,7 +158,10 @@ def explain(
             moe_config = MoEConfig(**shape, activation=activation, routing=RoutingConfig(routing), dtype=dtype.value)
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise _fail(str(error), 2) from error
-    _console().print(explanation_table(explain_layer(moe_config, tokens, platform.value if platform else None)))
+    where = platform.value if platform else None
+    console = _console()
+    console.print(explanation_table(explain_layer(moe_config, tokens, where)))
+    console.print(explain_plan(moe_config, tokens, where), highlight=False, markup=False)
 
 
 @app.command()
@@ -178,8 +173,16 @@ def bench(
         ),
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(help="Numbers of tokens, T. Default: 0,1,16,128,1000,4096 on a GPU, else 1,16,128.")
+        str | None,
+        typer.Option(help="Numbers of tokens, T. Default: 0,1,16,128,1024,4096,16384 on a GPU, else 1,16,128."),
     ] = None,
+    routing: Annotated[
+        str,
+        typer.Option(
+            help="How the experts are loaded: uniform, zipf, half (one gets half of the rows, at most one of each token's) "
+            "or eight (of all are active); several as uniform,half."
+        ),
+    ] = "uniform",
     dtype: Annotated[
         Dtype | None, typer.Option(help="Compute dtype. Default: bfloat16 on a GPU, else float32.")
     ] = None,
@@ -187,31 +190,44 @@ def bench(
     compare: Annotated[
         str,
         typer.Option(
-            help="Peers to run beside it, of torch, tokamax, ragged_dot (jax.lax's) and xla (our plain-JAX form); one that "
-            "cannot run here says why. vLLM is not supported by this command."
+            help="Peers to run beside it, of torch, vllm, sonicmoe, tokamax, ragged_dot (jax.lax's) and xla (our plain-JAX "
+            "form); one that cannot run here says why."
         ),
     ] = "",
+    peer_seconds: Annotated[
+        float, typer.Option(min=0.001, help="About how long the times of a peer are taken, for each number of tokens.")
+    ] = 1.0,
+    budget: Annotated[
+        float | None, typer.Option(min=0.0, help="Seconds; what is not begun when they are spent is not measured.")
+    ] = None,
     checks: Annotated[bool, typer.Option("--checks", help="Also check bit for bit: two runs, a token alone.")] = False,
     commit: Annotated[str | None, typer.Option(help="Commit to record. Default: what git says.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Result file, JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Result file, JSON, written again after every row.")] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Picture of time against tokens; with several cases one each, FILE-CASE.png.")
+        Path | None,
+        typer.Option(
+            help="Picture of time against tokens, a panel a case; of several routings one each, FILE-ROUTING.png."
+        ),
     ] = None,
 ) -> None:
     """Measure the layer: kernel and layer times, error, share of what the hardware can do."""
     if implementation is Implementation.MOSAIC_INTERPRET:
         os.environ.setdefault("NPROC", "64")  # see demo
-    from moe_jax.bench import BenchOptions, failures, parse_case, parse_peers, parse_tokens, run_bench
-    from moe_jax.bench.report import case_table, headline, save_plots
-    from moe_jax.bench.run import has_gpu
+    from moe_jax.bench import BenchOptions, failures, parse_case, parse_peers, parse_routings, parse_tokens, run_bench
+    from moe_jax.bench.environment import has_gpu
+    from moe_jax.bench.plot import save_plots
+    from moe_jax.bench.report import case_table, headline
 
     try:
         options = BenchOptions(
             cases=tuple(parse_case(text) for text in dict.fromkeys(case or [])),
             tokens=parse_tokens(tokens) if tokens is not None else (),
+            routings=parse_routings(routing),
             dtype=dtype.value if dtype else None,
             implementation=implementation.value,
             compare=parse_peers(compare),
+            peer_seconds=peer_seconds,
+            budget=budget,
             checks=checks,
             commit=commit,
             out=out,
@@ -223,11 +239,12 @@ def bench(
             raise ValueError("--plot needs matplotlib; pip install 'moe_jax[demo]'")
     except ValueError as error:
         raise _fail(str(error), 2) from error
-    if "torch" in options.compare:
-        # Both frameworks share the GPU: JAX must not reserve most of it up front.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        # torch's threads on a CPU spin while they wait, which on a busy machine makes it look a hundred times slower.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Several processes share the GPU, and torch with them: JAX must not reserve three quarters of it when it starts, which
+    # it does at the first look for a device, below. Its pool then grows as needed, up to the same three quarters, and
+    # never shrinks; the rest, 35 GB on an H200, is enough for a peer's activations, since the weights are not copied.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # torch's threads on a CPU spin while they wait, which on a busy machine makes it look a hundred times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     console = _console()
     if not has_gpu():
         console.print(

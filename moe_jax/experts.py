@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 from moe_jax.config import MoEConfig
 from moe_jax.ops.group_tokens import Groups
 from moe_jax.ops.grouped_matmul import grouped_matmul
+from moe_jax.tuning.plan import LayerPlan
 from moe_jax.types import ExpertWeights
 
 
@@ -16,6 +17,7 @@ def expert_mlp(
     groups: Groups,
     config: MoEConfig,
     *,
+    plan: LayerPlan | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "R H"]:
     """Each row through its group's expert; the router weight is not applied here.
@@ -25,12 +27,20 @@ def expert_mlp(
         experts: the weights of the local experts.
         groups: from `moe_jax.ops.group_tokens.group_tokens`.
         config: gives the activation.
+        plan: how the kernels tile their work, for the row tile of `groups`; their own rule by default.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Returns:
         ``[R, H]``; padding rows and rows of tiles past `groups.num_tiles` are undefined.
     """
+    up, down = (None, None) if plan is None else (plan.up, plan.down)
     hidden = grouped_matmul(
-        rows, experts.w13, groups, bias=experts.w13_bias, activation=config.act, implementation=implementation
+        rows,
+        experts.w13,
+        groups,
+        bias=experts.w13_bias,
+        activation=config.act,
+        config=up,
+        implementation=implementation,
     )
-    return grouped_matmul(hidden, experts.w2, groups, bias=experts.w2_bias, implementation=implementation)
+    return grouped_matmul(hidden, experts.w2, groups, bias=experts.w2_bias, config=down, implementation=implementation)

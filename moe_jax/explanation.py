@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import MoEConfig
-from moe_jax.ops.group_tokens import default_tile_rows, max_tiles
+from moe_jax.ops.group_tokens import max_tiles
 from moe_jax.ops.implementation import platform_reason
+from moe_jax.tuning.cache import device_kind, find_tuned
+from moe_jax.tuning.plan import LayerShape, default_plan, plan_for
 
 
 class Explanation(NamedTuple):
@@ -50,6 +52,38 @@ def explain(
     return found
 
 
+def explain_plan(
+    config: MoEConfig, num_tokens: int, platform: str | None = None, *, num_local_experts: int | None = None
+) -> str:
+    """Whether the grouped matmuls of a layer run under a tuned plan or the default rule's, in a line.
+
+    Args:
+        config: the layer.
+        num_tokens: T.
+        platform: as in `explain`.
+        num_local_experts: as in `explain`.
+
+    Example:
+        >>> explain_plan(MoEConfig(num_experts=8, top_k=2, hidden_size=64, intermediate_size=128), 16, "cpu")
+        'plan of the grouped matmuls: none, the kernels do not run (platform cpu has no Mosaic GPU kernels)'
+    """
+    what = "plan of the grouped matmuls:"
+    reason = platform_reason(platform)
+    if reason is not None:
+        return f"{what} none, the kernels do not run ({reason})"
+    shape = LayerShape.of(config, num_tokens, num_local_experts)
+    tuned = find_tuned(shape)
+    if tuned is not None:
+        return f"{what} tuned with {tuned.shape.num_pairs} pairs, tile_rows={tuned.plan.tile_rows} ({tuned.path})"
+    if platform_reason() is None:
+        why = (
+            f"nothing is tuned for this shape near {shape.num_pairs} pairs on {device_kind()}; `moe-jax tune` does that"
+        )
+    else:
+        why = "tuned plans are looked up by the kind of GPU, and there is none here"
+    return f"{what} the default rule, tile_rows={default_plan(shape).tile_rows} ({why})"
+
+
 def _kernel_reasons(config: MoEConfig, num_tokens: int, num_local: int) -> list[tuple[str, str | None]]:
     from moe_jax.kernels.hopper import combine, gather, group_tokens, matmul_bf16, topk
 
@@ -57,7 +91,7 @@ def _kernel_reasons(config: MoEConfig, num_tokens: int, num_local: int) -> list[
         return jax.ShapeDtypeStruct(shape, dtype)
 
     pairs = num_tokens * config.top_k
-    tile_rows = default_tile_rows(pairs, num_local, "mosaic")
+    tile_rows = plan_for(LayerShape.of(config, num_tokens, num_local)).tile_rows
     rows = max_tiles(pairs, num_local, tile_rows) * tile_rows
     hidden, intermediate, dtype = config.hidden_size, config.intermediate_size, jnp.dtype(config.dtype)
     logits = like(jnp.dtype(config.routing.router_logits_dtype or "float32"), num_tokens, config.num_experts)

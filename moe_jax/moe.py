@@ -12,9 +12,10 @@ from moe_jax.config import MoEConfig
 from moe_jax.experts import expert_mlp
 from moe_jax.ops.combine import combine
 from moe_jax.ops.gather import gather
-from moe_jax.ops.group_tokens import group_tokens
-from moe_jax.ops.implementation import check_name
-from moe_jax.routing import route
+from moe_jax.ops.group_tokens import Groups, group_tokens
+from moe_jax.ops.implementation import check_name, choose
+from moe_jax.routing import route_and_group
+from moe_jax.tuning.plan import LayerPlan, LayerShape, plan_for
 from moe_jax.types import ExpertWeights, MoELayerWeights, SharedExpertWeights, TopK
 
 
@@ -29,6 +30,7 @@ def moe(
     input_ids: Int[Array, " T"] | None = None,
     hash_indices_table: Int[Array, "V k"] | None = None,
     key: Array | None = None,
+    plan: LayerPlan | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "T H"]:
     """A Mixture-of-Experts layer: every token through its top-k experts, summed with the router's weights.
@@ -44,6 +46,7 @@ def moe(
         input_ids: ``[T]`` token ids, for hash routing.
         hash_indices_table: ``[V, k]``, for hash routing.
         key: random key, for simulated routing.
+        plan: how the kernels tile the grouped matmuls; that of `moe_jax.tuning.plan_for` by default.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``; see `explain`.
 
     Returns:
@@ -61,9 +64,13 @@ def moe(
         (5, 16)
     """
     checks.check_layer(x, experts, config, expert_map)
-    topk = route(
+    plan = plan or _plan(x, experts, config, implementation)
+    topk, groups = route_and_group(
         router_logits,
         config,
+        num_local_experts=experts.num_local_experts,
+        expert_map=expert_map,
+        tile_rows=None if plan is None else plan.tile_rows,
         correction_bias=correction_bias,
         hidden_states=x,
         input_ids=input_ids,
@@ -71,7 +78,7 @@ def moe(
         key=key,
         implementation=implementation,
     )
-    return apply_experts(x, experts, topk, config, expert_map=expert_map, implementation=implementation)
+    return _run_experts(x, experts, topk.weights, groups, config, plan, implementation)
 
 
 def apply_experts(
@@ -81,6 +88,7 @@ def apply_experts(
     config: MoEConfig,
     *,
     expert_map: Int[Array, " E"] | None = None,
+    plan: LayerPlan | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "T H"]:
     """The layer after routing: groups the tokens by expert, runs the experts and sums with the weights of `topk`.
@@ -94,6 +102,7 @@ def apply_experts(
         topk: global expert ids ``[T, k]`` and float32 weights ``[T, k]``, from `route` or of your own making.
         config: the layer.
         expert_map: int32 ``[E]``, global expert id to local id or -1.
+        plan: as in `moe`.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Example:
@@ -107,19 +116,40 @@ def apply_experts(
     check_name(implementation)
     checks.check_layer(x, experts, config, expert_map)
     checks.check_topk(x, topk, config)
-    weights = topk.weights
-    if config.apply_router_weight_on_input:  # k = 1: each token is its own one-row sum
-        x = combine(x, jnp.arange(x.shape[0], dtype=jnp.int32)[:, None], weights, implementation=implementation)
-        weights = None
+    plan = plan or _plan(x, experts, config, implementation)
     groups = group_tokens(
         topk.ids,
         num_experts=config.num_experts,
         num_local_experts=experts.num_local_experts,
         expert_map=expert_map,
+        tile_rows=None if plan is None else plan.tile_rows,
         implementation=implementation,
     )
+    return _run_experts(x, experts, topk.weights, groups, config, plan, implementation)
+
+
+def _plan(x: Array, experts: ExpertWeights, config: MoEConfig, implementation: str) -> LayerPlan | None:
+    """How the kernels tile the layer; None if they do not run."""
+    if choose("moe", implementation, None) == "xla":
+        return None
+    return plan_for(LayerShape.of(config, x.shape[0], experts.num_local_experts))
+
+
+def _run_experts(
+    x: Array,
+    experts: ExpertWeights,
+    weights: Array,
+    groups: Groups,
+    config: MoEConfig,
+    plan: LayerPlan | None,
+    implementation: str,
+) -> Array:
+    if config.apply_router_weight_on_input:  # k = 1: each token is its own one-row sum
+        x = combine(x, jnp.arange(x.shape[0], dtype=jnp.int32)[:, None], weights, implementation=implementation)
+        weights = None
+    plan = plan if plan is None else plan.for_tile_rows(groups.tile_rows)
     rows = gather(x, groups, implementation=implementation)
-    rows = expert_mlp(rows, experts, groups, config, implementation=implementation)
+    rows = expert_mlp(rows, experts, groups, config, plan=plan, implementation=implementation)
     return combine(rows, groups.positions, weights, implementation=implementation)
 
 

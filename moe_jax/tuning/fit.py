@@ -1,0 +1,103 @@
+"""Whether a configuration of the grouped matmul can run a problem: what it needs of a multiprocessor, what the kernel takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.activations import get_activation
+from moe_jax.kernels.hopper.matmul_bf16 import Config, supports
+from moe_jax.tuning.plan import LayerPlan, LayerShape, splits
+
+SHARED_MEMORY = 227 * 1024  # bytes that one block may have on a Hopper GPU
+_M = 64  # rows of weights that one wgmma takes
+_STORED = 32  # rows of the output that leave shared memory together
+_ALIGNED = 1024  # where a buffer of shared memory may begin
+
+
+def shared_memory_bytes(config: Config, dtype: str) -> int:
+    """Bytes of shared memory that a block takes: a ring of tiles, the outputs on their way, a float32 bias, barriers.
+
+    The bias is counted whether there is one or not, so that a plan serves both.
+
+    Example:
+        >>> shared_memory_bytes(Config(row_counts=(160,), stages=4), "bfloat16") <= SHARED_MEMORY
+        True
+    """
+    item = jnp.dtype(dtype).itemsize
+    weight_rows = config.consumers * config.halves * _M
+    buffers = (
+        config.stages * config.tile_rows * config.tile_k * item,
+        config.stages * weight_rows * config.tile_k * item,
+        config.consumers * 2 * _STORED * _M * item,
+        weight_rows * 4,
+        (2 * config.stages + config.consumers) * 8,
+    )
+    return sum(math.ceil(size / _ALIGNED) * _ALIGNED for size in buffers)
+
+
+def config_misfit(config: Config, gated: bool, dtype: str) -> str | None:
+    """Why the kernel cannot run a projection with this configuration; None if it can.
+
+    Args:
+        config: of the projection.
+        gated: its activation takes gate and up.
+        dtype: of rows and weights.
+
+    Example:
+        >>> config_misfit(Config(halves=1), gated=True, dtype="bfloat16")
+        'halves=1 must be 2: a gated projection keeps gate and up in one tile'
+    """
+    counts = config.row_counts
+    sizes = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "row_counts"}
+    for name, size in sizes.items():
+        if size < 1:
+            return f"{name}={size} must be at least 1"
+    if not counts or any(c < 8 or c % 8 for c in counts) or list(counts) != sorted(set(counts)):
+        return f"row_counts={counts} must be multiples of 8 in ascending order"
+    if gated and config.halves != 2:
+        return f"halves={config.halves} must be 2: a gated projection keeps gate and up in one tile"
+    if config.consumers > 2 or config.halves > 2:
+        return f"consumers={config.consumers} and halves={config.halves} must be at most 2, for the registers they need"
+    if config.cluster > 8:
+        return f"cluster={config.cluster} must be at most 8, the blocks of a portable cluster"
+    if config.stages < 2:
+        return f"stages={config.stages} must be at least 2: a stage is handed back one step late"
+    if config.tile_k % 64:
+        return f"tile_k={config.tile_k} must be a multiple of 64, the elements of a swizzled row"
+    odd = [rows for rows in counts if not splits(rows, config)]
+    if odd:
+        return f"row_counts {odd} cannot be shared by cluster={config.cluster}: they must be multiples of {8 * config.cluster}"
+    taken = shared_memory_bytes(config, dtype)
+    if taken > SHARED_MEMORY:
+        return f"{taken} bytes of shared memory are more than a block's {SHARED_MEMORY}; take fewer stages"
+    return None
+
+
+def misfit(shape: LayerShape, plan: LayerPlan) -> str | None:
+    """Why the kernels cannot run a layer of this shape with this plan; None if they can.
+
+    Example:
+        >>> from moe_jax.tuning.plan import default_plan
+        >>> shape = LayerShape(8, 64, 256, 1000, gated=True, dtype="bfloat16")
+        >>> misfit(shape, default_plan(shape)).split("(")[0]
+        'up: the output size=1000 must be a multiple of 16 '
+    """
+
+    def like(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, jnp.dtype(shape.dtype))
+
+    experts, hidden, inner = shape.num_local_experts, shape.hidden_size, shape.intermediate_size
+    w13 = like(experts, inner * (2 if shape.gated else 1), hidden)
+    w2 = like(experts, hidden, inner)
+    activation = get_activation("silu") if shape.gated else None
+    for name, config, weights, act in (("up", plan.up, w13, activation), ("down", plan.down, w2, None)):
+        rows = like(plan.tile_rows, weights.shape[2])
+        reason = supports(rows, weights, None, act, plan.tile_rows)
+        reason = reason or config_misfit(config, act is not None, shape.dtype)
+        if reason:
+            return f"{name}: {reason}"
+    return None

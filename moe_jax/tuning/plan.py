@@ -1,0 +1,154 @@
+"""What a plan is, and which one a layer takes: the tuned one of its shape, else the default rule."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moe_jax.config import MoEConfig
+from moe_jax.kernels.hopper.matmul_bf16 import Config, default_config, tile_rows_for
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """All that the choice of a plan may depend on: shapes, never the routing.
+
+    Attributes:
+        num_local_experts: E_local, experts that live here.
+        num_pairs: (token, slot) pairs whose expert lives here, when the routing is even.
+        hidden_size: H.
+        intermediate_size: I, of one expert.
+        gated: the up-projection has a gate half and an up half.
+        dtype: compute dtype.
+    """
+
+    num_local_experts: int
+    num_pairs: int
+    hidden_size: int
+    intermediate_size: int
+    gated: bool
+    dtype: str
+
+    @classmethod
+    def of(cls, config: MoEConfig, num_tokens: int, num_local_experts: int | None = None) -> LayerShape:
+        """The shape of a layer, or of a rank that holds some of its experts, with this many tokens.
+
+        Args:
+            config: the layer.
+            num_tokens: T.
+            num_local_experts: E_local of the rank, which then expects that share of the pairs; all experts by default.
+
+        Example:
+            >>> config = MoEConfig(num_experts=256, top_k=8, hidden_size=7168, intermediate_size=2048)
+            >>> LayerShape.of(config, 4096, num_local_experts=32).num_pairs
+            4096
+        """
+        local = config.num_experts if num_local_experts is None else num_local_experts
+        pairs = -(-num_tokens * config.top_k * local // config.num_experts)
+        return cls(local, pairs, config.hidden_size, config.intermediate_size, config.act.is_gated, config.dtype)
+
+    @property
+    def mean_rows(self) -> float:
+        """Rows of a local expert, on average."""
+        return self.num_pairs / max(1, self.num_local_experts)
+
+    @property
+    def problem(self) -> LayerShape:
+        """The same problem whatever the number of pairs."""
+        return dataclasses.replace(self, num_pairs=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """How the grouped matmuls of a layer are tiled. The result does not depend on it, bit for bit; the time does.
+
+    Attributes:
+        tile_rows: that `group_tokens` pads the groups to.
+        up: configuration of the up-projection.
+        down: configuration of the down-projection.
+
+    Raises:
+        ValueError: a configuration for another row tile.
+
+    Example:
+        >>> LayerPlan(64, Config((8, 64)), Config((8, 32)))
+        Traceback (most recent call last):
+        ...
+        ValueError: down.tile_rows=32 must be the plan's tile_rows=64: both projections run on the same groups of rows
+    """
+
+    tile_rows: int
+    up: Config
+    down: Config
+
+    def __post_init__(self) -> None:
+        for name, config in (("up", self.up), ("down", self.down)):
+            if config.tile_rows != self.tile_rows:
+                raise ValueError(
+                    f"{name}.tile_rows={config.tile_rows} must be the plan's tile_rows={self.tile_rows}: "
+                    "both projections run on the same groups of rows"
+                )
+
+    def for_tile_rows(self, tile_rows: int) -> LayerPlan:
+        """The same plan for smaller tiles: without the row counts, and the clusters, that these cannot have.
+
+        Example:
+            >>> plan = LayerPlan(64, Config((8, 16, 64)), Config((16, 64), cluster=2))
+            >>> small = plan.for_tile_rows(8)
+            >>> small.up.row_counts, small.down.cluster
+            ((8,), 1)
+        """
+        if tile_rows == self.tile_rows:
+            return self
+
+        def smaller(config: Config) -> Config:
+            counts = (*(c for c in config.row_counts if c < tile_rows), tile_rows)
+            cluster = config.cluster if splits(tile_rows, config) else 1
+            return dataclasses.replace(config, row_counts=counts, cluster=cluster)
+
+        return LayerPlan(tile_rows, smaller(self.up), smaller(self.down))
+
+
+def splits(rows: int, config: Config) -> bool:
+    """Whether a cluster can share the fetching of so many rows: each block takes whole swizzled tiles of 8 x 64 elements.
+
+    Example:
+        >>> splits(24, Config(cluster=2)), splits(24, Config(cluster=2, tile_k=128))
+        (False, True)
+    """
+    return rows // 8 % config.cluster == 0 or config.tile_k // 64 % config.cluster == 0
+
+
+def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
+    """The plan of the rule: `tile_rows_for` the mean group, then `default_config` for each projection.
+
+    Args:
+        shape: of the layer.
+        tile_rows: another row tile than the rule's.
+
+    Example:
+        >>> default_plan(LayerShape(128, 32768, 2048, 768, gated=True, dtype="bfloat16")).tile_rows
+        160
+    """
+    tile_rows = tile_rows or tile_rows_for(shape.mean_rows)
+    tiles = min(shape.num_pairs, shape.num_local_experts)
+    return LayerPlan(
+        tile_rows,
+        up=default_config(tile_rows, shape.gated, shape.intermediate_size, tiles),
+        down=default_config(tile_rows, False, shape.hidden_size, tiles),
+    )
+
+
+def plan_for(shape: LayerShape) -> LayerPlan:
+    """The tuned plan of the nearest size measured on this kind of device (`cache.find_tuned`), else `default_plan`.
+
+    Under `jit` this is asked when a function is traced: what is compiled already keeps its plan.
+
+    Example:
+        >>> plan = plan_for(LayerShape(128, 32768, 2048, 768, gated=True, dtype="bfloat16"))
+        >>> plan.up.tile_rows == plan.down.tile_rows == plan.tile_rows
+        True
+    """
+    from moe_jax.tuning.cache import find_tuned
+
+    tuned = find_tuned(shape)
+    return default_plan(shape) if tuned is None else tuned.plan

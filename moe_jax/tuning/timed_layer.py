@@ -1,0 +1,84 @@
+"""A layer on this GPU that can be built, run and timed under any plan."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.bench.timing import call_time, kernel_times
+from moe_jax.config import MoEConfig
+from moe_jax.moe import moe
+from moe_jax.tuning.plan import LayerPlan
+from moe_jax.types import ExpertWeights
+
+BUILDERS = 8  # compilations at a time: most of one runs outside of Python
+
+
+class TimedLayer:
+    """`moe` on random operands: any expert is as likely as another.
+
+    Args:
+        config: the layer.
+        num_tokens: T, at least 1.
+    """
+
+    def __init__(self, config: MoEConfig, num_tokens: int):
+        self._config = config
+        x = jax.random.normal(jax.random.key(num_tokens), (num_tokens, config.hidden_size), config.dtype)
+        logits = np.random.default_rng(num_tokens).standard_normal((num_tokens, config.num_experts), np.float32)
+        self._operands = jax.block_until_ready((x, _weights(config), jnp.asarray(logits)))
+        self._built: dict[LayerPlan, Any] = {}
+
+    def build(self, plans: Sequence[LayerPlan]) -> dict[LayerPlan, str]:
+        """Compiles the layer under each plan, side by side; gives those that cannot be compiled, with the reason."""
+
+        def compile_one(plan: LayerPlan) -> str | None:
+            layer = functools.partial(moe, config=self._config, plan=plan)
+            try:
+                self._built[plan] = jax.jit(layer).lower(*self._operands).compile()
+            except Exception as error:  # a configuration that the compiler refuses is not the end of a search
+                return f"cannot be built: {type(error).__name__}: {error}"[:300]
+            return None
+
+        new = [plan for plan in dict.fromkeys(plans) if plan not in self._built]
+        with ThreadPoolExecutor(BUILDERS) as pool:
+            reasons = list(pool.map(compile_one, new))
+        return {plan: reason for plan, reason in zip(new, reasons, strict=True) if reason is not None}
+
+    def output(self, plan: LayerPlan) -> jax.Array:
+        """``[T, H]``, under a plan that was built."""
+        return jax.block_until_ready(self._built[plan](*self._operands))
+
+    def kernel_us(self, plan: LayerPlan) -> tuple[float, float]:
+        """Microseconds of the up- and of the down-projection's kernel."""
+        times = kernel_times(self._built[plan], *self._operands)
+        try:
+            return times["grouped_matmul_up"], times["grouped_matmul_down"]
+        except KeyError as error:
+            raise RuntimeError(f"no kernel {error} among those of the layer: {', '.join(times)}") from error
+
+    def layer_us(self, plan: LayerPlan) -> float:
+        """Microseconds of the layer, calls queued one behind the other."""
+        built = self._built[plan]
+        return call_time(lambda: built(*self._operands))
+
+
+@functools.lru_cache(maxsize=1)
+def _weights(config: MoEConfig) -> ExpertWeights:
+    """One set at a time: the numbers of tokens of a case come one after the other."""
+
+    @jax.jit
+    def make() -> ExpertWeights:
+        k1, k2 = jax.random.split(jax.random.key(0))
+        experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
+        w13 = jax.random.normal(k1, (experts, config.w13_rows, hidden), config.dtype) * hidden**-0.5
+        w2 = jax.random.normal(k2, (experts, hidden, inner), config.dtype) * inner**-0.5
+        return ExpertWeights(w13.astype(config.dtype), w2.astype(config.dtype))
+
+    return make()

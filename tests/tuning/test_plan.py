@@ -1,0 +1,59 @@
+"""What a plan is, and the default rule."""
+
+import dataclasses
+
+import pytest
+
+from moe_jax import MoEConfig
+from moe_jax.kernels.hopper import matmul_bf16 as kernel
+from moe_jax.tuning.fit import misfit
+from moe_jax.tuning.plan import LayerPlan, LayerShape, default_plan, plan_for
+from tests.tuning.plans import FEW, MANY, entry_of, pairs
+
+
+@pytest.mark.parametrize(("num_pairs", "tile_rows"), [(1, 64), (48 * 128, 64), (96 * 128, 128), (97 * 128, 160)])
+def test_the_rule_is_that_of_the_kernel(num_pairs, tile_rows):
+    shape = pairs(MANY, num_pairs)
+    tiles = min(num_pairs, 128)
+    assert default_plan(shape) == LayerPlan(
+        tile_rows,
+        up=kernel.default_config(tile_rows, True, 768, tiles),
+        down=kernel.default_config(tile_rows, False, 2048, tiles),
+    )
+    assert plan_for(shape) == default_plan(shape)
+    assert hash(plan_for(shape)) == hash(default_plan(shape))
+
+
+def test_a_rank_expects_its_share_of_the_pairs():
+    config = MoEConfig(256, 8, 7168, 2048)
+    assert LayerShape.of(config, 100) == LayerShape(256, 800, 7168, 2048, gated=True, dtype="bfloat16")
+    assert LayerShape.of(config, 100, 32).num_pairs == 100
+    assert LayerShape.of(config, 1, 16).num_pairs == 1  # rounded up
+    assert LayerShape.of(config, 0, 16).num_pairs == 0
+    assert not LayerShape.of(dataclasses.replace(config, activation="relu2_no_mul"), 1).gated
+
+
+def test_both_projections_have_the_row_tile_of_the_plan():
+    plan = default_plan(MANY)
+    with pytest.raises(ValueError, match="down.tile_rows=64 must be the plan's tile_rows=160"):
+        dataclasses.replace(plan, down=default_plan(FEW).down)
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("tile_rows", [8, 16])
+def test_a_plan_for_smaller_tiles_still_runs(tile_rows, cluster):
+    base = default_plan(FEW)
+    clustered = dataclasses.replace(base.up, cluster=cluster, tile_k=64, row_counts=(16, 32, 64))
+    plan = dataclasses.replace(base, up=clustered).for_tile_rows(tile_rows)
+    assert plan.up.row_counts == (tile_rows,)
+    assert plan.up.cluster == (cluster if tile_rows == 16 else 1)
+    assert misfit(FEW, plan) is None
+    assert base.for_tile_rows(64) is base
+
+
+def test_the_plan_is_that_of_the_nearest_size(folders):
+    from moe_jax.tuning import cache
+
+    cache.save(folders[0], entry_of(MANY, band=7))
+    assert plan_for(pairs(MANY, 20000)).up.band == 7
+    assert plan_for(pairs(MANY, 10000)) == default_plan(pairs(MANY, 10000))
