@@ -42,7 +42,7 @@ CASES = {
         Case("odd-sizes", 16, 4, 1040, 528),  # multiples of 16 only
     )
 }
-GPU_TOKENS = (0, 1, 16, 128, 1000, 4096)
+GPU_TOKENS = (0, 1, 16, 128, 1024, 4096, 16384)
 
 # Without a GPU: something that ends within seconds.
 CPU_CASES = (Case("small", 8, 2, 256, 128),)

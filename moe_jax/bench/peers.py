@@ -1,23 +1,38 @@
 """What else can run the layer here: the same inputs and weights, in the form that each peer likes best.
 
-A peer prepares its weights once (a transposed copy, a tensor on the same memory) and that is not timed. The only file of the
-benchmark with torch.
+A peer prepares its weights once (a transposed copy, a tensor on the same memory) and that is not timed. What runs under torch
+is recorded as a CUDA graph of `GRAPH_CALLS` layers, one behind the other, and replayed: it pays next to nothing for launches,
+while JAX layers, ours too, are timed with their dispatch. Every call reads the same inputs and weights. Nothing is rotated
+through memory: what fits into the L2 cache is found there, by every layer alike. The only file of the benchmark with torch.
+
+What a peer raises ends up in its row. An illegal address in its kernel cannot be caught: it breaks the CUDA context of the
+process, which is that of one case (`moe_jax.bench.processes`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import gc
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 
+from moe_jax.bench.compiling import Layer
+from moe_jax.bench.jax_layers import JAX_LAYERS
+from moe_jax.bench.torch_layers import COMPILED_AT_CALL, TORCH_LAYERS
 from moe_jax.config import MoEConfig
-from moe_jax.moe import moe
 from moe_jax.types import ExpertWeights
+
+PEERS = (*TORCH_LAYERS, *JAX_LAYERS)
+PACKAGES = {"torch": "torch", "vllm": "vllm", "sonicmoe": "sonic-moe", "tokamax": "tokamax"}  # as pip calls them
+GRAPH_CALLS = 4
+TORCH_BYTES = 8 * 2**30  # that torch needs for activations at the largest sizes
 
 
 class PeerUnavailable(Exception):
@@ -29,158 +44,143 @@ class Bound:
     """A peer's layer with its operands.
 
     Attributes:
-        call: starts the layer.
-        wait: given what `call` returned, returns when it is done.
-        to_array: given what `call` returned, the output as a JAX array ``[T, H]``.
+        call: starts `layers` runs of the layer.
+        wait: given what `call` returned, returns it when the work is done.
+        rows: given what `call` returned and row numbers, those rows of the output as a JAX array.
         what: how the peer runs it.
+        layers: of one `call`.
         jitted: function and operands, for the kernel times; None where JAX does not launch the kernels.
     """
 
     call: Callable[[], Any]
     wait: Callable[[Any], Any]
-    to_array: Callable[[Any], jax.Array]
+    rows: Callable[[Any, np.ndarray], jax.Array]
     what: str
+    layers: int = 1
     jitted: tuple[Any, ...] | None = None
 
 
 Prepared = Callable[[jax.Array, jax.Array], Bound]  # of hidden states and router logits
 
 
-def _bind_jax(function: Callable[..., jax.Array], weights: Any, what: str) -> Prepared:
-    jitted = jax.jit(function)
+class JaxPeer:
+    """A peer under jit, for one config. With `ahead` its `layer` is to be compiled ahead, for weights as `weights_shape` says."""
 
-    def bind(x: jax.Array, logits: jax.Array) -> Bound:
-        call = functools.partial(jitted, x, weights, logits)
-        return Bound(call, jax.block_until_ready, lambda output: output, what, (jitted, x, weights, logits))
+    def __init__(self, name: str, config: MoEConfig):
+        function, self.to_weights, self.what, self.ahead = JAX_LAYERS[name](config)
+        self.layer = Layer(function)
 
-    return bind
+    def weights_shape(self, weights: Any) -> Any:
+        """Shapes of the weights that the layer takes, from those of ours."""
+        return jax.eval_shape(self.to_weights, weights)
 
+    def prepare(self, weights: ExpertWeights) -> Prepared:
+        """Puts the weights in place."""
+        own = jax.block_until_ready(self.to_weights(weights))
 
-def _xla(config: MoEConfig, weights: ExpertWeights) -> Prepared:
-    return _bind_jax(functools.partial(moe, config=config, implementation="xla"), weights, "moe_jax in plain JAX")
+        def bind(x: jax.Array, logits: jax.Array) -> Bound:
+            jitted = self.layer.at(x.shape[0]), x, own, logits
+            return Bound(functools.partial(*jitted), jax.block_until_ready, _rows, self.what, jitted=jitted)
 
-
-def _ragged_dot(config: MoEConfig, weights: ExpertWeights) -> Prepared:
-    precision = lax.Precision.HIGHEST if config.dtype == "float32" else None
-    return _bind_ragged(functools.partial(lax.ragged_dot, precision=precision), config, weights, "jax.lax.ragged_dot")
-
-
-def _tokamax(config: MoEConfig, weights: ExpertWeights) -> Prepared:
-    try:
-        import tokamax
-    except ImportError as error:
-        raise PeerUnavailable(f"tokamax cannot be imported ({error}); pip install tokamax") from error
-    return _bind_ragged(tokamax.ragged_dot, config, weights, "tokamax.ragged_dot")
+        return bind
 
 
-def _bind_ragged(dot: Callable[..., Any], config: MoEConfig, weights: ExpertWeights, what: str) -> Prepared:
-    """A layer around a ragged matmul ``dot(rows [R, K], weights [E, K, N], group_sizes [E])``."""
-    top_k, num_experts = config.top_k, config.num_experts
-
-    def layer(x, weights, logits):
-        w13, w2 = weights
-        chosen, ids = lax.top_k(logits, top_k)
-        order = jnp.argsort(ids.reshape(-1), stable=True)
-        group_sizes = jnp.bincount(ids.reshape(-1), length=num_experts).astype(jnp.int32)
-        gate, up = jnp.split(dot(x[order // top_k], w13, group_sizes), 2, axis=-1)
-        rows = dot((jax.nn.silu(gate) * up).astype(x.dtype), w2, group_sizes)
-        pairs = rows[jnp.argsort(order)].reshape(x.shape[0], top_k, -1).astype(jnp.float32)
-        return (pairs * jax.nn.softmax(chosen)[:, :, None]).sum(1).astype(x.dtype)
-
-    transposed = jax.block_until_ready(tuple(jnp.swapaxes(w, 1, 2).copy() for w in (weights.w13, weights.w2)))
-    return _bind_jax(layer, transposed, what)
+def _rows(output: jax.Array, rows: np.ndarray) -> jax.Array:
+    return output[rows]
 
 
-def _torch(config: MoEConfig, weights: ExpertWeights) -> Prepared:
-    try:
+class TorchPeer:
+    """A peer under torch, for one config."""
+
+    def __init__(self, name: str, config: MoEConfig):
         import torch
-    except ImportError as error:
-        raise PeerUnavailable(f"torch cannot be imported ({error}); pip install 'moe_jax[torch]'") from error
-    on_gpu = weights.w13.device.platform in ("gpu", "cuda")
-    if on_gpu and not torch.cuda.is_available():
+
+        self.torch, self.config = torch, config
+        self.place = TORCH_LAYERS[name](torch, config)
+        self.compiled_at_call = name in COMPILED_AT_CALL
+
+    def warm(self, counts: Iterable[int]) -> None:
+        """Runs it for some numbers of tokens, on zeros, if that is when its kernels are compiled. Needs a GPU."""
+        if self.compiled_at_call:
+            with contextlib.suppress(Exception), self.torch.no_grad():  # it comes again, and is reported, when measured
+                self._run_on_zeros(counts)
+            free_memory()
+
+    def _run_on_zeros(self, counts: Iterable[int]) -> None:
+        config = self.config
+
+        def zeros(*shape, dtype=config.dtype):
+            return self.torch.zeros(shape, dtype=getattr(self.torch, dtype), device="cuda")
+
+        w13 = zeros(config.num_experts, config.w13_rows, config.hidden_size)
+        layer = self.place(w13, zeros(config.num_experts, config.hidden_size, config.intermediate_size))
+        for count in counts:
+            layer.function(zeros(count, config.hidden_size), zeros(count, config.num_experts, dtype="float32"))
+        self.torch.cuda.synchronize()
+
+    def prepare(self, weights: ExpertWeights) -> Prepared:
+        """Puts the weights in place.
+
+        Raises:
+            PeerUnavailable: torch cannot use the device, or JAX has left it no memory.
+        """
+        torch = self.torch
+        if weights.w13.device.platform in ("gpu", "cuda"):
+            _check_device(torch)
+        # Tensors on JAX's memory: `weights` outlives them, and each side waits for its work before the other starts.
+        layer = self.place(torch.from_dlpack(weights.w13), torch.from_dlpack(weights.w2))
+
+        def wait(output):
+            if output.is_cuda:
+                torch.cuda.synchronize()
+            return output
+
+        def rows(output, numbers):
+            picked = output[torch.as_tensor(numbers, device=output.device)]
+            return jnp.asarray(picked.float().cpu().numpy())
+
+        def bind(x: jax.Array, logits: jax.Array) -> Bound:
+            operands = torch.from_dlpack(x), torch.from_dlpack(logits)
+            call = functools.partial(torch.no_grad()(layer.function), *operands)
+            if not operands[0].is_cuda or layer.reads_back:
+                return Bound(call, wait, rows, layer.what)
+            return _in_cuda_graph(torch, Bound(call, wait, rows, layer.what))
+
+        return bind
+
+
+def _check_device(torch: Any) -> None:
+    if not torch.cuda.is_available():
         raise PeerUnavailable(f"torch {torch.__version__} sees no CUDA device; install a build of torch with CUDA")
-    # Tensors on JAX's memory: `weights` outlives them, and each side waits for its work before the other starts.
-    w13, w2 = torch.from_dlpack(weights.w13), torch.from_dlpack(weights.w2)
-    grouped = _takes_grouped_mm(torch, on_gpu, config.dtype)
-
-    def route(logits):
-        chosen, ids = torch.topk(logits, config.top_k)
-        return torch.softmax(chosen, dim=-1), ids
-
-    def expert(rows, local):
-        gate, up = torch.nn.functional.linear(rows, w13[local]).chunk(2, dim=-1)
-        return torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, w2[local])
-
-    def loop_layer(x, logits):
-        weight, ids = route(logits)
-        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for local in range(config.num_experts):
-            token, slot = torch.nonzero(ids == local, as_tuple=True)
-            if token.numel():
-                out.index_add_(0, token, expert(x[token], local).float() * weight[token, slot, None])
-        return out.to(x.dtype)
-
-    def grouped_layer(x, logits):
-        weight, ids = route(logits)
-        sorted_ids, order = torch.sort(ids.reshape(-1), stable=True)
-        ends = torch.searchsorted(sorted_ids, torch.arange(config.num_experts, device=x.device), right=True).int()
-        rows = x.index_select(0, order // config.top_k)
-        gate, up = torch._grouped_mm(rows, w13.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        rows = torch._grouped_mm(torch.nn.functional.silu(gate) * up, w2.transpose(1, 2), offs=ends)
-        pairs = torch.empty_like(rows).index_copy_(0, order, rows).view(x.shape[0], config.top_k, -1)
-        return (pairs.float() * weight[:, :, None]).sum(1).to(x.dtype)
-
-    def wait(output):
-        if on_gpu:
-            torch.cuda.synchronize()
-        return output
-
-    def to_array(output):
-        return jnp.asarray(wait(output).float().cpu().numpy())
-
-    def bind(x: jax.Array, logits: jax.Array) -> Bound:
-        operands = torch.from_dlpack(x), torch.from_dlpack(logits)
-        layer = torch.inference_mode()(grouped_layer if grouped else loop_layer)
-        call, what = functools.partial(layer, *operands), "loop over experts, torch.nn.functional"
-        if grouped:
-            call, what = _in_cuda_graph(torch, call, "torch._grouped_mm")
-        return Bound(call, wait, to_array, what)
-
-    return bind
+    free, _ = torch.cuda.mem_get_info()
+    if free < TORCH_BYTES:
+        raise PeerUnavailable(
+            f"{free / 2**30:.1f} GiB of GPU memory are free and torch is given at least {TORCH_BYTES / 2**30:.0f}; JAX has "
+            "reserved the rest: set XLA_PYTHON_CLIENT_PREALLOCATE=false before JAX starts"
+        )
 
 
-def _takes_grouped_mm(torch: Any, on_gpu: bool, dtype: str) -> bool:
-    return on_gpu and dtype == "bfloat16" and hasattr(torch, "_grouped_mm")
-
-
-def _in_cuda_graph(torch: Any, call: Callable[[], Any], what: str) -> tuple[Callable[[], Any], str]:
-    """The call as the replay of a CUDA graph, without launch cost; as it is, with the reason, where that fails."""
+def _in_cuda_graph(torch: Any, eager: Bound) -> Bound:
+    """The same as the replay of a CUDA graph; as it is, with the reason, where that fails."""
     try:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(3):  # libraries allocate and load their kernels, which a capture does not allow
-                call()
+            for _ in range(3):  # libraries allocate, tune and load their kernels, which a capture does not allow
+                eager.call()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            output = call()
+            for _ in range(GRAPH_CALLS):  # the next one takes over the memory of the last
+                output = eager.call()
     except RuntimeError as error:
-        return call, f"{what}, no CUDA graph ({str(error).splitlines()[0]})"
+        return dataclasses.replace(eager, what=f"{eager.what}, no CUDA graph ({short(error)})")
 
     def replay():
         graph.replay()
         return output
 
-    return replay, f"{what} in a CUDA graph"
-
-
-PEERS: dict[str, Callable[[MoEConfig, ExpertWeights], Prepared]] = {
-    "torch": _torch,
-    "tokamax": _tokamax,
-    "ragged_dot": _ragged_dot,
-    "xla": _xla,
-}
+    return dataclasses.replace(eager, call=replay, what=f"{eager.what}, in a CUDA graph", layers=GRAPH_CALLS)
 
 
 def parse_peers(text: str) -> tuple[str, ...]:
@@ -200,12 +200,29 @@ def parse_peers(text: str) -> tuple[str, ...]:
     return names
 
 
-def prepare(name: str, config: MoEConfig, weights: ExpertWeights) -> Prepared | str:
+def runs_under_torch(name: str) -> bool:
+    """Whether the peer shares the GPU through torch."""
+    return name in TORCH_LAYERS
+
+
+def find_peer(name: str, config: MoEConfig) -> JaxPeer | TorchPeer | str:
+    """The peer, or why it cannot run here."""
+    return _or_reason(name, lambda: (TorchPeer if runs_under_torch(name) else JaxPeer)(name, config))
+
+
+def prepare(name: str, peer: JaxPeer | TorchPeer | str, weights: ExpertWeights) -> Prepared | str:
     """The peer with its weights in place, or why it cannot run here."""
+    return peer if isinstance(peer, str) else _or_reason(name, lambda: peer.prepare(weights))
+
+
+def _or_reason(name: str, make: Callable[[], Any]) -> Any:
     try:
-        return PEERS[name](config, weights)
+        return make()
     except PeerUnavailable as reason:
         return str(reason)
+    except ImportError as error:
+        install = "'moe_jax[torch]'" if name == "torch" else PACKAGES[name]
+        return f"{name} cannot be imported ({error}); pip install {install}"
     except Exception as failure:  # a peer must not take the measurement of the layer with it
         return short(failure)
 
@@ -213,3 +230,11 @@ def prepare(name: str, config: MoEConfig, weights: ExpertWeights) -> Prepared | 
 def short(failure: Exception) -> str:
     """Kind and first line of an error, for a row."""
     return f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')}"[:300]
+
+
+def free_memory() -> None:
+    """Gives the memory of dropped peers back to the device: torch keeps what it has once had, and JAX may need it."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax.bench.timing import call_time, kernel_times
+from moe_jax.bench.timing import call_time
 from moe_jax.config import MoEConfig
 
 MATRICES = 3  # of a gated expert, each H x I: gate, up, down
+BOUND_TOKENS = 128
 
 
 class Ceilings(NamedTuple):
@@ -21,7 +23,7 @@ class Ceilings(NamedTuple):
     Attributes:
         matmul_tflops: of one large dense matmul in the compute dtype.
         copy_gb_per_s: of an elementwise operation on a large array, bytes read and bytes written both counted.
-        read_gb_per_s: of the sum of a large array.
+        read_gb_per_s: of sums of a large array.
     """
 
     matmul_tflops: float
@@ -78,16 +80,38 @@ def floors(config: MoEConfig, tokens: int, visited: int, ceilings: Ceilings) -> 
     )
 
 
+def bound_us(config: MoEConfig, tokens: int, visited: int, ceilings: Ceilings) -> float | None:
+    """What a layer of few tokens may take: 1.10 x (reading the weights of the visited experts + 10 microseconds).
+
+    None for more than 128 tokens, where reading the weights is not all there is.
+
+    Example:
+        >>> config = MoEConfig(2, 1, 1000, 500, dtype="bfloat16")
+        >>> round(bound_us(config, 1, 1, Ceilings(matmul_tflops=1.0, copy_gb_per_s=9.0, read_gb_per_s=100.0)), 6)
+        44.0
+    """
+    if tokens > BOUND_TOKENS:
+        return None
+    return 1.10 * (expert_bytes(config, visited) / ceilings.read_gb_per_s / 1e3 + 10.0)
+
+
 def measure_ceilings(dtype: str, on_gpu: bool) -> Ceilings:
-    """Measures the rates: on a GPU by kernel time and at sizes that fill it, else by the clock and smaller."""
-    size, elements = (8192, 2**28) if on_gpu else (1024, 2**24)
+    """Measures the rates by the clock, calls queued as those of a layer are, so that the clock rate is a sustained one.
+
+    Of two ways to write a program the faster counts: the second operand of the matmul as it is or transposed, the sum of all
+    elements or of each row. On a GPU a call takes an eighth of a millisecond or more, so that its launch hides behind the one
+    before; larger arrays would leave this process with more of the memory that it shares, for the outputs of queued calls.
+    """
+    size, rows = (8192, 2**16) if on_gpu else (512, 2**12)
     precision = lax.Precision.HIGHEST if dtype == "float32" else None
-    matmul = jax.jit(functools.partial(jnp.matmul, precision=precision))
-    operand = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    matmul_us = _microseconds(matmul, operand, operand, on_gpu=on_gpu)
-    array = jnp.ones(elements, jnp.float32)
-    copy_us = _microseconds(jax.jit(lambda a: a + 1), array, on_gpu=on_gpu)
-    read_us = _microseconds(jax.jit(jnp.sum), array, on_gpu=on_gpu)
+    a, b = (jax.random.normal(key, (size, size), dtype) for key in jax.random.split(jax.random.key(0)))
+    array = jnp.ones((rows, 2048), jnp.float32)
+    matmul_us = min(
+        _microseconds(functools.partial(jnp.matmul, precision=precision), a, b),
+        _microseconds(lambda a, b: jnp.matmul(a, b.T, precision=precision), a, b),
+    )
+    copy_us = _microseconds(lambda array: array + 1, array)
+    read_us = min(_microseconds(jnp.sum, array), _microseconds(lambda array: array.sum(1), array))
     return Ceilings(
         matmul_tflops=2.0 * size**3 / matmul_us / 1e6,
         copy_gb_per_s=2 * array.nbytes / copy_us / 1e3,
@@ -95,7 +119,6 @@ def measure_ceilings(dtype: str, on_gpu: bool) -> Ceilings:
     )
 
 
-def _microseconds(function, *operands: jax.Array, on_gpu: bool) -> float:
-    if on_gpu:
-        return sum(kernel_times(function, *operands).values())
-    return call_time(lambda: function(*operands))
+def _microseconds(function: Callable[..., jax.Array], *operands: jax.Array) -> float:
+    jitted = jax.jit(function)
+    return call_time(lambda: jitted(*operands), seconds=1.0)

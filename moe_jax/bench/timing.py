@@ -13,17 +13,23 @@ from moe_jax import _compat
 
 ROUNDS = 5
 ROUND_SECONDS = 0.15
-BUDGET_SECONDS = 3.0  # when a call is so slow that the rounds take longer, fewer of them count
+BUDGET_SECONDS = 3.0
+ITERATIONS = 11  # under CUPTI
 
 
-def kernel_times(layer: Callable[..., Any], *operands: Any) -> dict[str, float]:
+def kernel_times(layer: Callable[..., Any], *operands: Any, iterations: int = ITERATIONS) -> dict[str, float]:
     """Median microseconds of each kernel of a call, by name; a name that comes twice gets a number. Needs a GPU.
 
+    Args:
+        layer: jitted or compiled.
+        operands: of the layer.
+        iterations: calls measured, after one that is not; at least 2.
+
     Raises:
-        RuntimeError: CUPTI saw no kernel.
+        RuntimeError: CUPTI saw no kernel, or not the same ones in every call.
     """
     columns: dict[str, list[float]] = {}
-    for run in _compat.measure_kernels(layer, *operands):
+    for run in _compat.measure_kernels(layer, *operands, iterations=max(2, iterations)):
         seen: dict[str, int] = {}
         for name, milliseconds in run:
             seen[name] = seen.get(name, 0) + 1
@@ -36,14 +42,16 @@ def kernel_times(layer: Callable[..., Any], *operands: Any) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in columns.items()}
 
 
-def call_time(call: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_until_ready) -> float:
+def call_time(
+    call: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_until_ready, seconds: float = BUDGET_SECONDS
+) -> float:
     """Microseconds a call, calls queued one behind the other: what a caller of a jitted layer sees. Median of 5 rounds.
-
-    One of them at least, however slow the call is.
 
     Args:
         call: starts the work; need not wait for it.
         wait: given what the last call returned, returns when its work is done.
+        seconds: about what the measurement may take. When the rounds take longer fewer of them count, and where one call
+            takes half of it, that call alone: two calls are always made, the first to warm up.
 
     Example:
         >>> call_time(lambda: None) >= 0
@@ -52,10 +60,12 @@ def call_time(call: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_un
     wait(call())
     start = time.perf_counter()
     wait(call())
-    seconds = time.perf_counter() - start
-    calls = int(min(200, max(5 if seconds < BUDGET_SECONDS / 25 else 1, ROUND_SECONDS / seconds)))
+    once = time.perf_counter() - start
+    if once > seconds / 2:
+        return once * 1e6
+    calls = int(min(200, max(1, min(ROUND_SECONDS, seconds / ROUNDS) / once)))
     rounds: list[float] = []
-    while len(rounds) < ROUNDS and sum(rounds) * calls < BUDGET_SECONDS * 1e6:
+    while len(rounds) < ROUNDS and sum(rounds) * calls < seconds * 1e6:
         start = time.perf_counter()
         for _ in range(calls):
             out = call()

@@ -48,5 +48,5 @@ def test_wrong_tokens_raise(text):
 def test_unknown_peers_raise_with_the_known_ones():
     assert parse_peers("xla, torch,xla") == ("xla", "torch")
     assert parse_peers("") == ()
-    with pytest.raises(ValueError, match="vllm.*torch, tokamax, ragged_dot, xla"):
-        parse_peers("torch,vllm")
+    with pytest.raises(ValueError, match="cutlass.*torch, vllm, sonicmoe, tokamax, ragged_dot, xla"):
+        parse_peers("torch,cutlass")

@@ -2,13 +2,15 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.mosaic.gpu import profiler
 
 from moe_jax import MoEConfig, _compat
-from moe_jax.bench import measure, roofline, timing
+from moe_jax.bench import inputs, measure, roofline, timing
 from moe_jax.bench.cases import Case
+from moe_jax.bench.compiling import Job, Layer, compile_all
 from moe_jax.bench.roofline import Ceilings, floors
 
 
@@ -25,12 +27,12 @@ def test_floors_by_hand():
 
 
 def test_ceilings_from_times(monkeypatch):
-    times = iter([2.0, 50.0, 25.0])  # matmul, copy, read, in microseconds
-    monkeypatch.setattr(roofline, "call_time", lambda call: next(times))
+    times = iter([2.0, 3.0, 50.0, 30.0, 25.0])  # two matmuls, a copy, two sums, in microseconds
+    monkeypatch.setattr(roofline, "call_time", lambda call, seconds: next(times))
     ceilings = roofline.measure_ceilings("float32", on_gpu=False)
-    assert ceilings.matmul_tflops == pytest.approx(2 * 1024**3 / 2e-6 / 1e12)
-    assert ceilings.copy_gb_per_s == pytest.approx(2 * 4 * 2**24 / 50e-6 / 1e9)
-    assert ceilings.read_gb_per_s == pytest.approx(4 * 2**24 / 25e-6 / 1e9)
+    assert ceilings.matmul_tflops == pytest.approx(2 * 512**3 / 2e-6 / 1e12)
+    assert ceilings.copy_gb_per_s == pytest.approx(2 * 4 * 2**23 / 50e-6 / 1e9)
+    assert ceilings.read_gb_per_s == pytest.approx(4 * 2**23 / 25e-6 / 1e9)
 
 
 def test_kernel_times_are_medians_by_name(monkeypatch):
@@ -47,7 +49,7 @@ def test_kernel_times_are_medians_by_name(monkeypatch):
 
 
 def test_no_kernel_is_an_error(monkeypatch):
-    monkeypatch.setattr(_compat, "measure_kernels", lambda *arguments: [])
+    monkeypatch.setattr(_compat, "measure_kernels", lambda *arguments, iterations: [])
     with pytest.raises(RuntimeError, match="no kernel"):
         timing.kernel_times(jnp.sin, jnp.ones(3))
 
@@ -65,19 +67,23 @@ def test_call_time_divides_by_the_calls_and_ends_when_calls_are_slow(monkeypatch
     assert len(calls) == 2 + 5 * 75
     calls.clear()
     assert timing.call_time(lambda: call(2.0), wait=lambda out: None) == pytest.approx(2e6)
-    assert len(calls) == 2 + 2
+    assert len(calls) == 2
+    calls.clear()
+    assert timing.call_time(lambda: call(0.06), wait=lambda out: None, seconds=1.0) == pytest.approx(6e4)
+    assert len(calls) == 2 + 5 * 2  # rounds of 0.15 s
+    calls.clear()
+    assert timing.call_time(lambda: call(0.03), wait=lambda out: None, seconds=0.1) == pytest.approx(3e4)
+    assert len(calls) == 2 + 4  # rounds of a single call until 0.1 s are over
 
 
-def test_a_gpu_row_has_the_keys_of_the_result_files(monkeypatch):
-    case = Case("tiny", 4, 2, 32, 16)
-    config = case.config("float32")
-    kernels = {"route_topk": 1.0, "grouped_matmul_up": 4.0, "grouped_matmul_down": 2.0}
-    monkeypatch.setattr(measure, "kernel_times", lambda *arguments: kernels)
+def gpu_row(monkeypatch, kernel_times):
+    config = Case("tiny", 4, 2, 32, 16).config("float32")
+    monkeypatch.setattr(measure, "kernel_times", kernel_times)
     monkeypatch.setattr(measure, "call_time", lambda call: 10.0)
-    layer, weights = measure.make_layer(config, "xla"), measure.make_weights(config, measure.jax.random.key(0))
-    x, logits = measure.make_inputs(config, 64)
-    row = measure.measure(
-        case,
+    layer, weights = measure.make_layer(config, "xla"), inputs.make_weights(config, jax.random.key(0))
+    compile_all([Job(layer, config, weights, 64)])
+    x, logits = inputs.make_inputs(config, 64)
+    return measure.measure(
         config,
         layer,
         weights,
@@ -88,8 +94,14 @@ def test_a_gpu_row_has_the_keys_of_the_result_files(monkeypatch):
         checks=False,
         on_gpu=True,
     )
+
+
+def test_a_gpu_row_has_the_keys_of_the_result_files(monkeypatch):
+    kernels = {"route_topk": 1.0, "grouped_matmul_up": 4.0, "grouped_matmul_down": 2.0}
+    row = gpu_row(monkeypatch, lambda *arguments: kernels)
     flops = 64 * 2 * 3 * 32 * 16 * 2  # 393216
     assert row["kernel_us"] == kernels
+    assert row["kernel_launches"] == 3
     assert row["kernel_tflops"]["grouped_matmul_up"] == round(flops * 2 / 3 / 4e-6 / 1e12, 1)
     assert row["weights_gb_per_s"]["grouped_matmul_down"] == round(4 * 32 * 16 * 4 / 2e-6 / 1e9)
     assert (row["kernels_total_us"], row["layer_us"]) == (7.0, 10.0)
@@ -97,4 +109,35 @@ def test_a_gpu_row_has_the_keys_of_the_result_files(monkeypatch):
     assert row["floor_compute_us"] == round(flops / 0.5e12 * 1e6, 2)
     assert row["roofline"] == round(row["floor_memory_us"] / 10.0, 3)
     assert row["kernels_roofline"] == round(row["floor_memory_us"] / 7.0, 3)
+    assert row["bound_us"] == round(1.10 * (4 * 3 * 32 * 16 * 4 / 1e9 * 1e6 + 10), 1)  # read rate, not the faster one
+    assert row["touched_experts"] == 4
+    assert row["rows_per_expert_max"] >= 64 * 2 / 4
+    assert row["temp_bytes"] >= 0
+    assert row["temp_bound_bytes"] == 64 * 2 * (16 + 32) * 4 + 2**20
     assert "failed" not in row
+
+
+def test_a_row_without_kernel_times_says_why(monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("CUPTI is taken")
+
+    row = gpu_row(monkeypatch, broken)
+    assert row["kernels_reason"] == "CUPTI is taken"
+    assert row["layer_us"] == 10.0
+    assert "kernel_us" not in row
+
+
+def test_many_tokens_have_no_bound():
+    config = MoEConfig(4, 2, 1000, 500)
+    assert roofline.bound_us(config, 129, 4, Ceilings(1.0, 1.0, 1.0)) is None
+
+
+def test_what_does_not_compile_ahead_is_left_to_the_call():
+    config = Case("tiny", 4, 2, 32, 16).config("float32")
+    layer = Layer(lambda x, weights, logits: x @ weights)
+    shape = jax.ShapeDtypeStruct((32, 8), "float32")
+    compile_all([Job(layer, config, shape, 5), Job(layer, config, jax.ShapeDtypeStruct((7, 8), "float32"), 6)])
+    assert set(layer.compiled) == {5}
+    assert layer(jnp.ones((5, 32)), jnp.ones((32, 8)), jnp.ones((5, 4))).shape == (5, 8)
+    with pytest.raises(TypeError):
+        layer(jnp.ones((6, 32)), jnp.ones((7, 8)), jnp.ones((6, 4)))

@@ -1,0 +1,69 @@
+"""Layers compiled before anything is measured, those of a case side by side: most of that work runs outside of Python."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config import MoEConfig
+
+THREADS = 16
+
+
+class Layer:
+    """A layer ``(x, weights, logits) -> output`` under jit, with its compiled forms by number of tokens.
+
+    Example:
+        >>> layer = Layer(lambda x, weights, logits: x @ weights)
+        >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=16, intermediate_size=16, dtype="float32")
+        >>> compile_all([Job(layer, config, jax.ShapeDtypeStruct((16, 16), "float32"), 3)])
+        >>> list(layer.compiled)
+        [3]
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self.jitted = jax.jit(function)
+        self.compiled: dict[int, jax.stages.Compiled] = {}
+
+    def at(self, tokens: int) -> Callable[..., Any]:
+        """The compiled form for this number of tokens; where there is none the jitted function, which compiles when called."""
+        return self.compiled.get(tokens, self.jitted)
+
+    def __call__(self, x: jax.Array, weights: Any, logits: jax.Array) -> Any:
+        """Runs the layer."""
+        return self.at(x.shape[0])(x, weights, logits)
+
+
+class Job(NamedTuple):
+    """One compilation.
+
+    Attributes:
+        layer: gets the compiled form.
+        config: gives the shapes of hidden states and logits.
+        weights: the shapes of the weights, as the layer takes them.
+        tokens: T.
+    """
+
+    layer: Layer
+    config: MoEConfig
+    weights: Any
+    tokens: int
+
+
+def compile_all(jobs: Iterable[Job]) -> None:
+    """Compiles everything from shapes alone, on 16 threads."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(_compile, jobs))
+
+
+def _compile(job: Job) -> None:
+    config = job.config
+    x = jax.ShapeDtypeStruct((job.tokens, config.hidden_size), config.dtype)
+    logits = jax.ShapeDtypeStruct((job.tokens, config.num_experts), jnp.float32)
+    with contextlib.suppress(Exception):  # it comes again, and is reported, when the layer is measured
+        job.layer.compiled[job.tokens] = job.layer.jitted.lower(x, job.weights, logits).compile()
