@@ -12,7 +12,7 @@ from moe_jax.types import ExpertWeights
 
 
 def expert_mlp(
-    rows: Float[Array, "R H"],
+    rows: Float[Array, "rows H"],
     experts: ExpertWeights,
     groups: Groups,
     config: MoEConfig,

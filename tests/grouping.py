@@ -64,6 +64,26 @@ def check_groups(groups: Groups, ids, num_experts, num_local=None, expert_map=No
         np.testing.assert_array_equal(actual, array, err_msg=name)
 
 
+def check_shared_groups(groups: Groups, ids, num_experts, num_local=None, expert_map=None) -> None:
+    """`groups` give every local expert visited a tile that holds all tokens, in the order of the experts."""
+    num_local = num_experts if num_local is None else num_local
+    ids, tile_rows = np.asarray(ids), groups.tile_rows
+    expected = python_groups(ids, num_experts, num_local, expert_map, tile_rows)
+    visited = np.flatnonzero(expected["group_sizes"])
+    num_tiles, tile_group = int(groups.num_tiles[0]), np.asarray(groups.tile_group)
+    np.testing.assert_array_equal(groups.group_sizes, expected["group_sizes"])
+    np.testing.assert_array_equal(tile_group[:num_tiles], visited)
+    assert (tile_group[num_tiles:] == -1).all()
+    np.testing.assert_array_equal(groups.tile_sizes, np.where(tile_group < 0, 0, ids.shape[0]))
+    positions, placed = np.asarray(groups.positions), expected["positions"] >= 0
+    np.testing.assert_array_equal(positions >= 0, placed)
+    tokens = np.broadcast_to(np.arange(ids.shape[0])[:, None], ids.shape)
+    np.testing.assert_array_equal(positions[placed] % tile_rows, tokens[placed])
+    groups_of_pairs = expected["tile_group"][expected["positions"][placed] // tile_rows]
+    np.testing.assert_array_equal(tile_group[positions[placed] // tile_rows], groups_of_pairs)
+    np.testing.assert_array_equal(np.asarray(groups.row_token)[positions[placed]], tokens[placed])
+
+
 def check_invariants(groups: Groups, ids) -> None:
     """What holds for any grouping: a row a pair, groups from tile to tile, tokens in order. Independent of the sort above."""
     positions, row_token = np.asarray(groups.positions), np.asarray(groups.row_token)

@@ -9,7 +9,7 @@ from moe_jax.ops import implementation as impl
 from moe_jax.ops.group_tokens import Groups
 
 
-def gather(x: Float[Array, "T H"], groups: Groups, *, implementation: str = "auto") -> Float[Array, "R H"]:
+def gather(x: Float[Array, "T H"], groups: Groups, *, implementation: str = "auto") -> Float[Array, "rows H"]:
     """``x[row_token]`` for the rows that hold a token.
 
     Padding rows are undefined on a GPU and must not be read: `groups.tile_sizes` says which they are. With

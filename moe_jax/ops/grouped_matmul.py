@@ -14,7 +14,7 @@ from moe_jax.ops.group_tokens import Groups
 
 
 def grouped_matmul(
-    rows: Float[Array, "R K"],
+    rows: Float[Array, "rows K"],
     weights: Float[Array, "E N K"],
     groups: Groups,
     *,

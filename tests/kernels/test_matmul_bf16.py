@@ -1,15 +1,19 @@
 """The grouped matmul kernel of 16-bit floats, interpreted and lowered for CUDA; and the order in which it visits tiles."""
 
+import dataclasses
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax import _compat
-from moe_jax.config import MoEConfig
+from moe_jax.config import MoEConfig, RoutingConfig
 from moe_jax.kernels.hopper import matmul_bf16 as kernel
 from moe_jax.kernels.hopper import tiles
 from moe_jax.ops.group_tokens import default_tile_rows, group_tokens, max_tiles
 from moe_jax.ops.grouped_matmul import grouped_matmul
+from moe_jax.ops.route_groups import route_groups
 from tests.contracts import check_grouped_matmul, groups_of, groups_with_sizes, rows_of
 from tests.layers import normal, quick_jit
 from tests.lowering import assert_lowers_to_kernels, like
@@ -88,6 +92,38 @@ def test_fewer_tiles_than_multiprocessors(monkeypatch):
     run(*problem(10, groups, 272, 144))
 
 
+def pairs_of_blocks(tile_rows, gated):
+    """A configuration whose neighbours fetch their rows together."""
+    config = kernel.default_config(tile_rows, gated, 144, 3)
+    return dataclasses.replace(config, cluster=2, row_counts=tuple(c for c in config.row_counts if c % 16 == 0))
+
+
+@pytest.mark.parametrize(("tile_rows", "n"), [(64, 144), (160, 272), (64, 528)])
+def test_neighbours_fetch_their_rows_together(tile_rows, n):
+    """Odd and even numbers of blocks of columns: the neighbour of the last may have nothing to store."""
+    groups = groups_with_sizes(11, (3, 0, 20, tile_rows + 1), tile_rows)
+    rows, weights, _ = problem(11, groups, 80, n, num_experts=4)
+    config = pairs_of_blocks(tile_rows, gated=False)
+    out = grouped_matmul(rows, weights, groups, config=config, implementation="mosaic_interpret")
+    check_grouped_matmul(out, rows, weights, groups, None, None, 0)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 11])
+def test_rows_that_every_tile_shares(num_tokens):
+    """The hidden states as they are; the up-projection gives each expert its own rows."""
+    logits, rule = normal(12, num_tokens, 4), RoutingConfig().rule
+    routed = functools.partial(route_groups, logits, 2, rule, share_rows=True)
+    _, groups = routed(implementation="mosaic_interpret")
+    x, weights = normal(12, num_tokens, 80, dtype="bfloat16"), normal(13, 4, 96, 80, dtype="bfloat16", scale=80**-0.5)
+    act = MoEConfig(1, 1, 8, 8).act
+    out = grouped_matmul(x, weights, groups, activation=act, implementation="mosaic_interpret")
+    assert out.shape == (groups.num_rows, 48)
+    rows = jnp.tile(jnp.pad(x, ((0, groups.tile_rows - num_tokens), (0, 0))), (len(groups.tile_group), 1))
+    check_grouped_matmul(out, rows, weights, groups, None, MoEConfig(1, 1, 8, 8), 0)
+    plain = grouped_matmul(x, weights, groups, activation=act, implementation="xla")
+    check_grouped_matmul(plain, rows, weights, groups, None, MoEConfig(1, 1, 8, 8), 0)
+
+
 @pytest.mark.parametrize("kwargs", [dict(only=[0]), dict(only=[2]), dict(missing=1)])
 def test_experts_without_rows_are_not_read(kwargs):
     groups = groups_of(6, 9, 2, 3, 64, **kwargs)
@@ -154,3 +190,16 @@ def test_lowers_for_cuda(name):
     tile_rows = default_tile_rows(num_tokens * top_k, num_experts, "mosaic")
     rows = like(dtype, max_tiles(num_tokens * top_k, num_experts, tile_rows) * tile_rows, k)
     assert_lowers_to_kernels(call, rows, like(dtype, num_experts, n, k), pairs, bias)
+
+
+@pytest.mark.parametrize(("tile_rows", "activation"), [(64, "silu"), (64, None), (192, "silu"), (192, None)])
+def test_pairs_of_blocks_lower_for_cuda(tile_rows, activation):
+    act = None if activation is None else MoEConfig(1, 1, 8, 8, activation=activation).act
+    config = pairs_of_blocks(tile_rows, act is not None)
+
+    def call(rows, weights, ids):
+        groups = group_tokens(ids, num_experts=8, tile_rows=tile_rows, implementation="mosaic")
+        return grouped_matmul(rows, weights, groups, activation=act, config=config, implementation="mosaic")
+
+    rows = like("bfloat16", max_tiles(2000, 8, tile_rows) * tile_rows, 2048)
+    assert_lowers_to_kernels(call, rows, like("bfloat16", 8, 1536, 2048), like("int32", 1000, 2))

@@ -127,7 +127,7 @@ def supports(rows: Any, weights: Any, bias: Any, activation: Activation | None, 
 
 
 def grouped_matmul(
-    rows: Float[Array, "R K"],
+    rows: Float[Array, "rows K"],
     weights: Float[Array, "E N K"],
     tile_group: Int[Array, "tiles"],
     tile_sizes: Int[Array, "tiles"],
