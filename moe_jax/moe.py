@@ -78,6 +78,7 @@ def moe(
         key=key,
         implementation=implementation,
     )
+    checks.check_topk(x, topk, config)
     return _run_experts(x, experts, topk.weights, groups, config, plan, implementation)
 
 

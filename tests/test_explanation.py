@@ -112,7 +112,7 @@ LAYERS = {
 def test_what_it_says_is_what_happens(name):
     """Without a reason the layer lowers to kernels alone; with one, asking for kernels raises an error that gives it."""
     config = dataclasses.replace(GOOD, **LAYERS[name])
-    x, experts, logits = jax.eval_shape(lambda: (x_of(0, config, 16), experts_of(0, config), logits_of(0, config, 16)))
+    x, experts, logits = jax.eval_shape(lambda: (x_of(0, config, 17), experts_of(0, config), logits_of(0, config, 17)))
     layer = functools.partial(moe_jax.moe, config=config, implementation="mosaic")
     if config.routing.router_logits_dtype:
         logits = like(config.routing.router_logits_dtype, *logits.shape)

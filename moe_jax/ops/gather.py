@@ -13,7 +13,7 @@ def gather(x: Float[Array, "T H"], groups: Groups, *, implementation: str = "aut
     """``x[row_token]`` for the rows that hold a token.
 
     Padding rows are undefined on a GPU and must not be read: `groups.tile_sizes` says which they are. With
-    `groups.shared_rows` the hidden states are the rows of every tile as they are, and come back unchanged.
+    `groups.shared_rows` the hidden states are the rows of every tile, and come back as they are, or as one tile.
 
     Args:
         x: ``[T, H]``.
@@ -30,7 +30,13 @@ def gather(x: Float[Array, "T H"], groups: Groups, *, implementation: str = "aut
 
     impl.check_name(implementation)
     if groups.shared_rows:
-        return x
+        tokens = x.shape[0]
+        # TMA brings rows into the tile by eights, of a matrix that has eights or fewer.
+        return (
+            x
+            if tokens <= 8 or tokens % 8 == 0
+            else gather(x, _one_tile(tokens, groups.tile_rows), implementation=implementation)
+        )
     if x.size == 0 or groups.row_token.size == 0:
         return jnp.zeros((groups.row_token.shape[0], x.shape[1]), x.dtype)
     chosen = impl.choose("gather", implementation, kernel.supports(x))
@@ -47,3 +53,11 @@ def gather(x: Float[Array, "T H"], groups: Groups, *, implementation: str = "aut
         return kernel.gather(x, positions, token.shape[0], interpret=impl.interpret_params(chosen))
 
     return impl.with_plain_gradient(run, plain)(x, groups.row_token, groups.tile_sizes, groups.positions)
+
+
+def _one_tile(tokens: int, tile_rows: int) -> Groups:
+    """A single expert that gets the tokens in order."""
+    positions = jnp.arange(tokens, dtype=jnp.int32)[:, None]
+    size, none = jnp.full((1,), tokens, jnp.int32), jnp.zeros((1,), jnp.int32)
+    row_token = jnp.arange(tile_rows, dtype=jnp.int32)
+    return Groups(positions, row_token, none, size, size, jnp.ones((1,), jnp.int32), tile_rows=tile_rows)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -119,6 +117,8 @@ def route_groups(
             shared_rows=True,
         )
         return TopK(ids, weights), groups
-    place = functools.partial(grouping.place_pairs, tile_tokens=routing.ROWS, interpret=interpret)
-    positions, *rest = place(*counted, num_local, tile_rows, tiles)
+    tile_tokens = routing.ROWS * routing.Count(num_local).warpgroups(tokens, num_experts)
+    positions, *rest = grouping.place_pairs(
+        *counted, num_local, tile_rows, tiles, tile_tokens=tile_tokens, interpret=interpret
+    )
     return TopK(ids, weights), Groups(positions.reshape(tokens, top_k), *rest, tile_rows=tile_rows)

@@ -233,6 +233,16 @@ def test_slots_without_an_expert_and_tokens_that_are_not_finite():
     check_sample(clean, reference.apply_experts(x, layer.weights, kept, SMALL), SMALL)
 
 
+@pytest.mark.parametrize("num_tokens", [3, 8, 9, 15, 17])
+def test_few_tokens(num_tokens):
+    """Up to 16 tokens every tile holds all of them: the bits are those of a batch whose rows are gathered."""
+    layer, (x, logits) = small_layer(), inputs(SMALL, 333)
+    poison_memory()
+    few = layer(x[:num_tokens], logits[:num_tokens])
+    check_sample(few, layer.reference(x[:num_tokens], logits[:num_tokens]), SMALL)
+    assert same_bits(few, rows(layer(x, logits), slice(num_tokens)))
+
+
 def test_many_runs_give_the_same_bits():
     layer = small_layer()
     x, logits = inputs(SMALL, 1000)

@@ -146,7 +146,7 @@ def abstract_layer(config, num_tokens, num_local=None):
     return like(dtype, num_tokens, hidden), experts, like("float32", num_tokens, config.num_experts)
 
 
-TOKENS = {"qwen3-30b-a3b": (1, 16384), "qwen3-235b": (128,), "odd-sizes": (16,)}
+TOKENS = {"qwen3-30b-a3b": (1, 16384), "qwen3-235b": (128,), "odd-sizes": (9, 16)}
 
 
 @pytest.mark.parametrize(
@@ -161,8 +161,8 @@ def test_lowers_for_cuda_to_mosaic_alone(name, num_tokens):
         text = lower(lambda x, e, g, m, b: layer(x, e, g, expert_map=m, correction_bias=b), *operands, *maps)
     else:
         text = lower(layer, *abstract_layer(config, num_tokens))
-    # Routing, grouping, gather, up, down, combine; a few tokens are all in every tile: no grouping, no gather.
-    assert num_kernels(text) == (4 if num_tokens <= 16 else 6)
+    # Routing, grouping, gather, up, down, combine; a few tokens are all in every tile: no grouping, no gather of rows.
+    assert num_kernels(text) == (6 if num_tokens > 16 else 4 if num_tokens % 8 == 0 or num_tokens < 8 else 5)
 
 
 def test_the_router_weight_on_the_input_is_one_more_kernel():

@@ -47,7 +47,7 @@ def supports(num_experts: int, num_local_experts: int, tile_rows: int, num_pairs
 class Config:
     """How the work is spread."""
 
-    max_blocks: int = 256  # of counts: every block of `place_pairs` adds up all of them
+    max_blocks: int = 128  # of counts: every block of `place_pairs` adds up all of them
     warpgroups: int | None = None  # of `place_pairs`; 8 by default where there are many pairs or blocks, else 4
 
 
@@ -73,10 +73,9 @@ def count_pairs(
 
     def count_pairs(ids_g, *refs):
         map_g = refs[0] if mapped else None
-        tickets_g, counts_g, ids_s, seen_s, counts_s, slots_s, loaded, *map_refs = refs[int(mapped) :]
+        tickets_g, counts_g, ids_s, seen_s, slots_s, loaded, *map_refs = refs[int(mapped) :]
         block = lax.axis_index("block")
         mine = jnp.minimum(chunks, pl.cdiv(tokens, _ROWS) - block * chunks)
-        counts_s[...] = zeros(width)
         if mapped:
             map_s, map_loaded = map_refs
             for start, size in map_boxes:
@@ -84,7 +83,7 @@ def count_pairs(
                 plgpu.copy_gmem_to_smem(map_g.at[part], map_s.at[pl.ds(start, size)], map_loaded)
             plgpu.barrier_wait(map_loaded)
 
-        def one(chunk):
+        def one(chunk, before):
             first = (block * chunks + chunk) * _ROWS
             for start, size in boxes:
                 source = ids_g.at[pl.ds(first * top_k + start, size)]
@@ -109,7 +108,8 @@ def count_pairs(
                 found = ranks.look_up(locals_, _ROWS, map_s)
                 locals_ = [jnp.where(expert < 0, -1, local) for expert, local in zip(locals_, found, strict=True)]
             locals_ = [jnp.maximum(jnp.where(local < num_local, local, -1), -1) for local in locals_]
-            tickets = ranks.rank_pairs(locals_, _ROWS, seen_s, counts_s)
+            counts = ranks.count_tile(locals_, _ROWS, seen_s)
+            tickets = ranks.tickets(locals_, _ROWS, seen_s, before)
             full = first + _ROWS <= tokens
 
             @pl.when(full)
@@ -134,16 +134,13 @@ def count_pairs(
                             for slot in range(top_k):
                                 tickets_g[first + row, slot] = slots_s[slot, row]
 
-        if chunks == 1:
-            one(block * 0)
-        else:
-            pl.loop(0, mine)(one)
-        counts_g[block] = vector(counts_s)
+            return before + counts
+
+        counts_g[block] = one(block * 0, zeros(width)) if chunks == 1 else lax.fori_loop(0, mine, one, zeros(width))
 
     scratch = [
         plgpu.SMEM((pairs,), jnp.int32),
         plgpu.SMEM((_ROWS, width), jnp.int32),
-        plgpu.SMEM((width,), jnp.int32),
         plgpu.SMEM((top_k, _ROWS), jnp.int32),
         plgpu.Barrier(num_arrivals=len(boxes)),
     ]
@@ -182,14 +179,16 @@ def place_pairs(
         num_local: E_local.
         tile_rows: rows of a tile.
         max_tiles: the most tiles.
-        tile_tokens: a block of tickets has a multiple of so many tokens.
+        tile_tokens: a block of counts is that of a multiple of so many tokens.
         config: how the work is spread.
         interpret: for the interpreter.
     """
     tokens, top_k = tickets.shape
     blocks, width = block_counts.shape
     num_pairs = tokens * top_k
-    per_block = pl.cdiv(pl.cdiv(tokens, tile_tokens), blocks) * tile_tokens * top_k  # pairs
+    counted = pl.cdiv(pl.cdiv(tokens, tile_tokens), blocks) * tile_tokens  # tokens of a row of counts
+    splits = next(s for s in (8, 4, 2, 1) if counted % (16 * s) == 0 and blocks * s <= max(128, blocks))
+    per_block = counted // splits * top_k  # pairs
     warpgroups = config.warpgroups or (8 if per_block > 256 or blocks > 16 else 4)
     warps = warpgroups * _WARPS
     fetched = pl.cdiv(per_block, ranks.LANES // 4) * (ranks.LANES // 4)  # a copy brings whole multiples of 128 bytes
@@ -201,6 +200,7 @@ def place_pairs(
         tickets_s, partial_s, base_s, sizes_s, shares_s, first_tile_s, scan_s, loaded, summed, based = refs[6:]
         block, wg = lax.axis_index("block"), lax.axis_index("wg")
         first = block * per_block
+        counts_row = lax.div(block, splits)
 
         @pl.when(wg == 0)
         def _():
@@ -215,7 +215,7 @@ def place_pairs(
             counts = [vector(counts_g.at[jnp.minimum(other, blocks - 1)]) for other in others]
             for other, count in zip(others, counts, strict=True):
                 total = total + count * jnp.where(other < blocks, 1, 0)
-                before = before + count * jnp.where(other < block, 1, 0)
+                before = before + count * jnp.where(other < counts_row, 1, 0)
             return total, before
 
         total, before = lax.fori_loop(0, pl.cdiv(blocks, warpgroups * ahead), add, (zeros(width), zeros(width)))
@@ -269,7 +269,7 @@ def place_pairs(
                             token_g[position] = lax.div(first + pair, top_k)
 
             # The tile schedule: an expert a warp.
-            workers = blocks * warps
+            workers = blocks * splits * warps
             worker = block * warps + row
             all_tiles = first_tile_s[width + num_local - 1]
 
@@ -302,7 +302,7 @@ def place_pairs(
     return _compat.kernel(
         place_pairs,
         out_type=(i32(num_pairs), i32(max_tiles * tile_rows), i32(max_tiles), i32(max_tiles), i32(num_local), i32(1)),
-        grid=(blocks,),
+        grid=(blocks * splits,),
         grid_names=("block",),
         num_threads=warpgroups,
         thread_name="wg",

@@ -97,30 +97,38 @@ def mark_pairs(locals_: list[Any], rows: int, seen_s: Any) -> None:
     plgpu.commit_smem()
 
 
-def rank_pairs(locals_: list[Any], rows: int, seen_s: Any, counts_s: Any) -> list[Any]:
-    """Tickets of a tile's pairs; adds the pairs to `counts_s`.
+def count_tile(locals_: list[Any], rows: int, seen_s: Any) -> Any:
+    """Pairs of each local expert in a tile, as a vector; leaves the pairs of each token in `seen_s`.
 
     Args:
         locals_: for each slot the local experts of the tile's tokens, -1 for none.
         rows: tokens of the tile.
         seen_s: scratch, int32 [rows, width].
-        counts_s: int32 [width], pairs of each local expert in the tiles before; ranks go on from there.
     """
     mark_pairs(locals_, rows, seen_s)
-    running = vector(counts_s)
+    return add_up([vector(seen_s.at[row]) for row in range(rows)])
+
+
+def tickets(locals_: list[Any], rows: int, seen_s: Any, before: Any) -> list[Any]:
+    """Tickets of a tile's pairs, whose ranks go on from `before`; after `count_tile`, whose scratch it uses up.
+
+    Args:
+        locals_: as in `count_tile`.
+        rows: tokens of the tile.
+        seen_s: as `count_tile` left it.
+        before: vector over experts, the pairs of each in the tiles before.
+    """
     pairs = [vector(seen_s.at[row]) for row in range(rows)]
     for row, mine in enumerate(pairs):
-        seen_s[row] = running
-        running = running + mine
-    counts_s[...] = running
+        seen_s[row] = before
+        before = before + mine
     plgpu.commit_smem()
-    ranks = look_up(locals_, rows, seen_s)
-    tickets = []
-    for slot, (local, rank) in enumerate(zip(locals_, ranks, strict=True)):
+    found = []
+    for slot, (local, rank) in enumerate(zip(locals_, look_up(locals_, rows, seen_s), strict=True)):
         for other in locals_[:slot]:  # of the same token: only where several experts share a local one, or ids repeat
             rank = rank + jnp.where(other == local, 1, 0)
-        tickets.append(jnp.where(local < 0, -1, rank * MAX_EXPERTS + local))
-    return tickets
+        found.append(jnp.where(local < 0, -1, rank * MAX_EXPERTS + local))
+    return found
 
 
 def scan(values: Any, scan_s: Any, length: int) -> Any:

@@ -28,6 +28,7 @@ _BOX = 256  # TMA's limit per dimension: more experts come in several pieces
 _MAX_EXPERTS = 512
 _MAX_TOP_K = 32
 _WARPS = 4
+MANY_TOKENS = 1024  # so many CTAs of one warpgroup would be more counts than the next kernel likes to add up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,13 @@ class Count:
 
     num_local_experts: int
     expert_map: Int[Array, "E"] | None = None
-    max_blocks: int = 256
+    max_blocks: int = 128
+
+    def warpgroups(self, tokens: int, experts: int) -> int:
+        """Tiles that a CTA takes at a time. Many tokens need few CTAs, with registers for the logits of all their tiles."""
+        if tokens <= MANY_TOKENS:
+            return 1
+        return 4 if experts <= 128 else 2 if experts <= 256 else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +114,10 @@ def topk(
     dtype = router_logits.dtype
     starts = list(range(0, experts, _BOX))
     widths = [pl.cdiv(min(_BOX, experts - start), COLUMNS) * COLUMNS for start in starts]
-    chunks = pl.cdiv(tokens, ROWS * grouping.max_blocks) if isinstance(grouping, Count) else 1
-    blocks = pl.cdiv(tokens, ROWS * chunks)
+    counted = isinstance(grouping, Count)
+    wgs = grouping.warpgroups(tokens, experts) if counted else 1
+    chunks = pl.cdiv(tokens, ROWS * wgs * grouping.max_blocks) if counted else 1
+    blocks = pl.cdiv(tokens, ROWS * wgs * chunks)
     tail = tokens % ROWS
     biased = correction_bias is not None
     mapped = grouping is not None and grouping.expert_map is not None
@@ -122,26 +131,30 @@ def topk(
         groups_g, refs = refs[:more], refs[more:]
         tail_s, tail_weights_s, loaded, columns_loaded, logits_s, *refs = refs
         if grouping is not None:
-            seen_s, counts_s, scan_s, *refs = refs
+            seen_s, counts_s, scan_s, counts_known, *refs = refs
         columns_s = [refs[i * len(starts) : (i + 1) * len(starts)] for i in range(len(columns))]
-        block = lax.axis_index("block")
-        mine = jnp.minimum(chunks, pl.cdiv(tokens, ROWS) - block * chunks)
+        block, wg = lax.axis_index("block"), lax.axis_index("wg")
+        mine = jnp.minimum(chunks, pl.cdiv(tokens, ROWS * wgs) - block * chunks)
+
+        def first_token(chunk):
+            return ((block * chunks + chunk) * wgs + wg) * ROWS
 
         def fetch(chunk):
-            first = (block * chunks + chunk) * ROWS
             for i, (start, width) in enumerate(zip(starts, widths, strict=True)):
                 # Past the end TMA fills with zeros; the column index, made dynamic, may point there.
-                source = logits_g.at[pl.ds(first, ROWS), pl.ds(start + block * 0, width)]
+                source = logits_g.at[pl.ds(first_token(chunk), ROWS), pl.ds(start + block * 0, width)]
                 buffer = lax.rem(chunk, 2)
-                plgpu.copy_gmem_to_smem(source, logits_s[i].at[buffer], loaded.at[buffer])
+                plgpu.copy_gmem_to_smem(source, logits_s[i].at[wg, buffer], loaded.at[wg * 2 + buffer])
 
         fetch(0)
-        for source, pieces in zip(columns_g, columns_s, strict=True):
-            for start, piece in zip(starts, pieces, strict=True):
-                part = pl.ds(start + block * 0, piece.shape[0])
-                plgpu.copy_gmem_to_smem(source.at[part], piece, columns_loaded)
-        if isinstance(grouping, Count):
-            counts_s[...] = ranks.zeros(counts_s.shape[0])
+
+        @pl.when(wg == 0)
+        def _():
+            for source, pieces in zip(columns_g, columns_s, strict=True):
+                for start, piece in zip(starts, pieces, strict=True):
+                    part = pl.ds(start + block * 0, piece.shape[0])
+                    plgpu.copy_gmem_to_smem(source.at[part], piece, columns_loaded)
+
         if columns:
             plgpu.barrier_wait(columns_loaded)
 
@@ -154,26 +167,39 @@ def topk(
                 locals_ = [jnp.where(local < grouping.num_local_experts, local, -1) for local in locals_]
             return [jnp.maximum(local, -1) for local in locals_]
 
-        def one(chunk):
+        def block_tickets(locals_, chunk, before):
+            """Tickets of this warpgroup's tile, and the counts of the block after all tiles of this chunk."""
+            counts = ranks.count_tile(locals_, ROWS, seen_s.at[wg])
+            if wgs == 1:
+                return ranks.tickets(locals_, ROWS, seen_s.at[wg], before), before + counts
+            buffer = lax.rem(chunk, 2)  # the others may still read those of the chunk before
+            counts_s[buffer, wg] = counts
+            plgpu.barrier_arrive(counts_known)
+            plgpu.barrier_wait(counts_known)
+            of_all = [ranks.vector(counts_s.at[buffer, other]) for other in range(wgs)]
+            base = before
+            for other, theirs in enumerate(of_all[:-1]):
+                base = base + theirs * jnp.where(other < wg, 1, 0)
+            return ranks.tickets(locals_, ROWS, seen_s.at[wg], base), before + ranks.add_up(of_all)
+
+        def one(chunk, before):
             pl.when(chunk + 1 < mine)(lambda: fetch(chunk + 1))
-            first = (block * chunks + chunk) * ROWS
+            first = first_token(chunk)
             buffer = lax.rem(chunk, 2)
-            plgpu.barrier_wait(loaded.at[buffer])
-            parts = [plgpu.load(p.at[buffer], layout=LAYOUT, optimized=False) for p in logits_s]
+            plgpu.barrier_wait(loaded.at[wg * 2 + buffer])
+            parts = [plgpu.load(p.at[wg, buffer], layout=LAYOUT, optimized=False) for p in logits_s]
             raw = Scores([part.astype(jnp.float32) for part in parts], starts)
             biases = _row(columns_s[0], widths, starts) if biased else None
             ids, weights = select(raw, biases, experts, top_k, rule)
             outputs = [(ids_g, ids), (weights_g, weights)]
             if grouping is not None:
                 locals_ = local_experts(ids, first)
-            if isinstance(grouping, Count):
-                outputs.append((groups_g[0], ranks.rank_pairs(locals_, ROWS, seen_s, counts_s)))
+            if counted:
+                tickets, before = block_tickets(locals_, chunk, before)
+                outputs.append((groups_g[0], tickets))
             elif isinstance(grouping, Share):
-                outputs.append(
-                    (groups_g[0], _share_tiles(grouping, tokens, locals_, groups_g, seen_s, counts_s, scan_s))
-                )
-            else:
-                plgpu.commit_smem()  # all have read the logits: their buffer may be filled again
+                positions = _share_tiles(grouping, tokens, locals_, groups_g, seen_s.at[0], counts_s.at[0, 0], scan_s)
+                outputs.append((groups_g[0], positions))
             full = first + ROWS <= tokens
 
             @pl.when(full)
@@ -184,7 +210,7 @@ def topk(
 
             if tail:
 
-                @pl.when(jnp.logical_not(full))
+                @pl.when(jnp.logical_not(full) & (first < tokens))
                 def _():
                     for target, vectors in outputs:
                         staged = tail_weights_s if target is weights_g else tail_s
@@ -201,12 +227,15 @@ def topk(
                                 for slot in range(top_k):
                                     target[first + row, slot] = staged[slot, row]
 
-        if chunks == 1:
-            one(block * 0)
-        else:
-            pl.loop(0, mine)(one)
-        if isinstance(grouping, Count):
-            groups_g[1][block] = ranks.vector(counts_s)
+            return before
+
+        before = ranks.zeros(local_width) if counted else block * 0
+        counts = one(block * 0, before) if chunks == 1 else lax.fori_loop(0, mine, one, before)
+        if counted:
+
+            @pl.when(wg == wgs - 1)
+            def _():
+                groups_g[1][block] = counts
 
     out_type = [
         jax.ShapeDtypeStruct((tokens, top_k), jnp.int32),
@@ -215,16 +244,16 @@ def topk(
     scratch = [
         plgpu.SMEM((top_k, ROWS), jnp.int32),
         plgpu.SMEM((top_k, ROWS), jnp.float32),
-        plgpu.Barrier(num_arrivals=len(starts), num_barriers=2),
+        plgpu.Barrier(num_arrivals=len(starts), num_barriers=2 * wgs),
         plgpu.Barrier(num_arrivals=max(1, len(columns) * len(starts))),
-        [plgpu.SMEM((2, ROWS, width), dtype) for width in widths],
+        [plgpu.SMEM((wgs, 2, ROWS, width), dtype) for width in widths],
     ]
     if grouping is not None:
         local_width = ranks.padded(grouping.num_local_experts)
-        scratch += [plgpu.SMEM((ROWS, local_width), jnp.int32), plgpu.SMEM((local_width,), jnp.int32)]
-        scratch += [plgpu.SMEM((2, 2 * local_width), jnp.int32)]
+        scratch += [plgpu.SMEM((wgs, ROWS, local_width), jnp.int32), plgpu.SMEM((2, wgs, local_width), jnp.int32)]
+        scratch += [plgpu.SMEM((2, 2 * local_width), jnp.int32), plgpu.Barrier(num_arrivals=wgs)]
         shapes = [(tokens, top_k)]
-        if isinstance(grouping, Count):
+        if counted:
             shapes += [(blocks, local_width)]
         else:
             shapes += [(grouping.max_tiles,), (grouping.max_tiles,), (local_width,), (1,)]
@@ -236,6 +265,8 @@ def topk(
         out_type=tuple(out_type),
         grid=(blocks,),
         grid_names=("block",),
+        num_threads=wgs,
+        thread_name="wg",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=_compat.LANE),
         interpret=interpret,
