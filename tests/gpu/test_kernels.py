@@ -1,7 +1,11 @@
-"""Each operation's kernel on a GPU at real sizes, against plain Python or its plain-JAX form."""
+"""Each operation's kernel on a GPU at real sizes, against plain Python or its plain-JAX form.
 
+Nearly all of the time goes to compilation, which JAX does one kernel at a time in a process: run them with ``-n 8`` and
+``XLA_PYTHON_CLIENT_PREALLOCATE=false``, so that the processes share the GPU.
+"""
+
+import dataclasses
 import functools
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +13,12 @@ import numpy as np
 import pytest
 
 from moe_jax.config import MoEConfig
+from moe_jax.kernels.hopper.matmul_bf16 import default_config
 from moe_jax.ops.combine import combine
 from moe_jax.ops.gather import gather
 from moe_jax.ops.group_tokens import default_tile_rows, group_tokens
 from moe_jax.ops.grouped_matmul import grouped_matmul
+from moe_jax.ops.route_groups import route_groups
 from moe_jax.ops.topk import topk
 from tests.contracts import (
     check_combine,
@@ -23,7 +29,7 @@ from tests.contracts import (
     groups_with_sizes,
     rows_of,
 )
-from tests.grouping import check_groups, check_invariants
+from tests.grouping import check_groups, check_invariants, check_shared_groups, occupied_rows
 from tests.layers import normal
 from tests.oracles import RULES, bias_of, config_of, python_route, special_logits
 
@@ -59,29 +65,15 @@ def run_topk(logits, config, bias):
     return route(jnp.asarray(logits), config.top_k, rule, correction_bias=bias, implementation="mosaic")
 
 
-@pytest.fixture(scope="module")
-def routed():
-    """name: (result, operands) of every rule. Kernels compile side by side, largely outside of Python.
-
-    Logits on a grid: ties are exact, and distinct scores are further apart than the kernel's rounding.
-    """
-
-    def run(name):
-        config = config_of(name, num_experts=128)
-        special = np.tile(special_logits(), (1, 8))
-        ordinary = np.round(np.random.default_rng(1).normal(0, 2, (323, 128)) * 64) / 64
-        bias = bias_of(1, config)
-        logits = clear_choices(np.concatenate([special[:10], ordinary.astype(np.float32)]), config, bias)
-        return jax.block_until_ready(run_topk(logits, config, bias)), (logits, config, bias)
-
-    with ThreadPoolExecutor(8) as pool:
-        return dict(zip(RULES, pool.map(run, RULES), strict=True))
-
-
 @pytest.mark.parametrize("name", RULES)
-def test_routing_rules(name, routed):
-    result, operands = routed[name]
-    check_topk(result, *operands, tolerance=2e-5)
+def test_routing_rules(name):
+    """Logits on a grid: ties are exact, and distinct scores are further apart than the kernel's rounding."""
+    config = config_of(name, num_experts=128)
+    special = np.tile(special_logits(), (1, 8))
+    ordinary = np.round(np.random.default_rng(1).normal(0, 2, (323, 128)) * 64) / 64
+    bias = bias_of(1, config)
+    logits = clear_choices(np.concatenate([special[:10], ordinary.astype(np.float32)]), config, bias)
+    check_topk(run_topk(logits, config, bias), logits, config, bias, tolerance=2e-5)
 
 
 @pytest.mark.parametrize(("num_experts", "num_tokens", "dtype"), [(8, 1, "float32"), (384, 1000, "bfloat16")])
@@ -99,6 +91,47 @@ def test_a_token_is_routed_alone_as_in_a_batch():
         alone = run_topk(logits[token : token + 1], config, bias)
         np.testing.assert_array_equal(alone.ids[0], together.ids[token])
         np.testing.assert_array_equal(alone.weights[0], together.weights[token])
+
+
+ROUTE_AND_GROUP = [
+    (1, 8, 128, None),
+    (16, 4, 60, 20),
+    (17, 1, 32, None),
+    (1000, 8, 256, 32),
+    (5000, 1, 64, None),
+    (16384, 8, 128, None),
+    (3001, 6, 384, 48),
+]
+
+
+@pytest.mark.parametrize("shape", ROUTE_AND_GROUP, ids=str)
+def test_groups_counted_while_routing(shape):
+    """The groups are those of the experts chosen, and the experts those of the routing alone."""
+    num_tokens, top_k, num_experts, num_local = shape
+    config = config_of("renormalize", top_k, num_experts)
+    logits = np.random.default_rng(4).normal(0, 2, (num_tokens, num_experts)).astype(np.float32)
+    if num_tokens > 1:
+        logits[num_tokens // 2] = np.nan
+    expert_map = None
+    if num_local is not None:
+        expert_map = np.full(num_experts, -1, np.int32)
+        expert_map[np.random.default_rng(5).permutation(num_experts)[:num_local]] = np.arange(num_local)
+    run = jax.jit(
+        functools.partial(
+            route_groups,
+            top_k=top_k,
+            rule=config.routing.rule,
+            num_local_experts=num_local,
+            share_rows=True,
+            implementation="mosaic",
+        )
+    )
+    topk, groups = run(jnp.asarray(logits), expert_map=None if expert_map is None else jnp.asarray(expert_map))
+    check_topk(topk, logits, config, None, tolerance=2e-5)
+    if groups.shared_rows:
+        check_shared_groups(groups, topk.ids, num_experts, num_local, expert_map)
+    else:
+        check_groups(groups, topk.ids, num_experts, num_local, expert_map)
 
 
 # --- grouping
@@ -204,6 +237,7 @@ MATMULS = {
     #        tile  K     N     activation        bias   dtype
     "up 64": (64, 2048, 1536, "silu", False, "bfloat16"),
     "up 160": (160, 2048, 1536, "silu", False, "bfloat16"),
+    "up 192": (192, 2048, 1536, "silu", False, "bfloat16"),
     "down 64": (64, 768, 2048, None, False, "bfloat16"),
     "down 160": (160, 768, 2048, None, True, "float16"),
     "gpt-oss": (128, 2880, 5760, "swigluoai", True, "bfloat16"),
@@ -227,12 +261,31 @@ def test_grouped_matmul(name):
         check_grouped_matmul(out, rows, weights, groups, bias, config, offset)
 
 
+@pytest.mark.parametrize("name", ["up 64", "down 160", "up 192"])
+def test_neighbours_fetch_their_rows_together(name):
+    tile_rows, k, n, activation, with_bias, dtype = MATMULS[name]
+    groups = groups_with_sizes(7, SIZES, tile_rows)
+    rows = rows_of(7, groups, k, dtype)
+    weights = normal(8, len(SIZES), n, k, dtype=dtype, scale=k**-0.5)
+    act = None if activation is None else MoEConfig(1, 1, 8, 8, activation=activation).act
+    rule = default_config(tile_rows, act is not None, n // 2 if act else n, len(SIZES))
+    pairs = dataclasses.replace(rule, cluster=2, row_counts=tuple(c for c in rule.row_counts if c % 16 == 0))
+    alone = dataclasses.replace(rule, cluster=1)
+    bits = [
+        np.asarray(jax.jit(functools.partial(grouped_matmul, activation=act, config=c))(rows, weights, groups))
+        for c in (pairs, alone)
+    ]
+    where = occupied_rows(groups)
+    assert np.asarray(bits[0][where], np.float32).any()
+    np.testing.assert_array_equal(*(b[where].view(np.int16) for b in bits))
+
+
 def test_the_bits_of_a_row_do_not_depend_on_the_tile():
     sizes, k, n = (3, 70, 200, 0, 129), 1040, 1056
     weights, act = normal(10, 5, n, k, dtype="bfloat16", scale=k**-0.5), MoEConfig(1, 1, 8, 8).act
     x = normal(11, sum(sizes), k, dtype="bfloat16")
     outputs = []
-    for tile_rows in (64, 96, 128, 160):
+    for tile_rows in (64, 96, 128, 160, 192):
         groups = groups_with_sizes(12, sizes, tile_rows)
         rows = gather(x, groups, implementation="xla")
         out = matmul(rows, weights, groups, activation=act)

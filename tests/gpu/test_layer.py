@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -94,11 +93,6 @@ class Layer:
     def __call__(self, x, logits, **kwargs):
         return self.run(x, self.weights, logits, **kwargs)
 
-    def compile(self, *token_counts: int) -> None:
-        """Most of a kernel's compilation runs outside of Python: side by side it takes a fraction of the time."""
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda tokens: jax.block_until_ready(self(*inputs(self.config, tokens))), token_counts))
-
     def reference(self, x, logits, **kwargs):
         return reference_moe(x, self.weights, logits, self.config, **kwargs)
 
@@ -112,7 +106,6 @@ def small_layer() -> Layer:
 def layer(request):
     impl._warn_once.cache_clear()
     layer = Layer(CASES[request.param])
-    layer.compile(*TOKENS)
     yield layer
     jax.tree.map(lambda leaf: leaf.delete(), layer.weights)  # up to 20 GB a case
 
@@ -152,17 +145,9 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def kinds():
-    layers = {name: Layer(config) for name, config in KINDS.items()}
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda layer: layer.compile(1, 333), layers.values()))
-    return layers
-
-
 @pytest.mark.parametrize("name", KINDS)
-def test_kind(name, kinds):
-    layer = kinds[name]
+def test_kind(name):
+    layer = Layer(KINDS[name])
     x, logits = inputs(layer.config, 333)
     logits = np.array(logits)
     logits[5], logits[6, 1:], logits[7, 2] = np.nan, -np.inf, np.inf
