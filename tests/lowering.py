@@ -22,6 +22,26 @@ def lower(function, *operands) -> str:
     return without_strings(lowered.as_text())
 
 
+def mosaic_code(function, *operands) -> str:
+    """The MLIR of the Mosaic kernels of ``function``, which is in none of the texts that JAX gives out."""
+    from jax.experimental.mosaic.gpu import core
+
+    if not hasattr(core, "_lower_as_gpu_kernel"):
+        pytest.skip("this JAX hides the code of its kernels elsewhere")
+    modules, lower_kernel = [], core._lower_as_gpu_kernel
+
+    def spy(*args, **kwargs):
+        result = lower_kernel(*args, **kwargs)
+        modules.append(str(result[0]))
+        return result
+
+    with mock.patch.object(core, "_lower_as_gpu_kernel", spy):
+        jax.clear_caches()  # a kernel that was lowered before is not lowered again
+        lower(function, *operands)
+    assert modules
+    return "\n".join(modules)
+
+
 def without_strings(text: str) -> str:
     """The program without the kernels themselves, which are strings: not ours to read."""
     return re.sub(r'"(?:[^"\\]|\\.)*"', '""', text)

@@ -1,6 +1,7 @@
 """Routing and grouping in one pass, interpreted: the groups are those of the experts chosen; and lowered for CUDA."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ import pytest
 from moe_jax import _compat
 from moe_jax.kernels.hopper import group_tokens, topk
 from moe_jax.ops.group_tokens import Groups, max_tiles
+from moe_jax.ops.group_tokens import group_tokens as ops_group_tokens
 from moe_jax.ops.route_groups import route_groups
 from tests.contracts import check_topk
 from tests.grouping import check_groups, check_invariants, check_shared_groups
-from tests.lowering import like, lower, num_kernels
+from tests.lowering import like, lower, mosaic_code, num_kernels
 from tests.oracles import config_of, logits_of
 
 MAP = [1, -1, 0, 7, 2, -1, 2, 1]  # two experts share a local one, another's is out of range
@@ -128,3 +130,18 @@ def test_lowers_for_cuda(shape):
 
     text = lower(schedule, like("float32", num_tokens, num_experts), like("int32", num_experts))
     assert num_kernels(text) == (1 if num_tokens <= 16 else 2)
+
+
+@pytest.mark.parametrize("num_tokens", [16, 100])
+def test_integers_keep_their_sign(num_tokens):
+    """-1 is a number below 0. Mosaic takes some selections for unsigned, which no interpreter shows."""
+
+    def schedule(logits, ids, expert_map):
+        rule = config_of("renormalize", 2, 8).routing.rule
+        where = dict(num_local_experts=4, expert_map=expert_map, implementation="mosaic")
+        _, groups = route_groups(logits, 2, rule, share_rows=True, **where)
+        return groups, ops_group_tokens(ids, num_experts=8, **where)
+
+    code = mosaic_code(schedule, like("float32", num_tokens, 8), like("int32", num_tokens, 2), like("int32", 8))
+    assert "arith.cmpi slt" in code
+    assert not re.findall(r"arith\.(?:cmpi u\w+|maxui|minui)", code)

@@ -11,7 +11,10 @@ from moe_jax.tuning.plan import LayerPlan, LayerShape, default_plan, plan_for
 from tests.tuning.plans import FEW, MANY, entry_of, pairs
 
 
-@pytest.mark.parametrize(("num_pairs", "tile_rows"), [(1, 64), (48 * 128, 64), (96 * 128, 128), (97 * 128, 160)])
+@pytest.mark.parametrize(
+    ("num_pairs", "tile_rows"),
+    [(1, 64), (48 * 128, 64), (96 * 128, 128), (97 * 128, 160), (511 * 128, 160), (512 * 128, 192)],
+)
 def test_the_rule_is_that_of_the_kernel(num_pairs, tile_rows):
     shape = pairs(MANY, num_pairs)
     tiles = min(num_pairs, 128)

@@ -106,9 +106,10 @@ def count_pairs(
                 locals_.append(jnp.where(there & (expert >= 0) & (expert < num_experts), expert, -1))
             if mapped:
                 found = ranks.look_up(locals_, _ROWS, map_s)
-                locals_ = [jnp.where(expert < 0, -1, local) for expert, local in zip(locals_, found, strict=True)]
+                locals_ = [jnp.where(expert >= 0, local, -1) for expert, local in zip(locals_, found, strict=True)]
             locals_ = [jnp.maximum(jnp.where(local < num_local, local, -1), -1) for local in locals_]
-            counts = ranks.count_tile(locals_, _ROWS, seen_s)
+            ranks.mark_pairs(locals_, _ROWS, seen_s)
+            counts = ranks.count_tile(_ROWS, seen_s)
             tickets = ranks.tickets(locals_, _ROWS, seen_s, before)
             full = first + _ROWS <= tokens
 
@@ -160,6 +161,17 @@ def count_pairs(
     )(topk_ids.reshape(-1), *((expert_map,) if mapped else ()))
 
 
+def divide(a: Any, b: Any, inverse: Any) -> tuple[Any, Any]:
+    """(a // b, a % b) of scalars, a >= 0 and b >= 1, by the float32 inverse of b: a division is some thirty instructions.
+
+    The float is off by less than one as long as the quotient is below 2**22.
+    """
+    quotient = (a.astype(jnp.float32) * inverse).astype(jnp.int32)
+    rest = a - quotient * b
+    quotient = quotient + jnp.where(rest >= b, 1, 0) - jnp.where(rest < 0, 1, 0)
+    return quotient, a - quotient * b
+
+
 def place_pairs(
     tickets: Int[Array, "T k"],
     block_counts: Int[Array, "blocks width"],
@@ -197,7 +209,9 @@ def place_pairs(
 
     def place_pairs(tickets_g, counts_g, *refs):
         positions_g, token_g, group_g, tile_sizes_g, sizes_g, num_tiles_g = refs[:6]
-        tickets_s, partial_s, base_s, sizes_s, shares_s, first_tile_s, scan_s, loaded, summed, based = refs[6:]
+        tickets_s, partial_s, base_s, sizes_s, shares_s, inverse_s, first_tile_s, scan_s, loaded, summed, based = refs[
+            6:
+        ]
         block, wg = lax.axis_index("block"), lax.axis_index("wg")
         first = block * per_block
         counts_row = lax.div(block, splits)
@@ -231,7 +245,9 @@ def place_pairs(
             num_tiles = lax.div(total + (tile_rows - 1), jnp.full_like(total, tile_rows))
             even = lax.div(total + num_tiles - 1, jnp.maximum(num_tiles, 1))
             shares = jnp.minimum(lax.div(even + 7, jnp.full_like(even, 8)) * 8, tile_rows)
-            shares_s[...] = jnp.maximum(shares, 1)  # of an empty group too: something is divided by it
+            shares = jnp.maximum(shares, 1)  # of an empty group too: something is divided by it
+            shares_s[...] = shares
+            inverse_s[...] = 1.0 / shares.astype(jnp.float32)
             sizes_s[...] = total
             tiles, _ = ranks.scan(num_tiles, scan_s, num_local)
             first_tile_s[pl.ds(0, width)] = tiles - num_tiles
@@ -256,8 +272,12 @@ def place_pairs(
                 ]
                 shares = [shares_s[local] for local in locals_]
                 first_tiles = [first_tile_s[local] for local in locals_]
-                for pair, ticket, place, share, tile in zip(pairs, packed, places, shares, first_tiles, strict=True):
-                    row_of_pair = (tile + lax.div(place, share)) * tile_rows + lax.rem(place, share)
+                inverses = [inverse_s[local] for local in locals_]
+                for pair, ticket, place, share, inverse, tile in zip(
+                    pairs, packed, places, shares, inverses, first_tiles, strict=True
+                ):
+                    nth, row_of_tile = divide(place, share, inverse)
+                    row_of_pair = (tile + nth) * tile_rows + row_of_tile
                     position = jnp.where(ticket < 0, -1, row_of_pair)
 
                     @pl.when((pair < per_block) & (first + pair < num_pairs))
@@ -312,6 +332,7 @@ def place_pairs(
             plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((width,), jnp.int32),
+            plgpu.SMEM((width,), jnp.float32),
             plgpu.SMEM((2 * width,), jnp.int32),
             plgpu.SMEM((2, 2 * width), jnp.int32),
             plgpu.Barrier(num_arrivals=len(boxes)),

@@ -55,7 +55,18 @@ _STORED = 32  # rows of the output that leave shared memory together: two such b
 _FEW = (8, 16, 32, 64)
 _SOME = (16, 32, 48, 64, 80, 96, 112, 128)
 _MANY = (16, 32, 64, 96, 112, 120, 128, 136, 144, 152, 160)
-_MOST = 192  # of the registers of a consumer; three stages
+_MOST = (
+    16,
+    32,
+    64,
+    96,
+    112,
+    128,
+    144,
+    160,
+    176,
+    192,
+)  # as many as the registers hold; three stages, two blocks together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +89,9 @@ class Config:
 
 def tile_rows_for(mean_rows: float) -> int:
     """The row tile for a mean number of rows per expert."""
-    return _FEW[-1] if mean_rows <= 48 else _SOME[-1] if mean_rows <= 96 else _MANY[-1]
+    if mean_rows <= 96:
+        return _FEW[-1] if mean_rows <= 48 else _SOME[-1]
+    return _MANY[-1] if mean_rows < 512 else _MOST[-1]
 
 
 def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -> Config:
@@ -93,16 +106,16 @@ def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -
     With few rows the stream of weights is all that counts: narrow tiles keep every multiprocessor busy, 128 elements of K a
     stage read memory in longer runs.
     """
-    if tile_rows > _SOME[-1]:
-        return Config(
-            row_counts=tuple(c for c in _MANY if c < tile_rows) + (tile_rows,),
-            stages=4 if tile_rows <= _MANY[-1] else 3,
-        )
+
+    def up_to(counts):
+        return tuple(c for c in counts if c < tile_rows) + (tile_rows,)
+
+    if tile_rows > _MANY[-1]:
+        return Config(up_to(_MOST), stages=3, cluster=2 if tile_rows % 16 == 0 else 1)
     if tile_rows > _FEW[-1]:
-        return Config(row_counts=tuple(c for c in _SOME if c < tile_rows) + (tile_rows,), stages=4)
+        return Config(up_to(_MANY if tile_rows > _SOME[-1] else _SOME), stages=4)
     narrow = not gated and likely_tiles * pl.cdiv(n_out, 2 * _M) < _compat.num_multiprocessors()
-    counts = tuple(c for c in _FEW if c < tile_rows) + (tile_rows,)
-    return Config(counts, consumers=1, halves=1 if narrow else 2, tile_k=128, stages=6 if narrow else 4)
+    return Config(up_to(_FEW), consumers=1, halves=1 if narrow else 2, tile_k=128, stages=6 if narrow else 4)
 
 
 def supports(rows: Any, weights: Any, bias: Any, activation: Activation | None, tile_rows: int) -> str | None:
@@ -117,8 +130,8 @@ def supports(rows: Any, weights: Any, bias: Any, activation: Activation | None, 
                 f"{name}={size} must be a multiple of 16 (TMA and wgmma rows of 32 bytes); pad the weights, "
                 "or use implementation='xla'"
             )
-    if tile_rows % 8 or not 8 <= tile_rows <= _MOST:
-        return f"tile_rows={tile_rows} must be a multiple of 8 and at most {_MOST}"
+    if tile_rows % 8 or not 8 <= tile_rows <= _MOST[-1]:
+        return f"tile_rows={tile_rows} must be a multiple of 8 and at most {_MOST[-1]}"
     if bias is not None and bias.dtype not in (*_DTYPES, jnp.dtype(jnp.float32)):
         return f"bias {bias.dtype} must be bfloat16, float16 or float32"
     if 0 in rows.shape or 0 in weights.shape:

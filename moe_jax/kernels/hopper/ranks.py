@@ -4,6 +4,9 @@ The pairs of a few tokens are a matrix of ones, tokens by experts. A thread adds
 token: what stands before a token is the rank of its pair, what stands after the last is the number of pairs. Nothing is added
 atomically, so ranks follow the order of the tokens and repeat.
 
+An integer `jnp.where` has its constant last: ``where(condition, constant, array)`` comes out of Mosaic unsigned (jax 0.11 and
+0.12: the result takes the sign of the condition), and then -1 is neither below 0 nor below any number of experts.
+
 Kernels that use it turn automatic barriers off: a column belongs to one thread, and `plgpu.commit_smem` stands wherever
 registers cross from one thread's to another's.
 """
@@ -16,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_jax.kernels.hopper.selection import LAYOUT, repeat, spread
+from moe_jax.kernels.hopper.selection import LAYOUT, Scores, repeat, spread
 
 LANES = 128  # threads of a warpgroup: vectors over experts are padded to a multiple
 MAX_EXPERTS = 1024  # a ticket is rank * MAX_EXPERTS + local expert; -1 for a pair that gets no row
@@ -97,25 +100,36 @@ def mark_pairs(locals_: list[Any], rows: int, seen_s: Any) -> None:
     plgpu.commit_smem()
 
 
-def count_tile(locals_: list[Any], rows: int, seen_s: Any) -> Any:
-    """Pairs of each local expert in a tile, as a vector; leaves the pairs of each token in `seen_s`.
+def mark_chosen(chosen: Scores, rows: int, seen_s: Any) -> None:
+    """`mark_pairs` where experts are local experts: a ninth of the instructions, for eight slots.
 
     Args:
-        locals_: for each slot the local experts of the tile's tokens, -1 for none.
+        chosen: 1 where a token has chosen an expert, and 0.
         rows: tokens of the tile.
-        seen_s: scratch, int32 [rows, width].
+        seen_s: int32 [rows, width].
     """
-    mark_pairs(locals_, rows, seen_s)
+    plgpu.commit_smem()
+    for piece, start in zip(chosen.pieces, chosen.starts, strict=True):
+        seen_s[:, pl.ds(start, piece.shape[1])] = piece
+    end = chosen.starts[-1] + chosen.pieces[-1].shape[1]
+    if end < seen_s.shape[1]:
+        rest = (rows, seen_s.shape[1] - end)
+        seen_s[:, pl.ds(end, rest[1])] = plgpu.layout_cast(jnp.zeros(rest, jnp.int32), LAYOUT)
+    plgpu.commit_smem()
+
+
+def count_tile(rows: int, seen_s: Any) -> Any:
+    """Pairs of each local expert in a tile that was marked, as a vector."""
     return add_up([vector(seen_s.at[row]) for row in range(rows)])
 
 
 def tickets(locals_: list[Any], rows: int, seen_s: Any, before: Any) -> list[Any]:
-    """Tickets of a tile's pairs, whose ranks go on from `before`; after `count_tile`, whose scratch it uses up.
+    """Tickets of a tile's pairs, whose ranks go on from `before`.
 
     Args:
-        locals_: as in `count_tile`.
+        locals_: for each slot the local experts of the tile's tokens, -1 for none.
         rows: tokens of the tile.
-        seen_s: as `count_tile` left it.
+        seen_s: int32 [rows, width], the tile as it was marked; it is used up.
         before: vector over experts, the pairs of each in the tiles before.
     """
     pairs = [vector(seen_s.at[row]) for row in range(rows)]
@@ -127,7 +141,7 @@ def tickets(locals_: list[Any], rows: int, seen_s: Any, before: Any) -> list[Any
     for slot, (local, rank) in enumerate(zip(locals_, look_up(locals_, rows, seen_s), strict=True)):
         for other in locals_[:slot]:  # of the same token: only where several experts share a local one, or ids repeat
             rank = rank + jnp.where(other == local, 1, 0)
-        found.append(jnp.where(local < 0, -1, rank * MAX_EXPERTS + local))
+        found.append(jnp.where(local >= 0, rank * MAX_EXPERTS + local, -1))
     return found
 
 

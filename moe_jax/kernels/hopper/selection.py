@@ -183,8 +183,8 @@ def _sort(ids: list[Any], weights: list[Any]) -> tuple[list[Any], list[Any]]:
 
 def select(
     raw: Scores, biases: Scores | None, experts: int, top_k: int, rule: RoutingRule
-) -> tuple[list[Any], list[Any]]:
-    """(ids, weights): for each slot a vector over the tile's tokens.
+) -> tuple[list[Any], list[Any], Scores]:
+    """(ids, weights): for each slot a vector over the tile's tokens; and the pairs as a matrix: 1 where an expert was chosen.
 
     Args:
         raw: logits; columns past the last expert hold anything.
@@ -203,16 +203,17 @@ def select(
     if rule.num_expert_group > 1:
         selection = _keep_groups(selection, experts, rule)
 
-    ids, values = [], []
+    ids, values, all_of_them = [], [], selection
     for _ in range(top_k):
         best = selection.max()
         expert = selection.first(best)
         selection = selection.strike(expert)
         values.append(best if biases is None else scores.at(expert))
         ids.append(jnp.where(best > NEVER, expert, -1))
+    chosen = selection.map(lambda x, before: jnp.where((x == NEVER) & (before > NEVER), 1, 0), all_of_them)
     weights = _weigh(ids, values, rule)
     if biases is not None:
         ids, weights = _sort(ids, weights)
     # Finite weights, whatever the scale and the logits.
     weights = [jnp.maximum(jnp.minimum(w * jnp.float32(rule.scale), LARGEST), -LARGEST) for w in weights]
-    return ids, weights
+    return ids, weights, chosen

@@ -163,13 +163,24 @@ def topk(
             locals_ = [jnp.where(there, expert, -1) for expert in ids]
             if mapped:
                 table = _row(columns_s[-1], widths, starts)
-                locals_ = [jnp.where(expert < 0, -1, table.at(expert)) for expert in locals_]
+                locals_ = [jnp.where(expert >= 0, table.at(expert), -1) for expert in locals_]
                 locals_ = [jnp.where(local < grouping.num_local_experts, local, -1) for local in locals_]
             return [jnp.maximum(local, -1) for local in locals_]
 
+        def mark(locals_, chosen, first):
+            if mapped:
+                ranks.mark_pairs(locals_, ROWS, seen_s.at[wg])
+                return
+
+            def inside(piece):
+                token = plgpu.broadcasted_iota(jnp.int32, piece.shape, 0, layout=LAYOUT)
+                return jnp.where(token < tokens - first, piece, 0)
+
+            ranks.mark_chosen(chosen if tokens % (ROWS * wgs) == 0 else chosen.map(inside), ROWS, seen_s.at[wg])
+
         def block_tickets(locals_, chunk, before):
             """Tickets of this warpgroup's tile, and the counts of the block after all tiles of this chunk."""
-            counts = ranks.count_tile(locals_, ROWS, seen_s.at[wg])
+            counts = ranks.count_tile(ROWS, seen_s.at[wg])
             if wgs == 1:
                 return ranks.tickets(locals_, ROWS, seen_s.at[wg], before), before + counts
             buffer = lax.rem(chunk, 2)  # the others may still read those of the chunk before
@@ -190,10 +201,11 @@ def topk(
             parts = [plgpu.load(p.at[wg, buffer], layout=LAYOUT, optimized=False) for p in logits_s]
             raw = Scores([part.astype(jnp.float32) for part in parts], starts)
             biases = _row(columns_s[0], widths, starts) if biased else None
-            ids, weights = select(raw, biases, experts, top_k, rule)
+            ids, weights, chosen = select(raw, biases, experts, top_k, rule)
             outputs = [(ids_g, ids), (weights_g, weights)]
             if grouping is not None:
                 locals_ = local_experts(ids, first)
+                mark(locals_, chosen, first)
             if counted:
                 tickets, before = block_tickets(locals_, chunk, before)
                 outputs.append((groups_g[0], tickets))
@@ -274,18 +286,17 @@ def topk(
 
 
 def _share_tiles(share: Share, tokens: int, locals_, groups_g, seen_s, counts_s, scan_s) -> list[Any]:
-    """Positions of a tile's pairs when every expert visited gets a tile of all tokens; writes the schedule."""
+    """Positions of a tile's pairs, which are marked, when every expert visited gets a tile of all tokens; writes the schedule."""
     _, group_g, tile_sizes_g, sizes_g, num_tiles_g = groups_g
     width = counts_s.shape[0]
-    ranks.mark_pairs(locals_, ROWS, seen_s)
-    sizes = ranks.add_up([ranks.vector(seen_s.at[row]) for row in range(ROWS)])
+    sizes = ranks.count_tile(ROWS, seen_s)
     sizes_g[...] = sizes
     visited = jnp.minimum(sizes, 1)
     tiles, buffer = ranks.scan(visited, scan_s, share.num_local_experts)
     counts_s[...] = tiles * visited - 1  # the tile of an expert, -1 without tokens
     plgpu.commit_smem()
     positions = [
-        jnp.where(local < 0, -1, tile * share.tile_rows + row_numbers(ROWS))
+        jnp.where(local >= 0, tile * share.tile_rows + row_numbers(ROWS), -1)
         for local, tile in zip(locals_, ranks.look_up(locals_, ROWS, counts_s), strict=True)
     ]
     for first in range(0, share.max_tiles, ROWS):
