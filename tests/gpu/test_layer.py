@@ -1,4 +1,7 @@
-"""The layer on a GPU at real sizes: error against the float32 reference, bits that repeat, nothing read by the host."""
+"""The layer on a GPU at real sizes: error against the float32 reference, bits that repeat, nothing read by the host.
+
+Tests that share weights or compiled layers are in one group: with ``-n 8 --dist loadgroup`` they stay in one process.
+"""
 
 import dataclasses
 import functools
@@ -79,7 +82,7 @@ def same_bits(one, other) -> bool:
 
 def poison_memory() -> None:
     """Leaves NaN in the memory that the next call gets for what its kernels do not write."""
-    jax.block_until_ready(jnp.full((3, 1 << 29), jnp.nan, jnp.float32)).delete()
+    jax.block_until_ready(jnp.full((3, 1 << 28), jnp.nan, jnp.float32)).delete()
 
 
 class Layer:
@@ -102,7 +105,11 @@ def small_layer() -> Layer:
     return Layer(SMALL)
 
 
-@pytest.fixture(scope="module", params=CASES)
+def together(name: str):
+    return pytest.mark.xdist_group(name)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=together(name)) for name in CASES])
 def layer(request):
     impl._warn_once.cache_clear()
     layer = Layer(CASES[request.param])
@@ -185,6 +192,7 @@ def test_ranks_of_a_split_add_up():
 experts_of_small = jax.jit(functools.partial(apply_experts, config=SMALL))
 
 
+@together("experts of small")
 @pytest.mark.parametrize("experts", [[0], [31], [3, 17]], ids=str)
 def test_tokens_on_few_experts(experts):
     """Many tiles of one group, and experts that nobody chose: their weights are not read."""
@@ -198,6 +206,7 @@ def test_tokens_on_few_experts(experts):
     check_sample(out, reference.apply_experts(x, weights, topk, SMALL), SMALL)
 
 
+@together("experts of small")
 def test_slots_without_an_expert_and_tokens_that_are_not_finite():
     layer = small_layer()
     x, _ = inputs(SMALL, 1000)
@@ -218,6 +227,7 @@ def test_slots_without_an_expert_and_tokens_that_are_not_finite():
     check_sample(clean, reference.apply_experts(x, layer.weights, kept, SMALL), SMALL)
 
 
+@together("few tokens")
 @pytest.mark.parametrize("num_tokens", [3, 8, 9, 15, 17])
 def test_few_tokens(num_tokens):
     """Up to 16 tokens every tile holds all of them: the bits are those of a batch whose rows are gathered."""
