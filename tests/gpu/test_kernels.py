@@ -1,7 +1,7 @@
 """Each operation's kernel on a GPU at real sizes, against plain Python or its plain-JAX form.
 
-Nearly all of the time goes to compilation, which JAX does one kernel at a time in a process: run them with ``-n 8 --dist loadgroup`` and
-``XLA_PYTHON_CLIENT_PREALLOCATE=false``, so that the processes share the GPU.
+Nearly all of the time goes to compilation, which JAX does one kernel at a time in a process. ``-n 8 --dist loadgroup`` and
+``XLA_PYTHON_CLIENT_PREALLOCATE=false`` run the tests in several processes that share the GPU.
 """
 
 import dataclasses
