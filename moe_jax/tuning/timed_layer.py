@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -16,8 +15,6 @@ from moe_jax.config import MoEConfig
 from moe_jax.moe import moe
 from moe_jax.tuning.plan import LayerPlan
 from moe_jax.types import ExpertWeights
-
-BUILDERS = 8  # compilations at a time: most of one runs outside of Python
 
 
 class TimedLayer:
@@ -36,7 +33,10 @@ class TimedLayer:
         self._built: dict[LayerPlan, Any] = {}
 
     def build(self, plans: Sequence[LayerPlan]) -> dict[LayerPlan, str]:
-        """Compiles the layer under each plan, side by side; gives those that cannot be compiled, with the reason."""
+        """Compiles the layer under each plan; gives those that cannot be compiled, with the reason.
+
+        One by one: JAX compiles the Mosaic kernels of a process under a lock.
+        """
 
         def compile_one(plan: LayerPlan) -> str | None:
             layer = functools.partial(moe, config=self._config, plan=plan)
@@ -47,8 +47,7 @@ class TimedLayer:
             return None
 
         new = [plan for plan in dict.fromkeys(plans) if plan not in self._built]
-        with ThreadPoolExecutor(BUILDERS) as pool:
-            reasons = list(pool.map(compile_one, new))
+        reasons = [compile_one(plan) for plan in new]
         return {plan: reason for plan, reason in zip(new, reasons, strict=True) if reason is not None}
 
     def output(self, plan: LayerPlan) -> jax.Array:

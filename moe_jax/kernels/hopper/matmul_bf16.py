@@ -27,6 +27,10 @@ Learned on an H200 (benchmarks/results/2026-11-22-h200-matmul-variants.txt; qwen
   for a fourth stage: 318 + 178 us (649 and 580 TFLOP/s). 128 rows and four stages: 352 + 190, more groups are split.
 - Few rows (16 and 128 tokens): 128 weight rows x 128 of K a stage, four stages, one consumer reads weights at 4.0 to 4.3 TB/s;
   256 x 64 at 3.8 to 4.1; 128 x 256 with two stages at 3.8 to 3.9.
+- Pairs of blocks of columns that fetch their rows together (`Config.cluster`), 192 rows and three stages, 16384 tokens, against
+  160 rows and four stages alone: 2334 us a layer instead of 2381 for qwen3-30b-a3b, 6082 instead of 6111 for gpt-oss-120b, 8771
+  instead of 8708 for qwen3-235b. With fewer rows they cost: mixtral-8x7b with 1024 tokens 1367 instead of 1304, qwen3-235b with
+  4096 2530 instead of 2403 (2026-11-24-h200-plans-and-glue.txt).
 - Programmatic dependent launch: no difference under XLA (208.0 and 207.7 us for a layer of 16 tokens).
 - Long runs lower the clock: the sum of a layer's kernels, each measured alone, is up to 16 % below the layer's own time
   (2026-11-22-h200-bf16-layer.json).
