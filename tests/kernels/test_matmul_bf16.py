@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from moe_jax.ops.route_groups import route_groups
 from tests.contracts import check_grouped_matmul, groups_of, groups_with_sizes, rows_of
 from tests.layers import normal, quick_jit
 from tests.lowering import assert_lowers_to_kernels, like
+from tests.util import check_close
 
 
 def problem(seed, groups, k, n, dtype="bfloat16", num_experts=3):
@@ -122,6 +124,19 @@ def test_rows_that_every_tile_shares(num_tokens):
     check_grouped_matmul(out, rows, weights, groups, None, MoEConfig(1, 1, 8, 8), 0)
     plain = grouped_matmul(x, weights, groups, activation=act, implementation="xla")
     check_grouped_matmul(plain, rows, weights, groups, None, MoEConfig(1, 1, 8, 8), 0)
+
+    def loss(x, weights, repeated):
+        tiles = jnp.tile(jnp.pad(x, ((0, groups.tile_rows - num_tokens), (0, 0))), (len(groups.tile_group), 1))
+        rows = tiles if repeated else x
+        out = grouped_matmul(
+            rows, weights, groups, activation=act, implementation="xla" if repeated else "mosaic_interpret"
+        )
+        return jnp.sum(jnp.where(jnp.isin(jnp.arange(len(out)), groups.positions)[:, None], out, 0) ** 2)
+
+    mine, right = (jax.grad(loss, argnums=(0, 1))(x, weights, repeated) for repeated in (False, True))
+    for one, other in zip(mine, right, strict=True):
+        assert np.asarray(other, np.float32).any()
+        check_close(one, other, 1e-2)
 
 
 @pytest.mark.parametrize("kwargs", [dict(only=[0]), dict(only=[2]), dict(missing=1)])

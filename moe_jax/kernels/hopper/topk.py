@@ -308,8 +308,8 @@ def _share_tiles(share: Share, tokens: int, locals_, groups_g, seen_s, counts_s,
     ]
     for first in range(0, share.max_tiles, ROWS):
         group = ranks.find(row_numbers(ROWS) + first, ROWS, counts_s)
-        group_g[pl.ds(first, ROWS)] = group
-        tile_sizes_g[pl.ds(first, ROWS)] = jnp.where(group < 0, 0, tokens)
+        _compat.store_scattered(group_g.at[pl.ds(first, ROWS)], group)
+        _compat.store_scattered(tile_sizes_g.at[pl.ds(first, ROWS)], jnp.where(group < 0, 0, tokens))
 
     @plgpu.warp_map
     def _(warp):
