@@ -17,10 +17,10 @@ INSTALLED := $(VENV)/.installed-$(EXTRAS)
 NEWEST := .venv-newest
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
-.PHONY: help demo test test-newest-jax lint format notebooks clean
+.PHONY: help demo test test-newest-jax lint format notebooks results clean
 
 help:
-	@echo "make demo | test | test-newest-jax | lint | format | notebooks | clean"
+	@echo "make demo | test | test-newest-jax | lint | format | notebooks | results | clean"
 
 demo: $(INSTALLED)
 	$(VENV)/bin/moe-jax demo $(DEMO_ARGS)
@@ -44,6 +44,11 @@ format: $(INSTALLED)
 # Runs every notebook from top to bottom and keeps the outputs in the files.
 notebooks: $(INSTALLED)
 	$(VENV)/bin/python notebooks/execute.py
+
+# README's tables and the pictures, of these result files of moe-jax bench.
+RESULTS ?= benchmarks/results/2026-11-22-h200-bf16-layer.json
+results: $(INSTALLED)
+	$(VENV)/bin/python benchmarks/table.py $(RESULTS)
 
 clean:
 	rm -rf $(VENV) $(NEWEST) build dist .pytest_cache .ruff_cache .hypothesis expert_load.png
