@@ -92,7 +92,7 @@ def _compiled(
 
 def _write(result: Row, out: Path | None) -> None:
     if out is not None:
-        # Whole at every moment: a session may end in the middle of anything.
+        # Whole at every moment: a run may be stopped in the middle of anything.
         beside = out.with_name(out.name + ".part")
         beside.write_text(json.dumps(result, indent=1) + "\n")
         os.replace(beside, out)
