@@ -73,7 +73,7 @@ def test_offset_instead_of_a_map():
     check_groups(run(ids, 6, 2, group_offset=3), ids, 6, 2, [-1, -1, -1, 0, 1, -1])
 
 
-@hypothesis.settings(max_examples=3, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(max_examples=2, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(
     ids=st.lists(st.integers(-1, 5), min_size=18, max_size=18),
     expert_map=st.lists(st.integers(-1, 3), min_size=5, max_size=5),

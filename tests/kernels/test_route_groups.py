@@ -75,20 +75,29 @@ def test_more_local_experts_than_threads():
     check_shared_groups(groups, ids, 160)
 
 
-def test_several_tiles_of_a_block():
-    """Two blocks of three tiles of tokens, the last one not full: counts travel between tiles and blocks."""
-    config, logits = config_of("renormalize", 2, 8), logits_of(3, 85, 8)
+@pytest.mark.parametrize(("many", "num_tokens", "warpgroups"), [(1024, 85, 1), (0, 140, 4)])
+def test_several_tiles_of_a_block(monkeypatch, many, num_tokens, warpgroups):
+    """Two blocks of several tiles of tokens, the last one not full: counts travel between tiles, warpgroups and blocks."""
+    monkeypatch.setattr(topk, "MANY_TOKENS", many)
+    config, logits = config_of("renormalize", 2, 8), logits_of(3, num_tokens, 8)
     interpret = _compat.interpret_params()
     wanted = topk.Count(8, max_blocks=2)
+    assert wanted.warpgroups(num_tokens, 8) == warpgroups
     ids, weights, *counted = topk.topk(
         jnp.asarray(logits), 2, config.routing.rule, grouping=wanted, interpret=interpret
     )
-    tiles = max_tiles(170, 8, 8)
+    tiles = max_tiles(2 * num_tokens, 8, 8)
     assert counted[1].shape[0] == 2
     positions, *rest = group_tokens.place_pairs(
-        *counted, 8, 8, tiles, tile_tokens=topk.ROWS, config=group_tokens.Config(warpgroups=2), interpret=interpret
+        *counted,
+        8,
+        8,
+        tiles,
+        tile_tokens=topk.ROWS * warpgroups,
+        config=group_tokens.Config(warpgroups=2),
+        interpret=interpret,
     )
-    groups = Groups(positions.reshape(85, 2), *rest, tile_rows=8)
+    groups = Groups(positions.reshape(num_tokens, 2), *rest, tile_rows=8)
     check_groups(groups, ids, 8)
     check_invariants(groups, ids)
 

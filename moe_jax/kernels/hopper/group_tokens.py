@@ -11,7 +11,7 @@ over them. Pairs whose id is -1 or out of range, or whose expert the map sends t
 Learned on an H200 (benchmarks/results/2026-11-24-h200-plans-and-glue.txt; 128 experts, 8 slots; `place_pairs`):
 
 - 3.4 us for 128 tokens, 5.1 for 4096, 11.1 for 16384. The first form ranked pairs in a warp's scalar loop, a chain of dependent
-  loads for each: 18 us for 1024 pairs.
+  loads for each: 18 us for 128 tokens (2026-11-22-h200-bf16-layer.json).
 - More blocks than multiprocessors take turns, and each of them adds up all counts: 128 at most. Warps go from pair to pair; a
   float quotient instead of integer divisions brought 14.2 us (16384 tokens) down to 11.1.
 """

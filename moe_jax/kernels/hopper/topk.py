@@ -8,7 +8,7 @@ next kernel to add up.
 Learned on an H200 (benchmarks/results/2026-11-24-h200-plans-and-glue.txt; 128 experts, 8 slots; with the ranks):
 
 - 3.4 us for 128 tokens, 7.9 for 4096, 15.3 for 16384. A tile of 64 tokens in the layout of wgmma's accumulator was the first
-  form: 6 us for any number of tokens up to 64.
+  form: 6 us without the ranks for any number of tokens up to 128 (2026-11-22-h200-bf16-layer.json).
 - Instructions bind, some thousand a warp and tile: 64 CTAs take half as long as 128 with two rounds (10 and 18 us), and twice the
   CTAs would take turns. Marking the pairs from what the selection struck out, instead of comparing every slot with every expert,
   brought 18.6 us down to 15.3.
