@@ -23,7 +23,7 @@ def expert_mlp(
     """Each row through its group's expert; the router weight is not applied here.
 
     Args:
-        rows: ``[R, H]``, grouped as `groups` says.
+        rows: ``[R, H]``, grouped as `groups` says, from `moe_jax.ops.gather.gather`.
         experts: the weights of the local experts.
         groups: from `moe_jax.ops.group_tokens.group_tokens`.
         config: gives the activation.
@@ -31,7 +31,7 @@ def expert_mlp(
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Returns:
-        ``[R, H]``; padding rows and rows of tiles past `groups.num_tiles` are undefined.
+        ``[R, H]``; rows of no group are undefined.
     """
     up, down = (None, None) if plan is None else (plan.up, plan.down)
     hidden = grouped_matmul(
@@ -40,7 +40,9 @@ def expert_mlp(
         groups,
         bias=experts.w13_bias,
         activation=config.act,
+        tokens_as_rows=groups.tile_tokens is not None,
         config=up,
+        then=None if down is None else (experts.w2, down),
         implementation=implementation,
     )
     return grouped_matmul(hidden, experts.w2, groups, bias=experts.w2_bias, config=down, implementation=implementation)

@@ -1,7 +1,7 @@
 """What each operation promises, as checks of one call against NumPy in float64: for any implementation, on any device.
 
-A check takes the operation's result and its operands. What the contract leaves undefined (padding rows, rows of tiles past
-the last) is not looked at; operands carry NaN there, so that a leak is seen.
+A check takes the operation's result and its operands. What the contract leaves undefined (rows of no group) is not looked
+at; operands carry NaN there, so that a leak is seen.
 """
 
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_jax.config import MoEConfig
 from moe_jax.ops.group_tokens import Groups, group_tokens
-from tests.grouping import group_of_rows, occupied_rows
+from tests.grouping import group_of_rows, occupied_rows, token_of_rows
 from tests.layers import quick_jit
 from tests.oracles import F32_MAX, python_activation, python_route
 from tests.util import assert_discriminates, check_close
@@ -44,9 +44,9 @@ def discriminate_topk(topk, *operands) -> None:
 
 def check_gather(rows, x, groups: Groups) -> None:
     """The rows that hold a token are copies of it, bit for bit."""
-    assert rows.dtype == x.dtype and rows.shape == (groups.row_token.shape[0], x.shape[1])
+    assert rows.dtype == x.dtype and rows.shape == (groups.num_rows, x.shape[1])
     where = occupied_rows(groups)
-    np.testing.assert_array_equal(np.asarray(rows)[where], np.asarray(x)[np.asarray(groups.row_token)[where]])
+    np.testing.assert_array_equal(np.asarray(rows)[where], np.asarray(x)[token_of_rows(groups)[where]])
 
 
 def check_combine(out, rows, positions, weights) -> None:
@@ -101,7 +101,7 @@ def groups_with_sizes(seed, sizes, tile_rows) -> Groups:
 
 def rows_of(seed, groups: Groups, width, dtype):
     """Random rows for these groups, NaN where no token is."""
-    rows = np.full((groups.row_token.shape[0], width), np.nan, np.float32)
+    rows = np.full((groups.num_rows, width), np.nan, np.float32)
     where = occupied_rows(groups)
     rows[where] = np.random.default_rng([seed, 32]).standard_normal((len(where), width))
     return jnp.asarray(rows, dtype)

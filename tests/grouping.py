@@ -28,23 +28,22 @@ def python_groups(ids, num_experts, num_local, expert_map, tile_rows):
                 members[local].append((token, slot))
     tiles = max_tiles(ids.size, num_local, tile_rows)
     positions = np.full(ids.shape, -1, np.int32)
-    row_token = np.full(tiles * tile_rows, -1, np.int32)
     tile_group = np.full(tiles, -1, np.int32)
-    tile_sizes = np.zeros(tiles, np.int32)
-    tile = 0
+    tile_starts, tile_sizes = np.zeros(tiles, np.int32), np.zeros(tiles, np.int32)
+    tile = row = 0
     for local, pairs in enumerate(members):
         share = share_of_tile(len(pairs), tile_rows)
         for start in range(0, len(pairs), share):
             here = pairs[start : start + share]
-            tile_group[tile], tile_sizes[tile] = local, len(here)
-            for i, (token, slot) in enumerate(here):
-                positions[token, slot] = tile * tile_rows + i
-                row_token[tile * tile_rows + i] = token
+            tile_group[tile], tile_starts[tile], tile_sizes[tile] = local, row, len(here)
+            for token, slot in here:
+                positions[token, slot] = row
+                row += 1
             tile += 1
     return {
         "positions": positions,
-        "row_token": row_token,
         "tile_group": tile_group,
+        "tile_starts": tile_starts,
         "tile_sizes": tile_sizes,
         "group_sizes": np.array([len(pairs) for pairs in members], np.int32),
         "num_tiles": np.array([tile], np.int32),
@@ -52,70 +51,88 @@ def python_groups(ids, num_experts, num_local, expert_map, tile_rows):
 
 
 def check_groups(groups: Groups, ids, num_experts, num_local=None, expert_map=None) -> None:
-    """`groups` are those of the counting sort; what the contract leaves undefined (tokens of padding rows) may be anything."""
+    """`groups` are those of the counting sort."""
     num_local = num_experts if num_local is None else num_local
-    expected = python_groups(ids, num_experts, num_local, expert_map, groups.tile_rows)
-    occupied = expected["row_token"] >= 0
-    for name, array in expected.items():
+    for name, array in python_groups(ids, num_experts, num_local, expert_map, groups.tile_rows).items():
         actual = np.asarray(getattr(groups, name))
         assert actual.dtype == np.int32 and actual.shape == array.shape, (name, actual.dtype, actual.shape, array.shape)
-        if name == "row_token":
-            actual, array = actual[occupied], array[occupied]
         np.testing.assert_array_equal(actual, array, err_msg=name)
 
 
 def check_shared_groups(groups: Groups, ids, num_experts, num_local=None, expert_map=None) -> None:
-    """`groups` give every local expert visited a tile that holds all tokens, in the order of the experts."""
+    """`groups` give every local expert visited a tile with a row for each token that chose it, in their order."""
     num_local = num_experts if num_local is None else num_local
-    ids, tile_rows = np.asarray(ids), groups.tile_rows
-    expected = python_groups(ids, num_experts, num_local, expert_map, tile_rows)
-    visited = np.flatnonzero(expected["group_sizes"])
-    num_tiles, tile_group = int(groups.num_tiles[0]), np.asarray(groups.tile_group)
-    np.testing.assert_array_equal(groups.group_sizes, expected["group_sizes"])
-    np.testing.assert_array_equal(tile_group[:num_tiles], visited)
-    assert (tile_group[num_tiles:] == -1).all()
-    np.testing.assert_array_equal(groups.tile_sizes, np.where(tile_group < 0, 0, ids.shape[0]))
-    positions, placed = np.asarray(groups.positions), expected["positions"] >= 0
-    np.testing.assert_array_equal(positions >= 0, placed)
-    tokens = np.broadcast_to(np.arange(ids.shape[0])[:, None], ids.shape)
-    np.testing.assert_array_equal(positions[placed] % tile_rows, tokens[placed])
-    groups_of_pairs = expected["tile_group"][expected["positions"][placed] // tile_rows]
-    np.testing.assert_array_equal(tile_group[positions[placed] // tile_rows], groups_of_pairs)
-    np.testing.assert_array_equal(np.asarray(groups.row_token)[positions[placed]], tokens[placed])
+    ids = np.asarray(ids)
+    local = np.where((ids >= 0) & (ids < num_experts), ids, -1)
+    if expert_map is not None:
+        local = np.where(local >= 0, np.asarray(expert_map)[local], -1)
+    tile_group = np.asarray(groups.tile_group)
+    positions = np.full(ids.shape, -1)
+    sizes, row, tile = np.zeros(num_local, int), 0, 0
+    for expert in range(num_local):
+        tokens = np.flatnonzero((local == expert).any(axis=1))
+        sizes[expert] = len(tokens)
+        if not len(tokens):
+            continue
+        assert tile_group[tile] == expert
+        assert (groups.tile_starts[tile], groups.tile_sizes[tile]) == (row, len(tokens))
+        assert int(groups.tile_tokens[tile]) == sum(1 << int(token) for token in tokens)
+        for nth, token in enumerate(tokens):
+            positions[token, local[token] == expert] = row + nth
+        row, tile = row + len(tokens), tile + 1
+    np.testing.assert_array_equal(groups.positions, positions)
+    np.testing.assert_array_equal(groups.group_sizes, sizes)
+    assert groups.num_tiles.tolist() == [tile] and (tile_group[tile:] == -1).all()
+    assert not any(np.asarray(a)[tile:].any() for a in (groups.tile_starts, groups.tile_sizes, groups.tile_tokens))
 
 
 def check_invariants(groups: Groups, ids) -> None:
     """What holds for any grouping: a row a pair, groups from tile to tile, tokens in order. Independent of the sort above."""
-    positions, row_token = np.asarray(groups.positions), np.asarray(groups.row_token)
-    tokens = np.repeat(np.arange(positions.shape[0]), positions.shape[1])
+    positions = np.asarray(groups.positions)
     rows = positions.reshape(-1)
-    placed = rows >= 0
-    assert len(set(rows[placed].tolist())) == placed.sum() == np.asarray(groups.group_sizes).sum()
-    np.testing.assert_array_equal(row_token[rows[placed]], tokens[placed])
+    placed, total = rows >= 0, int(np.asarray(groups.group_sizes).sum())
+    assert sorted(rows[placed].tolist()) == list(range(total)), "rows are not packed"
+    row_token = token_of_rows(groups)
 
     num_tiles = int(groups.num_tiles[0])
     tile_group, tile_sizes = np.asarray(groups.tile_group), np.asarray(groups.tile_sizes)
+    tile_starts = np.asarray(groups.tile_starts)
     assert (tile_group[:num_tiles] >= 0).all() and (tile_group[num_tiles:] == -1).all()
     assert (np.diff(tile_group[:num_tiles]) >= 0).all()
     assert (tile_sizes[:num_tiles] > 0).all() and (tile_sizes[num_tiles:] == 0).all()
-    assert len(row_token) == len(tile_group) * groups.tile_rows
+    assert tile_sizes.max(initial=0) <= groups.tile_rows
+    np.testing.assert_array_equal(tile_starts[:num_tiles], np.cumsum(tile_sizes[:num_tiles]) - tile_sizes[:num_tiles])
     for group, size in enumerate(np.asarray(groups.group_sizes).tolist()):
         mine = np.flatnonzero(tile_group == group)
         assert len(mine) == -(-size // groups.tile_rows)
-        members = [tile * groups.tile_rows + row for tile in mine for row in range(tile_sizes[tile])]
-        assert len(members) == size and tile_sizes.max(initial=0) <= groups.tile_rows
-        assert set(members) <= set(rows[placed].tolist())
+        members = [row for tile in mine for row in range(tile_starts[tile], tile_starts[tile] + tile_sizes[tile])]
+        assert len(members) == size
         assert (np.diff(row_token[members]) >= 0).all(), "tokens of a group are out of order"
         experts = {int(e) for e in np.asarray(ids).reshape(-1)[np.isin(rows, members)]}
         assert len(experts) <= 1, f"group {group} mixes experts {experts}"
 
 
+def token_of_rows(groups: Groups):
+    """The token of every row, -1 for rows without one."""
+    positions = np.asarray(groups.positions)
+    tokens = np.full(positions.size, -1)
+    for token, rows in enumerate(positions.tolist()):
+        for row in rows:
+            if row >= 0:
+                tokens[row] = token
+    return tokens
+
+
 def occupied_rows(groups: Groups):
     """Indices of the rows that hold a token."""
     positions = np.asarray(groups.positions).reshape(-1)
-    return np.sort(positions[positions >= 0])
+    return np.unique(positions[positions >= 0])
 
 
 def group_of_rows(groups: Groups):
-    """The group of every row, -1 for rows of tiles past the last."""
-    return np.repeat(np.asarray(groups.tile_group), groups.tile_rows)
+    """The group of every row, -1 for rows of no group."""
+    found = np.full(groups.num_rows, -1)
+    for tile in range(int(groups.num_tiles[0])):
+        start, size = int(groups.tile_starts[tile]), int(groups.tile_sizes[tile])
+        found[start : start + size] = groups.tile_group[tile]
+    return found

@@ -1,4 +1,4 @@
-"""Grouping: (token, slot) pairs sorted by local expert, every group padded to whole row tiles, and the schedule of the tiles."""
+"""Grouping: (token, slot) pairs sorted by local expert, packed row after row, and the schedule of the row tiles."""
 
 from __future__ import annotations
 
@@ -16,36 +16,49 @@ from moe_jax.ops import implementation as impl
 class Groups:
     """Where the rows of each local expert lie, and which tile belongs to which expert.
 
-    Groups follow one another; each starts at a multiple of `tile_rows`, so that a tile of `tile_rows` rows belongs to one
-    group. A group that needs several tiles is spread evenly over them, in shares of a multiple of 8 rows: no tile is left
-    with a few rows for which all weights would be read again. Rows of a group keep token order.
-    R = tiles * tile_rows is the largest number of rows that any routing can need.
+    Groups follow one another without a gap, so there are as many rows as pairs, R = T * k, those of pairs without a local
+    expert at the end. A tile is at most `tile_rows` rows of one group. A group that needs several tiles is spread evenly over
+    them, in shares of a multiple of 8 rows: no tile is left with a few rows for which all weights would be read again. Rows of a
+    group keep token order.
 
     Attributes:
         positions: int32 ``[T, k]``, the row of each pair; -1 for a pair without a local expert.
-        row_token: int32 ``[R]``, the token of each row; undefined for padding.
         tile_group: int32 ``[tiles]``, the local expert of each tile; -1 for the tiles after the last.
-        tile_sizes: int32 ``[tiles]``, rows of each tile without padding; they come first in the tile.
-        group_sizes: int32 ``[E_local]``, rows of each local expert, without padding.
+        tile_starts: int32 ``[tiles]``, the first row of each tile; 0 after the last.
+        tile_sizes: int32 ``[tiles]``, rows of each tile; 0 after the last.
+        group_sizes: int32 ``[E_local]``, rows of each local expert.
         num_tiles: int32 ``[1]``, tiles that hold rows; they come first.
-        tile_rows: rows of a tile (static).
-        shared_rows: every tile holds all tokens, in order: the hidden states themselves are its rows, and nothing is gathered
-            (static; only for few tokens, see `moe_jax.ops.route_groups`).
+        tile_rows: the most rows of a tile (static).
+        tile_tokens: None, or for at most 16 tokens int32 ``[tiles]``, bit t set if token t has a row in the tile: an
+            up-projection then takes its rows from the hidden states themselves, and nothing is gathered (see
+            `moe_jax.ops.route_groups`). A token has one row in a tile, whatever slots lead there.
     """
 
     positions: Int[Array, "T k"]
-    row_token: Int[Array, " R"]
     tile_group: Int[Array, " tiles"]
+    tile_starts: Int[Array, " tiles"]
     tile_sizes: Int[Array, " tiles"]
     group_sizes: Int[Array, " E_local"]
     num_tiles: Int[Array, "1"]
     tile_rows: int = field(metadata={"static": True})
-    shared_rows: bool = field(default=False, metadata={"static": True})
+    tile_tokens: Int[Array, " tiles"] | None = None
 
     @property
     def num_rows(self) -> int:
         """R."""
-        return self.tile_group.shape[0] * self.tile_rows
+        return self.positions.size
+
+
+def row_tokens(positions: Int[Array, "T k"]) -> Int[Array, " R"]:
+    """The token of each row; -1 for rows without one.
+
+    Example:
+        >>> row_tokens(jnp.array([[1, 0], [2, -1]])).tolist()
+        [0, 0, 1, -1]
+    """
+    rows = jnp.where(positions < 0, positions.size, positions).reshape(-1)
+    token = jnp.arange(positions.size, dtype=jnp.int32) // max(1, positions.shape[1])
+    return jnp.full(positions.size, -1, jnp.int32).at[rows].set(token, mode="drop")
 
 
 def max_tiles(num_pairs: int, num_local_experts: int, tile_rows: int) -> int:
@@ -116,7 +129,7 @@ def group_tokens(
     Example:
         >>> groups = group_tokens(jnp.array([[1, 0], [1, -1]], jnp.int32), num_experts=2, tile_rows=2)
         >>> groups.positions.tolist(), groups.group_sizes.tolist()
-        ([[2, 0], [3, -1]], [1, 2])
+        ([[1, 0], [2, -1]], [1, 2])
     """
     from moe_jax.kernels.hopper import group_tokens as kernel
 
@@ -144,34 +157,36 @@ def group_tokens(
 
 
 def _xla(topk_ids, expert_map, num_experts, num_local, tile_rows, tiles):
-    top_k = topk_ids.shape[1]
     ids = topk_ids.reshape(-1).astype(jnp.int32)
     known = (ids >= 0) & (ids < num_experts)
     local = ids if expert_map is None else jnp.asarray(expert_map, jnp.int32)[jnp.where(known, ids, 0)]
     local = jnp.where(known & (local >= 0) & (local < num_local), local, num_local)  # dropped pairs sort last
 
-    order = jnp.argsort(local, stable=True).astype(jnp.int32)
+    order = jnp.argsort(local, stable=True).astype(jnp.int32)  # the pair of each row
+    placed = local[order] < num_local
+    rows = jnp.arange(ids.size, dtype=jnp.int32)
+    positions = jnp.zeros_like(ids).at[order].set(jnp.where(placed, rows, -1)).reshape(topk_ids.shape)
+
     sizes = jnp.zeros(num_local, jnp.int32).at[local].add(1, mode="drop")
+    starts = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
     group_tiles = -(-sizes // tile_rows)
     last_tile = jnp.cumsum(group_tiles, dtype=jnp.int32)
-    # Two ends where every list of groups starts with 0 and dropped pairs find an entry.
-    before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32)])
-    start = jnp.concatenate([(last_tile - group_tiles) * tile_rows, jnp.zeros(1, jnp.int32)])
-    group = local[order]
-    even = -(-sizes // jnp.maximum(group_tiles, 1))
-    shares = jnp.concatenate([jnp.maximum(jnp.minimum(-(-even // 8) * 8, tile_rows), 1), jnp.ones(1, jnp.int32)])
-    rank = jnp.arange(order.size, dtype=jnp.int32) - before[group]
-    row = start[group] + rank // shares[group] * tile_rows + rank % shares[group]
-    row = jnp.where(group < num_local, row, tiles * tile_rows)
-    row_token = jnp.full(tiles * tile_rows, -1, jnp.int32).at[row].set(order // top_k, mode="drop")
-    positions = jnp.zeros_like(ids).at[order].set(jnp.where(group < num_local, row, -1)).reshape(topk_ids.shape)
-
+    shares = jnp.minimum(-(-(-(-sizes // jnp.maximum(group_tiles, 1))) // 8) * 8, tile_rows)
     num_tiles = jnp.sum(group_tiles, dtype=jnp.int32)
     tile = jnp.arange(tiles, dtype=jnp.int32)
-    tile_group = jnp.searchsorted(last_tile, tile, side="right").astype(jnp.int32)
-    within = (
-        tile - jnp.concatenate([jnp.zeros(1, jnp.int32), last_tile])[tile_group]
-    )  # tiles of the same group before it
-    size = jnp.concatenate([sizes, jnp.zeros(1, jnp.int32)])[tile_group]
-    tile_sizes = jnp.clip(size - within * shares[tile_group], 0, shares[tile_group]) * (tile < num_tiles)
-    return positions, row_token, jnp.where(tile < num_tiles, tile_group, -1), tile_sizes, sizes, num_tiles[None]
+    there = tile < num_tiles
+
+    def of_tile(values):  # one more, for the tiles after the last
+        return jnp.concatenate([values, jnp.zeros(1, jnp.int32)])[group]
+
+    group = jnp.searchsorted(last_tile, tile, side="right").astype(jnp.int32)
+    before = (tile - of_tile(last_tile - group_tiles)) * of_tile(shares)  # rows of the group in its earlier tiles
+    tile_sizes = jnp.clip(of_tile(sizes) - before, 0, of_tile(shares))
+    return (
+        positions,
+        jnp.where(there, group, -1),
+        jnp.where(there, of_tile(starts) + before, 0),
+        jnp.where(there, tile_sizes, 0),
+        sizes,
+        num_tiles[None],
+    )

@@ -8,8 +8,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from moe_jax.activations import Activation
+from moe_jax.kernels.hopper.ahead import Ahead
 from moe_jax.kernels.hopper.matmul_bf16 import Config
 from moe_jax.ops import implementation as impl
+from moe_jax.ops.gather import plain_gather
 from moe_jax.ops.group_tokens import Groups
 
 
@@ -21,23 +23,28 @@ def grouped_matmul(
     bias: Float[Array, "E N"] | None = None,
     activation: Activation | None = None,
     group_offset: int | Array = 0,
+    tokens_as_rows: bool = False,
     config: Config | None = None,
+    then: tuple[Array, Config] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "R N_out"]:
     """``activation(rows @ weights[group].T + bias[group])``, accumulated in float32.
 
     A gated activation takes the first half of the weight rows as gate and the second as up: N_out = N / 2.
-    Padding rows and rows of tiles past `num_tiles` are not to be read: their content is undefined.
+    Rows of no group are not to be read: their content is undefined.
 
     Args:
-        rows: ``[R, K]``, grouped as `groups` says; ``[T, K]`` hidden states for an up-projection with `groups.shared_rows`.
+        rows: ``[R, K]``, grouped as `groups` says; ``[T, K]`` hidden states with `tokens_as_rows`.
         weights: ``[E, N, K]``, contracted axis last; group g uses ``weights[g + group_offset]``.
         groups: from `group_tokens`.
         bias: ``[E, N]``, added in float32 before the activation.
         activation: applied to the float32 accumulator; None for none.
         group_offset: index of the first group's weights.
+        tokens_as_rows: each tile takes its rows from the hidden states; only where `groups` has `tile_tokens`.
         config: how the kernel tiles its work, see `moe_jax.tuning`; the kernel's `default_config` by default. The result
             does not depend on it, and the plain-JAX form does not use it.
+        then: weights ``[E, M, N_out]`` and configuration of the matmul without gate that comes next, on the same groups: the
+            kernel asks for their first tiles before it ends (`moe_jax.kernels.hopper.ahead`). Changes nothing but time.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Returns:
@@ -45,7 +52,7 @@ def grouped_matmul(
 
     Raises:
         ValueError: a `config` for another row tile than that of `groups`, or one that the kernel cannot run; a kernel asked
-            for by name that does not support the problem.
+            for by name that does not support the problem; `tokens_as_rows` without `tile_tokens`.
 
     Example:
         >>> from moe_jax.ops.group_tokens import group_tokens
@@ -59,42 +66,49 @@ def grouped_matmul(
     gated = activation is not None and activation.is_gated
     if config is not None and config.tile_rows != groups.tile_rows:
         raise ValueError(
-            f"config.tile_rows={config.tile_rows} must be groups.tile_rows={groups.tile_rows}, which the rows were padded to; "
+            f"config.tile_rows={config.tile_rows} must be groups.tile_rows={groups.tile_rows}, which the groups were cut by; "
             f"group them with group_tokens(..., tile_rows={config.tile_rows}), or leave config None"
+        )
+    if tokens_as_rows and groups.tile_tokens is None:
+        raise ValueError(
+            "tokens_as_rows=True needs groups.tile_tokens, which route_groups(..., share_rows=True) gives for few tokens; "
+            "gather the rows and leave it False"
         )
     n_out = weights.shape[1] // 2 if gated else weights.shape[1]
     if rows.size == 0 or weights.size == 0:
         return jnp.zeros((groups.num_rows, n_out), rows.dtype)
-    shared = groups.shared_rows and rows.shape[0] != groups.num_rows
     reason = kernel.supports(rows, weights, bias, activation, groups.tile_rows)
     chosen = impl.choose("grouped_matmul", implementation, reason)
     tile_group = groups.tile_group
     if not (isinstance(group_offset, int) and group_offset == 0):
         tile_group = tile_group + group_offset
+    schedule = (tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles)
     plain = _plain(groups.tile_rows, activation, n_out)
-    if shared:
-        plain = _with_rows_repeated(plain, groups)
+    if tokens_as_rows:
+        plain = _of_tokens(plain)
     if chosen == "xla":
-        return plain(rows, weights, bias, tile_group, groups.tile_sizes, groups.num_tiles)
+        return plain(rows, weights, bias, schedule, groups.tile_tokens, groups.positions, None)
     if config is not None:
         _check_config(config, gated, rows.dtype.name)
 
-    def run(rows, weights, bias, tile_group, tile_sizes, num_tiles):
-        likely_tiles = min(groups.positions.size, weights.shape[0])
+    def run(rows, weights, bias, schedule, tile_tokens, positions, next_weights):
+        likely_tiles = min(positions.size, weights.shape[0])
         return kernel.grouped_matmul(
             rows,
             weights,
-            tile_group,
-            tile_sizes,
-            num_tiles,
+            *schedule,
             bias,
             activation,
             config=config or kernel.default_config(groups.tile_rows, gated, n_out, likely_tiles),
-            shared_rows=shared,
+            tile_tokens=tile_tokens if tokens_as_rows else None,
+            total_rows=positions.size,
+            ahead=None if then is None else Ahead(next_weights, then[1].columns(gated=False), False, then[1].band),
             interpret=impl.interpret_params(chosen),
         )
 
-    return impl.with_plain_gradient(run, plain)(rows, weights, bias, tile_group, groups.tile_sizes, groups.num_tiles)
+    next_weights = None if then is None else lax.stop_gradient(then[0])
+    operands = (rows, weights, bias, schedule, groups.tile_tokens, groups.positions, next_weights)
+    return impl.with_plain_gradient(run, plain)(*operands)
 
 
 def _check_config(config: Config, gated: bool, dtype: str) -> None:
@@ -105,12 +119,11 @@ def _check_config(config: Config, gated: bool, dtype: str) -> None:
         raise ValueError(f"config={config} cannot run: {reason}; leave config None for the default")
 
 
-def _with_rows_repeated(plain, groups: Groups):
-    """The plain-JAX form for rows that every tile shares: each tile gets its own."""
+def _of_tokens(plain):
+    """The plain-JAX form for hidden states: their rows are gathered first."""
 
-    def run(rows, *others):
-        tile = jnp.pad(rows, ((0, groups.tile_rows - rows.shape[0]), (0, 0)))
-        return plain(jnp.tile(tile, (groups.tile_group.shape[0], 1)), *others)
+    def run(x, weights, bias, schedule, tile_tokens, positions, next_weights):
+        return plain(plain_gather(x, positions), weights, bias, schedule, tile_tokens, positions, next_weights)
 
     return run
 
@@ -126,57 +139,64 @@ def _plain(tile_rows: int, activation: Activation | None, n_out: int):
         h = h if bias is None else h + bias.astype(jnp.float32)[None, :]
         return h if activation is None else activation(h)
 
-    def tile(array: Array, t: Array) -> Array:
-        return lax.dynamic_slice_in_dim(array, t * tile_rows, tile_rows)
+    def tile(array: Array, start: Array) -> Array:
+        return lax.dynamic_slice_in_dim(array, start, tile_rows)
 
+    def padded(array: Array) -> Array:
+        """With room for a whole tile from any row on."""
+        return jnp.pad(array, ((0, tile_rows), (0, 0)))
+
+    # Tiles are written one after the other, each whole: what runs over its end is written again by the next.
     @jax.custom_vjp
-    def run(
-        rows: Array, weights: Array, bias: Array | None, tile_group: Array, tile_sizes: Array, num_tiles: Array
-    ) -> Array:
-        del tile_sizes  # rows past a tile's size are computed too: they are not to be read
+    def matmul(rows: Array, weights: Array, bias: Array | None, schedule: tuple[Array, ...]) -> Array:
+        tile_group, tile_starts, _, num_tiles = schedule
+        source = padded(rows)
 
         def one(t, out):
             group = tile_group[t]
-            h = dot(tile(rows, t), weights[group], (1, 1))
+            h = dot(tile(source, tile_starts[t]), weights[group], (1, 1))
             y = finish(h, None if bias is None else bias[group]).astype(rows.dtype)
-            return lax.dynamic_update_slice_in_dim(out, y, t * tile_rows, 0)
+            return lax.dynamic_update_slice_in_dim(out, y, tile_starts[t], 0)
 
-        return lax.fori_loop(0, num_tiles[0], one, jnp.zeros((rows.shape[0], n_out), rows.dtype))
+        out = jnp.zeros((source.shape[0], n_out), rows.dtype)
+        return lax.fori_loop(0, num_tiles[0], one, out)[: rows.shape[0]]
 
     def forward(*operands):
-        return run(*operands), operands
+        return matmul(*operands), operands
 
     def backward(saved, cotangent):
-        rows, weights, bias, tile_group, tile_sizes, num_tiles = saved
+        rows, weights, bias, schedule = saved
+        tile_group, tile_starts, tile_sizes, num_tiles = schedule
+        source, cotangent = padded(rows), padded(cotangent)
 
         def one(t, grads):
             d_rows, d_weights, d_bias = grads
-            group = tile_group[t]
-            held = (jnp.arange(tile_rows) < tile_sizes[t])[:, None]  # padding, which may be NaN, has no gradient
-            x, w = jnp.where(held, tile(rows, t), 0), weights[group]
+            group, start = tile_group[t], tile_starts[t]
+            # Rows that are not the tile's, which may be NaN, have no gradient.
+            held = (jnp.arange(tile_rows) < tile_sizes[t])[:, None]
+            x, w = jnp.where(held, tile(source, start), 0), weights[group]
             b = None if bias is None else bias[group]
             pull = jax.vjp(finish, dot(x, w, (1, 1)), b)[1]
-            d_h, d_b = pull(jnp.where(held, tile(cotangent, t), 0).astype(jnp.float32))
+            d_h, d_b = pull(jnp.where(held, tile(cotangent, start), 0).astype(jnp.float32))
             d_rows = lax.dynamic_update_slice_in_dim(
-                d_rows, dot(d_h, w.astype(jnp.float32), (1, 0)).astype(rows.dtype), t * tile_rows, 0
+                d_rows, dot(d_h, w.astype(jnp.float32), (1, 0)).astype(rows.dtype), start, 0
             )
             d_weights = d_weights.at[group].add(dot(d_h, x.astype(jnp.float32), (0, 0)))
             return d_rows, d_weights, None if bias is None else d_bias.at[group].add(d_b.astype(jnp.float32))
 
         start = (
-            jnp.zeros(rows.shape, rows.dtype),
+            jnp.zeros(source.shape, rows.dtype),
             jnp.zeros(weights.shape, jnp.float32),
             None if bias is None else jnp.zeros(bias.shape, jnp.float32),
         )
         d_rows, d_weights, d_bias = lax.fori_loop(0, num_tiles[0], one, start)
-        return (
-            d_rows,
-            d_weights.astype(weights.dtype),
-            None if bias is None else d_bias.astype(bias.dtype),
-            None,
-            None,
-            None,
-        )
+        d_bias = None if bias is None else d_bias.astype(bias.dtype)
+        return d_rows[: rows.shape[0]], d_weights.astype(weights.dtype), d_bias, None
 
-    run.defvjp(forward, backward)
+    matmul.defvjp(forward, backward)
+
+    def run(rows, weights, bias, schedule, tile_tokens, positions, next_weights):
+        del tile_tokens, positions, next_weights  # the kernel's
+        return matmul(rows, weights, bias, schedule)
+
     return run

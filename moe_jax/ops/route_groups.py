@@ -16,7 +16,7 @@ SHARED_ROWS = 16  # so many tokens at most may share the tiles of all experts
 
 
 def shared_tile_rows(num_tokens: int) -> int:
-    """Rows of the tiles that hold all of a few tokens: the least that the matrix unit takes.
+    """Rows of the tiles that multiply all of a few tokens: the least that the matrix unit takes.
 
     Example:
         >>> shared_tile_rows(3), shared_tile_rows(9)
@@ -47,15 +47,15 @@ def route_groups(
         num_local_experts: E_local; E by default.
         expert_map: int32 ``[E]``, global to local id, -1 for experts that live elsewhere; needed if E_local is not E.
         tile_rows: rows of a tile; `default_tile_rows` by default, `shared_tile_rows` with shared rows.
-        share_rows: for at most 16 tokens, and where the kernel runs: give every expert visited a tile that holds all
-            tokens (`Groups.shared_rows`).
+        share_rows: for at most 16 tokens, and where the kernel runs: let every expert visited multiply all tokens and keep
+            the rows of its own (`Groups.tile_tokens`).
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Example:
         >>> from moe_jax.config import RoutingConfig
         >>> topk, groups = route_groups(jnp.array([[0.0, 2.0, 1.0]]), 2, RoutingConfig("default").rule, tile_rows=2)
         >>> topk.ids.tolist(), groups.positions.tolist()
-        ([[1, 2]], [[0, 2]])
+        ([[1, 2]], [[0, 1]])
     """
     from moe_jax.kernels.hopper import group_tokens as grouping
     from moe_jax.kernels.hopper import topk as routing
@@ -85,14 +85,14 @@ def route_groups(
     share = share_rows and tokens <= SHARED_ROWS
     if share:
         tile_rows = shared_tile_rows(tokens)
-        tiles = -(-min(tokens * top_k, num_local) // 16) * 16
+        tiles = min(tokens * top_k, num_local)
     else:
         tile_rows = tile_rows or default_tile_rows(tokens * top_k, num_local, chosen)
         tiles = max_tiles(tokens * top_k, num_local, tile_rows)
 
     def run(logits, bias, expert_map):
         wanted = (
-            routing.Share(num_local, expert_map, tile_rows, tiles) if share else routing.Count(num_local, expert_map)
+            routing.Share(num_local, expert_map, tiles) if share else routing.Count(num_local, expert_map)
         )
         return routing.topk(logits, top_k, rule, bias, grouping=wanted, interpret=interpret)
 
@@ -104,21 +104,20 @@ def route_groups(
     operands = (router_logits, correction_bias, expert_map)
     ids, weights, *counted = impl.with_plain_gradient(run, plain)(*operands)
     if share:
-        positions, tile_group, tile_sizes, sizes, num_tiles = counted
-        row_token = jnp.tile(jnp.minimum(jnp.arange(tile_rows, dtype=jnp.int32), tokens - 1), tiles)
+        positions, tile_group, tile_starts, tile_sizes, tile_tokens, sizes, num_tiles = counted
         groups = Groups(
             positions,
-            row_token,
             tile_group,
+            tile_starts,
             tile_sizes,
             sizes[:num_local],
             num_tiles,
             tile_rows=tile_rows,
-            shared_rows=True,
+            tile_tokens=tile_tokens,
         )
         return TopK(ids, weights), groups
-    tile_tokens = routing.ROWS * routing.Count(num_local).warpgroups(tokens, num_experts)
+    counted_tokens = routing.ROWS * routing.Count(num_local).warpgroups(tokens, num_experts)
     positions, *rest = grouping.place_pairs(
-        *counted, num_local, tile_rows, tiles, tile_tokens=tile_tokens, interpret=interpret
+        *counted, num_local, tile_rows, tiles, tile_tokens=counted_tokens, interpret=interpret
     )
     return TopK(ids, weights), Groups(positions.reshape(tokens, top_k), *rest, tile_rows=tile_rows)

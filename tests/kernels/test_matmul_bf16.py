@@ -12,6 +12,7 @@ from moe_jax import _compat
 from moe_jax.config import MoEConfig, RoutingConfig
 from moe_jax.kernels.hopper import matmul_bf16 as kernel
 from moe_jax.kernels.hopper import tiles
+from moe_jax.ops.gather import plain_gather
 from moe_jax.ops.group_tokens import default_tile_rows, group_tokens, max_tiles
 from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.ops.route_groups import route_groups
@@ -110,33 +111,48 @@ def test_neighbours_fetch_their_rows_together(tile_rows, n):
     check_grouped_matmul(out, rows, weights, groups, None, None, 0)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 11])
-def test_rows_that_every_tile_shares(num_tokens):
-    """The hidden states as they are; the up-projection gives each expert its own rows."""
+@pytest.mark.parametrize("num_tokens", [1, 11, 16])
+def test_tokens_as_rows(num_tokens):
+    """Every expert visited multiplies all hidden states and keeps the rows of its own tokens."""
     logits, rule = normal(12, num_tokens, 4), RoutingConfig().rule
-    routed = functools.partial(route_groups, logits, 2, rule, share_rows=True)
-    _, groups = routed(implementation="mosaic_interpret")
+    _, groups = route_groups(logits, 2, rule, share_rows=True, implementation="mosaic_interpret")
     x, weights = normal(12, num_tokens, 80, dtype="bfloat16"), normal(13, 4, 96, 80, dtype="bfloat16", scale=80**-0.5)
-    act = MoEConfig(1, 1, 8, 8).act
-    out = grouped_matmul(x, weights, groups, activation=act, implementation="mosaic_interpret")
-    assert out.shape == (groups.num_rows, 48)
-    rows = jnp.tile(jnp.pad(x, ((0, groups.tile_rows - num_tokens), (0, 0))), (len(groups.tile_group), 1))
-    check_grouped_matmul(out, rows, weights, groups, None, MoEConfig(1, 1, 8, 8), 0)
-    plain = grouped_matmul(x, weights, groups, activation=act, implementation="xla")
-    check_grouped_matmul(plain, rows, weights, groups, None, MoEConfig(1, 1, 8, 8), 0)
+    config = MoEConfig(1, 1, 8, 8)
+    run = functools.partial(grouped_matmul, groups=groups, activation=config.act)
+    for chosen in ("mosaic_interpret", "xla"):
+        out = run(x, weights, tokens_as_rows=True, implementation=chosen)
+        assert out.shape == (groups.num_rows, 48)
+        check_grouped_matmul(out, plain_gather(x, groups.positions), weights, groups, None, config, 0)
 
-    def loss(x, weights, repeated):
-        tiles = jnp.tile(jnp.pad(x, ((0, groups.tile_rows - num_tokens), (0, 0))), (len(groups.tile_group), 1))
-        rows = tiles if repeated else x
-        out = grouped_matmul(
-            rows, weights, groups, activation=act, implementation="xla" if repeated else "mosaic_interpret"
-        )
+    def loss(x, weights, chosen):
+        rows = x if chosen == "mosaic_interpret" else plain_gather(x, groups.positions)
+        out = run(rows, weights, tokens_as_rows=rows is x, implementation=chosen)
         return jnp.sum(jnp.where(jnp.isin(jnp.arange(len(out)), groups.positions)[:, None], out, 0) ** 2)
 
-    mine, right = (jax.grad(loss, argnums=(0, 1))(x, weights, repeated) for repeated in (False, True))
+    mine, right = (jax.grad(loss, argnums=(0, 1))(x, weights, chosen) for chosen in ("mosaic_interpret", "xla"))
     for one, other in zip(mine, right, strict=True):
         assert np.asarray(other, np.float32).any()
         check_close(one, other, 1e-2)
+
+
+def test_tokens_are_no_rows_of_other_groups():
+    with pytest.raises(ValueError, match="tile_tokens"):
+        grouped_matmul(jnp.ones((9, 16)), jnp.ones((3, 16, 16)), groups_of(6, 9, 2, 3, 64), tokens_as_rows=True)
+
+
+@pytest.mark.parametrize("split", [1, 2, 4])
+@pytest.mark.parametrize(("gated", "halves"), [(True, 2), (False, 2), (False, 1)])
+@pytest.mark.parametrize("consumers", [1, 2])
+def test_the_last_round_is_shared(monkeypatch, split, gated, halves, consumers):
+    """Rounds of whole tiles, then tiles in parts: every column of every row is stored once, and the neighbours' are kept."""
+    monkeypatch.setattr(_compat, "num_multiprocessors", lambda: 3)
+    groups = groups_with_sizes(14, (3, 0, 37, 1), 64)
+    config = kernel.Config((16, 64), consumers, halves, tile_k=64, stages=2, split=split)
+    rows, weights, _ = problem(14, groups, 80, 2 * 208 if gated else 208, num_experts=4)
+    layer = MoEConfig(1, 1, 8, 8) if gated else None
+    act = None if layer is None else layer.act
+    out = grouped_matmul(rows, weights, groups, activation=act, config=config, implementation="mosaic_interpret")
+    check_grouped_matmul(out, rows, weights, groups, None, layer, 0)
 
 
 @pytest.mark.parametrize("kwargs", [dict(only=[0]), dict(only=[2]), dict(missing=1)])
@@ -162,7 +178,7 @@ def test_a_row_does_not_see_the_others():
     for num_tokens in (1, 9):
         ids = jnp.full((num_tokens, 1), 1, jnp.int32)
         groups = group_tokens(ids, num_experts=3, tile_rows=64, implementation="xla")
-        rows = jnp.full((groups.row_token.shape[0], 80), jnp.nan, jnp.bfloat16).at[num_tokens - 1].set(x)
+        rows = jnp.full((groups.num_rows, 80), jnp.nan, jnp.bfloat16).at[num_tokens - 1].set(x)
         out = grouped_matmul(rows, weights, groups, activation=act, implementation="mosaic_interpret")
         outputs.append(np.asarray(out[num_tokens - 1], np.float32))
     assert np.abs(outputs[0]).max() > 0.1

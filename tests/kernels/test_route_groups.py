@@ -61,7 +61,7 @@ def test_few_tokens_share_the_tiles(num_tokens, top_k, expert_map):
     logits = logits_of(1, num_tokens, 8)
     logits = logits if num_tokens == 1 else with_holes(logits)
     ids, groups = run(logits, config, expert_map, num_local, share_rows=True)
-    assert groups.shared_rows and groups.tile_rows == (8 if num_tokens <= 8 else 16)
+    assert groups.tile_tokens is not None and groups.tile_rows == (8 if num_tokens <= 8 else 16)
     check_shared_groups(groups, ids, 8, num_local, expert_map)
     with pytest.raises(AssertionError):
         check_shared_groups(groups, np.where(ids < 0, 0, -1), 8, num_local, expert_map)
@@ -135,7 +135,7 @@ def test_lowers_for_cuda(shape):
 
     def schedule(logits, expert_map):
         found, groups = call(logits, expert_map=expert_map)
-        return found, groups.positions, groups.tile_group, groups.tile_sizes, groups.num_tiles
+        return found, groups.positions, groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
 
     text = lower(schedule, like("float32", num_tokens, num_experts), like("int32", num_experts))
     assert num_kernels(text) == (1 if num_tokens <= 16 else 2)

@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax.ops.gather import gather
 from tests.contracts import check_gather, groups_of
-from tests.grouping import occupied_rows
+from tests.grouping import occupied_rows, token_of_rows
 from tests.layers import normal, quick_jit
 from tests.util import check_close
 
@@ -46,12 +46,12 @@ def test_no_tokens_and_no_pairs():
 
 
 def test_gradient():
-    """A token collects from its rows; what lies in padding rows, be it NaN, reaches nobody."""
+    """A token collects from its rows; what lies in rows of no group, be it NaN, reaches nobody."""
     x, groups = normal(4, 21, 6), groups_of(4, 21, 2, 5, 8)
-    cotangent = np.full((groups.row_token.shape[0], 6), np.nan, np.float32)
+    cotangent = np.full((groups.num_rows, 6), np.nan, np.float32)
     where = occupied_rows(groups)
     cotangent[where] = np.random.default_rng(4).standard_normal((len(where), 6))
     expected = np.zeros((21, 6))
-    np.add.at(expected, np.asarray(groups.row_token)[where], cotangent[where])
+    np.add.at(expected, token_of_rows(groups)[where], cotangent[where])
     gradient = jax.vjp(lambda x: gather(x, groups, implementation="xla"), x)[1](jnp.asarray(cotangent))[0]
     check_close(gradient, expected, 1e-6)

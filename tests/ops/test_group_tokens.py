@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from moe_jax.ops.group_tokens import default_tile_rows, group_tokens, max_tiles, offset_map
-from tests.grouping import check_groups, check_invariants, python_groups
+from tests.grouping import check_groups, check_invariants, python_groups, token_of_rows
 from tests.layers import quick_jit
 
 STATIC = ("num_experts", "num_local_experts", "tile_rows", "implementation")
@@ -69,22 +69,16 @@ def test_the_checks_can_fail():
     for other in (random_ids(2, 37, 2, 5), np.roll(ids, 1, axis=0), np.where(ids == 1, -1, ids)):
         with pytest.raises(AssertionError):
             check_groups(groups, other, 5)
-    first = int(
-        np.flatnonzero(np.diff(groups.row_token[: int(groups.group_sizes[0])]))[0]
-    )  # it and the next: two tokens
-    swapped = jnp.asarray([first + 1, first]), jnp.asarray([first, first + 1])
+    first = int(np.flatnonzero(np.diff(token_of_rows(groups)[: int(groups.group_sizes[0])]))[0])  # two tokens
+    swapped = [groups.positions == first, groups.positions == first + 1]
     broken = {
         "two pairs in one row": dict(positions=groups.positions.at[3, 0].set(groups.positions[5, 0])),
-        "a token in the row of another": dict(row_token=jnp.roll(groups.row_token, 1)),
+        "a gap between the rows": dict(positions=groups.positions + (groups.positions >= 0)),
         "a tile of another expert": dict(tile_group=groups.tile_group.at[0].set(1)),
+        "a tile in the rows of another": dict(tile_starts=groups.tile_starts.at[1].add(1)),
         "a tile too many": dict(num_tiles=groups.num_tiles + 1),
         "a row too many": dict(group_sizes=groups.group_sizes.at[0].add(1)),
-        "tokens out of order": dict(
-            row_token=groups.row_token.at[swapped[0]].set(groups.row_token[swapped[1]]),
-            positions=jnp.select(
-                [groups.positions == first, groups.positions == first + 1], [first + 1, first], groups.positions
-            ),
-        ),
+        "tokens out of order": dict(positions=jnp.select(swapped, [first + 1, first], groups.positions)),
     }
     for name, fields in broken.items():
         for check in (lambda g: check_groups(g, ids, 5), lambda g: check_invariants(g, ids)):

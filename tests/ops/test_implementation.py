@@ -94,7 +94,7 @@ CALLS = {
     "group_tokens": lambda name: group_tokens(jnp.zeros((2, 1), jnp.int32), num_experts=4, implementation=name),
     "gather": lambda name: gather(jnp.ones((2, 16), jnp.bfloat16), GROUPS, implementation=name),
     "grouped_matmul": lambda name: grouped_matmul(
-        jnp.ones((GROUPS.row_token.size, 16)), jnp.ones((4, 16, 16)), GROUPS, implementation=name
+        jnp.ones((GROUPS.num_rows, 16)), jnp.ones((4, 16, 16)), GROUPS, implementation=name
     ),
     "combine": lambda name: combine(jnp.ones((64, 16)), GROUPS.positions, None, implementation=name),
 }

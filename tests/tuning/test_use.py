@@ -125,7 +125,7 @@ def test_few_tokens_run_under_any_tuned_plan(folders, tokens):
 def matmul(config, tile_rows=64, chosen="mosaic", gated=False, dtype="bfloat16"):
     def run(ids, weights):
         groups = group_tokens(ids, num_experts=2, tile_rows=tile_rows, implementation=chosen)
-        rows = jnp.zeros((groups.row_token.shape[0], 64), dtype)
+        rows = jnp.zeros((groups.num_rows, 64), dtype)
         activation = CONFIG.act if gated else None
         return grouped_matmul(rows, weights, groups, activation=activation, config=config, implementation=chosen)
 

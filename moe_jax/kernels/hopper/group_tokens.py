@@ -5,8 +5,7 @@ the way where it can, and then only `place_pairs` is launched. That one adds up 
 its group is the number of that group's pairs in earlier blocks, plus its rank in its own. Nothing is added atomically, so rows
 of a group keep token order and the result repeats.
 
-Groups start at multiples of `tile_rows`, so that a row tile belongs to one group; a group of several tiles is spread evenly
-over them. Pairs whose id is -1 or out of range, or whose expert the map sends to -1, are dropped here: they get no row.
+Groups are packed: a pair's row is the first of its group plus its place there. Pairs whose id is -1 or out of range, or whose expert the map sends to -1, are dropped here: they get no row.
 
 Learned on an H200 (benchmarks/results/2026-11-24-h200-plans-and-glue.txt; 128 experts, 8 slots; `place_pairs`):
 
@@ -166,17 +165,6 @@ def count_pairs(
     )(topk_ids.reshape(-1), *((expert_map,) if mapped else ()))
 
 
-def divide(a: Any, b: Any, inverse: Any) -> tuple[Any, Any]:
-    """(a // b, a % b) of scalars, a >= 0 and b >= 1, by the float32 inverse of b: a division is some thirty instructions.
-
-    The float is off by less than one as long as the quotient is below 2**22.
-    """
-    quotient = (a.astype(jnp.float32) * inverse).astype(jnp.int32)
-    rest = a - quotient * b
-    quotient = quotient + jnp.where(rest >= b, 1, 0) - jnp.where(rest < 0, 1, 0)
-    return quotient, a - quotient * b
-
-
 def place_pairs(
     tickets: Int[Array, "T k"],
     block_counts: Int[Array, "blocks width"],
@@ -188,7 +176,7 @@ def place_pairs(
     config: Config = Config(),
     interpret: Any = None,
 ) -> tuple[Array, ...]:
-    """(positions, row_token, tile_group, tile_sizes, group_sizes, num_tiles) as `moe_jax.ops.group_tokens` defines them.
+    """(positions, tile_group, tile_starts, tile_sizes, group_sizes, num_tiles) as `moe_jax.ops.group_tokens` defines them.
 
     Args:
         tickets: of all pairs.
@@ -213,10 +201,8 @@ def place_pairs(
     ahead = 8  # loads of other blocks' counts under way at a time
 
     def place_pairs(tickets_g, counts_g, *refs):
-        positions_g, token_g, group_g, tile_sizes_g, sizes_g, num_tiles_g = refs[:6]
-        tickets_s, partial_s, base_s, sizes_s, shares_s, inverse_s, first_tile_s, scan_s, loaded, summed, based = refs[
-            6:
-        ]
+        positions_g, group_g, tile_starts_g, tile_sizes_g, sizes_g, num_tiles_g = refs[:6]
+        tickets_s, partial_s, base_s, sizes_s, shares_s, starts_s, first_tile_s, scan_s, loaded, summed, based = refs[6:]
         block, wg = lax.axis_index("block"), lax.axis_index("wg")
         first = block * per_block
         counts_row = lax.div(block, splits)
@@ -246,14 +232,14 @@ def place_pairs(
         def _():
             plgpu.barrier_wait(summed)
             total = add_up([vector(partial_s.at[0, other]) for other in range(warpgroups)])
-            base_s[...] = add_up([vector(partial_s.at[1, other]) for other in range(warpgroups)])
+            ends, _ = ranks.scan(total, scan_s, num_local)
+            starts_s[...] = ends - total
+            base_s[...] = ends - total + add_up([vector(partial_s.at[1, other]) for other in range(warpgroups)])
             num_tiles = lax.div(total + (tile_rows - 1), jnp.full_like(total, tile_rows))
             even = lax.div(total + num_tiles - 1, jnp.maximum(num_tiles, 1))
-            shares = jnp.minimum(lax.div(even + 7, jnp.full_like(even, 8)) * 8, tile_rows)
-            shares = jnp.maximum(shares, 1)  # of an empty group too: something is divided by it
-            shares_s[...] = shares
-            inverse_s[...] = 1.0 / shares.astype(jnp.float32)
+            shares_s[...] = jnp.minimum(lax.div(even + 7, jnp.full_like(even, 8)) * 8, tile_rows)
             sizes_s[...] = total
+            plgpu.commit_smem()  # the first scan has been read
             tiles, _ = ranks.scan(num_tiles, scan_s, num_local)
             first_tile_s[pl.ds(0, width)] = tiles - num_tiles
             first_tile_s[pl.ds(width, width)] = tiles
@@ -271,27 +257,12 @@ def place_pairs(
             def _(i):
                 pairs = [(i * warps + row) * _TOGETHER + j for j in range(_TOGETHER)]
                 packed = [tickets_s[jnp.minimum(pair, per_block - 1)] for pair in pairs]
-                locals_ = [lax.rem(jnp.maximum(ticket, 0), MAX_EXPERTS) for ticket in packed]
-                places = [
-                    base_s[local] + lax.div(ticket, MAX_EXPERTS) for ticket, local in zip(packed, locals_, strict=True)
-                ]
-                shares = [shares_s[local] for local in locals_]
-                first_tiles = [first_tile_s[local] for local in locals_]
-                inverses = [inverse_s[local] for local in locals_]
-                for pair, ticket, place, share, inverse, tile in zip(
-                    pairs, packed, places, shares, inverses, first_tiles, strict=True
-                ):
-                    nth, row_of_tile = divide(place, share, inverse)
-                    row_of_pair = (tile + nth) * tile_rows + row_of_tile
-                    position = jnp.where(ticket < 0, -1, row_of_pair)
+                bases = [base_s[lax.rem(jnp.maximum(ticket, 0), MAX_EXPERTS)] for ticket in packed]
+                for pair, ticket, base in zip(pairs, packed, bases, strict=True):
 
                     @pl.when((pair < per_block) & (first + pair < num_pairs))
-                    def _(pair=pair, position=position):
-                        positions_g[first + pair] = position
-
-                        @pl.when(position >= 0)
-                        def _():
-                            token_g[position] = lax.div(first + pair, top_k)
+                    def _(pair=pair, ticket=ticket, base=base):
+                        positions_g[first + pair] = jnp.where(ticket < 0, -1, base + lax.div(ticket, MAX_EXPERTS))
 
             # The tile schedule: an expert a warp.
             workers = blocks * splits * warps
@@ -304,17 +275,20 @@ def place_pairs(
                 size = sizes_s[expert]
                 first_tile = first_tile_s[expert]
                 share = shares_s[expert]
+                start = starts_s[expert]
                 sizes_g[expert] = size
 
                 @pl.loop(0, lax.div(size + (tile_rows - 1), tile_rows))
                 def _(t):
                     group_g[first_tile + t] = expert
+                    tile_starts_g[first_tile + t] = start + t * share
                     tile_sizes_g[first_tile + t] = jnp.clip(size - t * share, 0, share)
 
             # Tiles without rows.
             @pl.loop(0, lax.div(max_tiles - all_tiles - worker + (workers - 1), workers))
             def _(i):
                 group_g[all_tiles + worker + i * workers] = -1
+                tile_starts_g[all_tiles + worker + i * workers] = 0
                 tile_sizes_g[all_tiles + worker + i * workers] = 0
 
             @pl.when(worker == 0)
@@ -326,7 +300,7 @@ def place_pairs(
 
     return _compat.kernel(
         place_pairs,
-        out_type=(i32(num_pairs), i32(max_tiles * tile_rows), i32(max_tiles), i32(max_tiles), i32(num_local), i32(1)),
+        out_type=(i32(num_pairs), i32(max_tiles), i32(max_tiles), i32(max_tiles), i32(num_local), i32(1)),
         grid=(blocks * splits,),
         grid_names=("block",),
         num_threads=warpgroups,
@@ -337,7 +311,7 @@ def place_pairs(
             plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((width,), jnp.int32),
-            plgpu.SMEM((width,), jnp.float32),
+            plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((2 * width,), jnp.int32),
             plgpu.SMEM((2, 2 * width), jnp.int32),
             plgpu.Barrier(num_arrivals=len(boxes)),
@@ -360,7 +334,7 @@ def group_tokens(
     config: Config = Config(),
     interpret: Any = None,
 ) -> tuple[Array, ...]:
-    """(positions, row_token, tile_group, tile_sizes, group_sizes, num_tiles) as `moe_jax.ops.group_tokens` defines them."""
+    """(positions, tile_group, tile_starts, tile_sizes, group_sizes, num_tiles) as `moe_jax.ops.group_tokens` defines them."""
     tickets, counts = count_pairs(
         topk_ids, expert_map, num_experts, num_local_experts, config=config, interpret=interpret
     )

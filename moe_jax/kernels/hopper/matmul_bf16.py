@@ -13,7 +13,13 @@ The gate and the up half of an up-projection lie in one tile: each consumer hold
 writes activation(gate, up), so nothing of size rows x 2I reaches memory.
 
 Edges. TMA fills what lies outside a matrix with zeros and drops what is stored there: K, I and H need not be multiples of
-the tile. Rows are padded to whole tiles per group by `group_tokens`, hence a tile never touches a neighbour's rows.
+the tile. Groups are packed: a tile may multiply rows of the next group, which change nothing in its own, and stores its own alone,
+in runs of 32, 16, 8, ... rows (`views`). With few tokens every expert visited multiplies all of them from the hidden states
+themselves, and only rows of tokens that chose it are stored.
+
+The last round. Tiles are dealt out in turn; those of the last, incomplete round are cut into `Config.split` parts by columns, so
+that all multiprocessors share it. A part fills the first rows of its blocks of weights; what stands in the others is multiplied
+and dropped.
 
 Bit-equality. Every output element is summed over K in steps of 16 in order, in one accumulator, whatever the tile: a row's
 result does not depend on which rows share its tile, nor on the configuration.
@@ -51,39 +57,34 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import _compat
 from moe_jax.activations import Activation
-from moe_jax.kernels.hopper import tiles
+from moe_jax.kernels.hopper import tiles, views
+from moe_jax.kernels.hopper.ahead import Ahead
 
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 _M = 64  # rows of weights that one wgmma takes
-_STORED = 32  # rows of the output that leave shared memory together: two such buffers a consumer are enough
-_FEW = (8, 16, 32, 64)
+_FEW = (8, 16, 24, 32, 40, 48, 56, 64)
 _SOME = (16, 32, 48, 64, 80, 96, 112, 128)
 _MANY = (16, 32, 64, 96, 112, 120, 128, 136, 144, 152, 160)
-_MOST = (
-    16,
-    32,
-    64,
-    96,
-    112,
-    128,
-    144,
-    160,
-    176,
-    192,
-)  # as many as the registers hold; three stages, two blocks together
+# As many as the registers hold; three stages, two blocks together.
+_MOST = (16, 32, 64, 96, 112, 128, 144, 160, 176, 192)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Tile of the kernel: `consumers` x `halves` x 64 rows of weights, up to `row_counts[-1]` rows of a group."""
 
-    row_counts: tuple[int, ...] = _MANY  # the last is the row tile that `group_tokens` padded the groups to
+    row_counts: tuple[int, ...] = _MANY  # the last is the row tile of `group_tokens`
     consumers: int = 2
     halves: int = 2  # blocks of 64 weight rows per consumer: gate and up, or two neighbours; 1 only without a gate
     tile_k: int = 64
     stages: int = 3
     band: int = 8  # row tiles walked together before the next weight columns: what L2 holds at a time
     cluster: int = 1  # neighbouring blocks of weight columns that fetch their rows once and together
+    split: int = 1  # parts of a tile in the last round: 1, 2 or 4
+
+    def columns(self, gated: bool) -> int:
+        """Columns of the output that a tile has."""
+        return self.consumers * _M * (1 if gated else self.halves)
 
     @property
     def tile_rows(self) -> int:
@@ -119,7 +120,7 @@ def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -
     if tile_rows > _FEW[-1]:
         return Config(up_to(_MANY if tile_rows > _SOME[-1] else _SOME), stages=4)
     narrow = not gated and likely_tiles * pl.cdiv(n_out, 2 * _M) < _compat.num_multiprocessors()
-    return Config(up_to(_FEW), consumers=1, halves=1 if narrow else 2, tile_k=128, stages=6 if narrow else 4)
+    return Config(up_to(_FEW), consumers=1, halves=1 if narrow else 2, tile_k=128, stages=6 if narrow else 4, split=4)
 
 
 def supports(rows: Any, weights: Any, bias: Any, activation: Activation | None, tile_rows: int) -> str | None:
@@ -147,46 +148,70 @@ def grouped_matmul(
     rows: Float[Array, "rows K"],
     weights: Float[Array, "E N K"],
     tile_group: Int[Array, "tiles"],
+    tile_starts: Int[Array, "tiles"],
     tile_sizes: Int[Array, "tiles"],
     num_tiles: Int[Array, "1"],
     bias: Float[Array, "E N"] | None,
     activation: Activation | None,
     *,
     config: Config,
-    shared_rows: bool = False,
+    tile_tokens: Int[Array, "tiles"] | None = None,
+    total_rows: int | None = None,
+    ahead: Ahead | None = None,
     interpret: Any = None,
     multiprocessors: int | None = None,
 ) -> Float[Array, "R N_out"]:
-    """`activation(rows @ weights[group].T + bias[group])` for the rows that `tile_sizes` counts; the others are undefined.
+    """`activation(rows @ weights[group].T + bias[group])` for the rows of the tiles; the others are undefined.
 
-    With `shared_rows` every tile multiplies the same rows, of which there are at most as many as a tile holds.
+    Args:
+        rows: of all groups; with `tile_tokens` those of all tokens, at most as many as a tile holds.
+        weights: of the experts.
+        tile_group: the expert of each tile.
+        tile_starts: its first row.
+        tile_sizes: its rows.
+        num_tiles: tiles that hold rows.
+        bias: added before the activation.
+        activation: gated or not; None for none.
+        config: how the work is tiled.
+        tile_tokens: the tokens that have a row in each tile, a bit each.
+        total_rows: R, with `tile_tokens`.
+        ahead: the weights of the next kernel.
+        interpret: for the interpreter.
+        multiprocessors: of the device, by default.
     """
     k = rows.shape[1]
     n_weights = weights.shape[1]
+    shared = tile_tokens is not None
     gated = activation is not None and activation.is_gated
     n_out = n_weights // 2 if gated else n_weights
     dtype = rows.dtype
     tile_rows, tk, stages = config.tile_rows, config.tile_k, config.stages
-    total_rows = tile_group.shape[0] * tile_rows if shared_rows else rows.shape[0]
-    consumers, halves = config.consumers, config.halves
+    total_rows = total_rows if shared else rows.shape[0]
+    consumers, halves, split = config.consumers, config.halves, config.split
     wg_cols = _M if gated else halves * _M  # columns of the output that one consumer writes
-    tile_cols = consumers * wg_cols
+    tile_cols = config.columns(gated)
     n_tiles = pl.cdiv(n_out, tile_cols)
     k_steps = pl.cdiv(k, tk)
     cluster = config.cluster
     workers = (multiprocessors or _compat.num_multiprocessors()) // cluster
     n_steps = pl.cdiv(n_tiles, cluster)  # past the last columns TMA reads zeros and stores nothing
-    # A stage holds the weights of one consumer after the other: gate then up, or 64 columns then the next 64.
-    pieces = [  # (row of the stage, row of the expert's matrix)
-        ((wg * halves + half) * _M, half * n_out + wg * _M if gated else (wg * halves + half) * _M)
-        for wg in range(consumers)
-        for half in range(halves)
-    ]
-    if not gated:  # neighbours: one copy for as many as TMA takes
+    part_cols = wg_cols // split  # of a consumer in the last round
+    operand = views.Operand(
+        stages, tile_rows, tk, tiles.swizzle_bytes(k, dtype) // dtype.itemsize, dtype, interpret is not None
+    )
+    together = min(_M, part_cols, tiles.swizzle_bytes(math.gcd(n_out, _M), dtype) // dtype.itemsize)
+    staged = views.Staged(consumers, together, dtype, interpret is not None)
+
+    def pieces(wg_columns):
+        """What is copied for a stage: (row of the stage, row of the tile's weights, rows)."""
+        found = []
+        for wg in range(consumers):
+            for half in range(2 if gated else 1):
+                found.append(((wg * halves + half) * _M, half * n_out + wg * wg_columns, wg_columns))
         rows_a_copy = min(256, tile_cols)
-        pieces = [(start, start) for start in range(0, tile_cols, rows_a_copy)]
-    else:
-        rows_a_copy = _M
+        if not gated and split == 1:  # neighbours: one copy for as many as TMA takes
+            found = [(start, start, rows_a_copy) for start in range(0, tile_cols, rows_a_copy)]
+        return found
 
     def for_row_count(size, run):
         """Calls `run(count)` for the smallest row count that covers `size`."""
@@ -195,40 +220,62 @@ def grouped_matmul(
             pl.when((size > below) & (size <= count))(lambda count=count: run(count))
             below = count
 
-    def body(rows_g, weights_g, group_g, sizes_g, count_g, *refs):
-        bias_g = refs[0] if bias is not None else None
-        out_g, rows_s, weights_s, out_s, full, empty = refs[int(bias is not None) :][:6]
-        bias_s, bias_full = refs[-2:] if bias is not None else (None, None)
+    def body(rows_g, weights_g, group_g, starts_g, sizes_g, count_g, *refs):
+        refs = list(refs)
+        tokens_g = refs.pop(0) if shared else None
+        bias_g = refs.pop(0) if bias is not None else None
+        ahead_g = refs.pop(0) if ahead is not None else None
+        out_g, rows_s, weights_s, out_s, full, empty = refs[:6]
+        bias_s, bias_full = refs[6:] if bias is not None else (None, None)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
         m_tiles = count_g[0]
-        my_tiles = tiles.share(m_tiles * n_steps, worker, workers)
+        rounds = lax.div(m_tiles * n_steps, workers)
+        rest = m_tiles * n_steps - rounds * workers
+        my_tiles = rounds + tiles.share(rest * split, worker, workers)
 
         def tile_at(i):
-            m, n = tiles.visit(worker + i * workers, m_tiles, n_steps, config.band)
-            return m, n if cluster == 1 else n * cluster + lax.axis_index("cta")
+            """Row tile, first column (of consumer 0) and whether it is a part of a tile."""
+            turn = worker + i * workers
+            if split == 1:
+                m, n = tiles.visit(turn, m_tiles, n_steps, config.band)
+                return m, (n if cluster == 1 else n * cluster + lax.axis_index("cta")) * tile_cols, None
+            last = i >= rounds
+            beyond = turn - rounds * workers
+            turn = jnp.where(last, rounds * workers + lax.div(beyond, split), turn)
+            m, n = tiles.visit(turn, m_tiles, n_steps, config.band)
+            n = n if cluster == 1 else n * cluster + lax.axis_index("cta")
+            col = n * tile_cols + jnp.where(last, lax.rem(beyond, split) * (consumers * part_cols), 0)
+            return m, col, last
+
+        def rows_of(m):
+            """Rows that are multiplied."""
+            return jnp.int32(rows.shape[0]) if shared else sizes_g[m]
 
         def consume(i):
-            m, n = tile_at(i)
-            col = n * tile_cols + wg * wg_cols
+            m, col, is_part = tile_at(i)
+            col = col + wg * (wg_cols if is_part is None else jnp.where(is_part, part_cols, wg_cols))
             if bias is not None:
                 for half in range(halves):
                     start = col + half * (n_out if gated else _M)
                     source = bias_g.at[group_g[m], pl.ds(start, _M)]
                     plgpu.copy_gmem_to_smem(source, bias_s.at[wg, pl.ds(half * _M, _M)], bias_full.at[wg])
-            for_row_count(sizes_g[m], lambda count: multiply(i * k_steps, m, col, count))
+            for_row_count(rows_of(m), lambda count: multiply(i * k_steps, m, col, is_part, count))
 
-        def multiply(first_turn, m, col, count):
+        def multiply(first_turn, m, col, is_part, count):
             def accumulate(*accs):
                 @pl.loop(0, k_steps)
                 def _step(step):
                     turn = first_turn + step
                     slot = lax.rem(turn, stages)
                     plgpu.barrier_wait(full.at[slot])
-                    b = rows_s.at[slot, pl.ds(0, count)]
-                    for half, acc in enumerate(accs):
-                        a = weights_s.at[slot, pl.ds((wg * halves + half) * _M, _M)]
-                        plgpu.wgmma(acc, a, b.T)
-                    plgpu.wgmma_wait(halves)  # the products of the step before are done: its stage may be refilled
+                    for piece in range(operand.pieces):
+                        b = operand.eights(rows_s).at[slot, piece, pl.ds(0, count)]
+                        for half, acc in enumerate(accs):
+                            weight_rows = pl.ds((wg * halves + half) * _M, _M)
+                            a = weights_s.at[slot, weight_rows, pl.ds(piece * operand.columns, operand.columns)]
+                            plgpu.wgmma(acc, a, b.T)
+                    # The products of the step before are done: its stage may be refilled.
+                    plgpu.wgmma_wait(halves * operand.pieces)
 
                     @pl.when(step > 0)
                     def _():
@@ -248,20 +295,41 @@ def grouped_matmul(
                 outs = [activation.apply(acc, divide=tiles.divide) for acc in accs]
             else:
                 outs = accs
-            parts = [(half, start) for half in range(len(outs)) for start in range(0, count, _STORED)]
-            for i, (half, start) in enumerate(parts):
-                size = min(_STORED, count - start)
-                part = plgpu.layout_cast(
+            blocks = [(half, start) for half in range(len(outs)) for start in range(0, count, views.STORED)]
+            for i, (half, start) in enumerate(blocks):
+                size = min(views.STORED, count - start)
+                block = plgpu.layout_cast(
                     outs[half][:, start : start + size].astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED
                 )
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the store before the last has left its buffer
-                block = out_s.at[wg, i % 2, pl.ds(0, size)]
-                block.T[...] = part
+                # The block before the last has left its buffer. The interpreter counts copies, and a block may have none.
+                plgpu.wait_smem_to_gmem(1 if interpret is None else 0, wait_read_only=True)
+                staged.block(out_s, wg, i % 2, size).T[...] = block
                 plgpu.commit_smem()
-                target = out_g.at[pl.ds(m * tile_rows + start, size), pl.ds(col + half * _M, _M)]
-                plgpu.copy_smem_to_gmem(block, target)
-            if len(parts) % 2:  # the next tile begins with the first buffer again
+                store(i % 2, m, col + half * _M, half, start, size, is_part)
+                plgpu.commit_smem_to_gmem_group()
+            if len(blocks) % 2:  # the next tile begins with the first buffer again
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        def store(buffer, m, col, half, start, size, is_part):
+            """Stores rows `start` and on, `size` at most, of 64 columns, or of as many as a part of a tile has."""
+            parts = _M // together
+            if is_part is not None:
+                of_part = min(max(part_cols - half * _M, 0), _M) // together
+                if together == _M:  # then a part has this block whole, or not at all
+                    if not of_part:
+                        pl.when(jnp.logical_not(is_part))(lambda: store(buffer, m, col, half, start, size, None))
+                        return
+                else:
+                    parts = jnp.where(is_part, of_part, parts)
+            first_row = starts_g[m] + start
+
+            def target(row, count):
+                return lambda at, columns: out_g.at[pl.ds(first_row + row, count), pl.ds(col + at, columns)]
+
+            if shared:
+                staged.store_marked(out_s, wg, buffer, tokens_g[m], size, target, parts)
+            else:
+                staged.store_first(out_s, wg, buffer, sizes_g[m] - start, size, target, parts)
 
         def bias_column(half, acc):
             column = plgpu.load(bias_s.at[wg, pl.ds(half * _M, _M)], layout=plgpu.Layout.WGMMA.reduce(1))
@@ -270,8 +338,9 @@ def grouped_matmul(
         def produce():
             @pl.loop(0, my_tiles)
             def _tile(i):
-                m, n = tile_at(i)
-                expert, size = group_g[m], sizes_g[m]
+                m, col, is_part = tile_at(i)
+                expert, size = group_g[m], rows_of(m)
+                first_row = 0 if shared else starts_g[m]
 
                 @pl.loop(0, k_steps)
                 def _step(step):
@@ -282,18 +351,30 @@ def grouped_matmul(
                     def _():
                         plgpu.barrier_wait(empty.at[slot])
 
-                    ks = pl.ds(step * tk, tk)
-                    for at, row in pieces:
-                        source = weights_g.at[expert, pl.ds(n * tile_cols + row, rows_a_copy), ks]
-                        plgpu.copy_gmem_to_smem(source, weights_s.at[slot, pl.ds(at, rows_a_copy)], full.at[slot])
+                    def load_weights(wg_columns):
+                        for at, row, height in pieces(wg_columns):
+                            source = weights_g.at[expert, pl.ds(col + row, height), pl.ds(step * tk, tk)]
+                            plgpu.copy_gmem_to_smem(source, weights_s.at[slot, pl.ds(at, height)], full.at[slot])
 
                     def load_rows(count):
-                        source = rows_g.at[pl.ds(m * (0 if shared_rows else tile_rows), count), ks]
                         # The interpreter has no multicast: there every CTA fetches all of its rows.
                         together = dict(collective_axes="cta") if cluster > 1 and interpret is None else {}
-                        plgpu.copy_gmem_to_smem(source, rows_s.at[slot, pl.ds(0, count)], full.at[slot], **together)
+                        for piece in range(operand.pieces):
+                            ks = pl.ds(step * tk + piece * operand.columns, operand.columns)
+                            tile = operand.singles(rows_s).at[slot, piece, pl.ds(0, count)]
+                            source = rows_g.at[pl.ds(first_row, count), ks]
+                            plgpu.copy_gmem_to_smem(source, tile, full.at[slot], **together)
 
+                    if is_part is None:
+                        load_weights(wg_cols)
+                    else:
+                        pl.when(jnp.logical_not(is_part))(lambda: load_weights(wg_cols))
+                        pl.when(is_part)(lambda: load_weights(part_cols))
                     for_row_count(size, load_rows)
+
+            if ahead is not None:
+                number = worker if cluster == 1 else worker * cluster + lax.axis_index("cta")
+                ahead.fetch(ahead_g, group_g, m_tiles, number)
 
             # Every phase of every barrier is observed before the kernel ends.
             turns = my_tiles * k_steps
@@ -316,13 +397,16 @@ def grouped_matmul(
             plgpu.warp_map(lambda warp: pl.when(warp == 0)(produce))
 
     body.__name__ = f"grouped_matmul_{'up' if activation is not None else 'down'}"
-    operands = [rows, weights, tile_group, tile_sizes, num_tiles] + ([bias] if bias is not None else [])
-    operand_tiles = tiles.transforms(k, dtype)
+    operands = [rows, weights, tile_group, tile_starts, tile_sizes, num_tiles]
+    operands += [tile_tokens] if shared else []
+    operands += [bias] if bias is not None else []
+    operands += [ahead.weights] if ahead is not None else []
+    arrivals = operand.pieces + len(pieces(wg_cols))
     scratch = [
-        plgpu.SMEM((stages, tile_rows, tk), dtype, transforms=operand_tiles),
-        plgpu.SMEM((stages, consumers * halves * _M, tk), dtype, transforms=operand_tiles),
-        plgpu.SMEM((consumers, 2, _STORED, _M), dtype, transforms=tiles.transforms(math.gcd(n_out, _M), dtype)),
-        plgpu.Barrier(num_arrivals=1 + len(pieces), num_barriers=stages),
+        operand.scratch,
+        plgpu.SMEM((stages, consumers * halves * _M, tk), dtype, transforms=tiles.transforms(k, dtype)),
+        staged.scratch,
+        plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
         if cluster == 1
         else plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=consumers, num_barriers=stages),

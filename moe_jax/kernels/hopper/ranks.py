@@ -74,22 +74,6 @@ def look_up(locals_: list[Any], rows: int, table: Any) -> list[Any]:
     return found
 
 
-def find(values: Any, rows: int, table: Any) -> Any:
-    """The expert whose entry in `table` is the value, -1 if there is none; entries >= 0 are distinct.
-
-    Args:
-        values: one for each row, at least 0.
-        rows: their number.
-        table: reference to a vector over experts in shared memory.
-    """
-    found = jnp.zeros_like(values) - 1
-    for start in range(0, table.shape[0], LANES):
-        experts = experts_of(rows, start)
-        part = repeat(plgpu.load(table.at[pl.ds(start, LANES)], layout=LAYOUT.reduce(0)), rows)
-        found = found + jnp.sum(jnp.where(part == spread(values, part), experts + 1, 0), axis=1)
-    return found
-
-
 def mark_pairs(locals_: list[Any], rows: int, seen_s: Any) -> None:
     """Writes the pairs of a tile as a matrix of tokens by local experts: ones, and more where a token names one twice."""
     plgpu.commit_smem()  # every thread is done with the tile before

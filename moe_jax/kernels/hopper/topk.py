@@ -35,6 +35,7 @@ _BOX = 256  # TMA's limit per dimension: more experts come in several pieces
 _MAX_EXPERTS = 512
 _MAX_TOP_K = 32
 _WARPS = 4
+_TOGETHER = 4  # experts whose tiles a warp writes at a time, so that their loads overlap
 MANY_TOKENS = 1024  # so many CTAs of one warpgroup would be more counts than the next kernel likes to add up
 
 
@@ -61,18 +62,16 @@ class Count:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Grouping of so few tokens (at most 16) that a tile of every expert visited may simply hold all of them.
+    """Grouping of so few tokens (at most 16) that every expert visited may simply multiply all of them.
 
     Attributes:
         num_local_experts: E_local.
         expert_map: global expert id to local id, or -1; None if all experts are local.
-        tile_rows: rows of a tile, at least the number of tokens.
-        max_tiles: the most tiles; a multiple of 16.
+        max_tiles: the most tiles.
     """
 
     num_local_experts: int
     expert_map: Int[Array, "E"] | None
-    tile_rows: int
     max_tiles: int
 
 
@@ -114,8 +113,8 @@ def topk(
     With `Count` also (tickets [T, k], block counts [blocks, width]). A ticket is ``rank * 1024 + local expert``, rank being that
     of the pair in its block and expert; -1 without local expert.
 
-    With `Share` also (positions [T, k], tile_group [tiles], tile_sizes [tiles], group_sizes [width], num_tiles [1]): row
-    ``positions[t, j]`` is row t of the tile of its expert.
+    With `Share` also (positions [T, k], tile_group, tile_starts, tile_sizes, tile_tokens [tiles], group_sizes [width],
+    num_tiles [1]): a tile an expert visited.
     """
     tokens, experts = router_logits.shape
     dtype = router_logits.dtype
@@ -138,7 +137,7 @@ def topk(
         groups_g, refs = refs[:more], refs[more:]
         tail_s, tail_weights_s, loaded, columns_loaded, logits_s, *refs = refs
         if grouping is not None:
-            seen_s, counts_s, scan_s, counts_known, *refs = refs
+            seen_s, counts_s, scan_s, counts_known, tables_s, *refs = refs
         columns_s = [refs[i * len(starts) : (i + 1) * len(starts)] for i in range(len(columns))]
         block, wg = lax.axis_index("block"), lax.axis_index("wg")
         mine = jnp.minimum(chunks, pl.cdiv(tokens, ROWS * wgs) - block * chunks)
@@ -217,7 +216,7 @@ def topk(
                 tickets, before = block_tickets(locals_, chunk, before)
                 outputs.append((groups_g[0], tickets))
             elif isinstance(grouping, Share):
-                positions = _share_tiles(grouping, tokens, locals_, groups_g, seen_s.at[0], counts_s.at[0, 0], scan_s)
+                positions = _share_tiles(grouping, locals_, groups_g, seen_s.at[0], tables_s, scan_s)
                 outputs.append((groups_g[0], positions))
             full = first + ROWS <= tokens
 
@@ -271,11 +270,12 @@ def topk(
         local_width = ranks.padded(grouping.num_local_experts)
         scratch += [plgpu.SMEM((wgs, ROWS, local_width), jnp.int32), plgpu.SMEM((2, wgs, local_width), jnp.int32)]
         scratch += [plgpu.SMEM((2, 2 * local_width), jnp.int32), plgpu.Barrier(num_arrivals=wgs)]
+        scratch += [plgpu.SMEM((1 if counted else 4, local_width), jnp.int32)]
         shapes = [(tokens, top_k)]
         if counted:
             shapes += [(blocks, local_width)]
         else:
-            shapes += [(grouping.max_tiles,), (grouping.max_tiles,), (local_width,), (1,)]
+            shapes += [(grouping.max_tiles,)] * 4 + [(local_width,), (1,)]
         out_type += [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
     more = len(out_type) - 2
     scratch += [plgpu.SMEM((width,), kind) for _, kind in columns for width in widths]
@@ -292,29 +292,49 @@ def topk(
     )(router_logits, *(column.astype(kind) for column, kind in columns))
 
 
-def _share_tiles(share: Share, tokens: int, locals_, groups_g, seen_s, counts_s, scan_s) -> list[Any]:
-    """Positions of a tile's pairs, which are marked, when every expert visited gets a tile of all tokens; writes the schedule."""
-    _, group_g, tile_sizes_g, sizes_g, num_tiles_g = groups_g
-    width = counts_s.shape[0]
-    sizes = ranks.count_tile(ROWS, seen_s)
+def _share_tiles(share: Share, locals_, groups_g, seen_s, tables_s, scan_s) -> list[Any]:
+    """Rows of the pairs of a tile, which are marked, when every expert visited multiplies all tokens; writes the schedule."""
+    _, *schedule_g, sizes_g, num_tiles_g = groups_g
+    width = sizes_g.shape[0]
+    # A token has one row with an expert, whatever slots lead there.
+    pairs = [jnp.minimum(ranks.vector(seen_s.at[row]), 1) for row in range(ROWS)]
+    sizes = ranks.add_up(pairs)
     sizes_g[...] = sizes
-    visited = jnp.minimum(sizes, 1)
-    tiles, buffer = ranks.scan(visited, scan_s, share.num_local_experts)
-    counts_s[...] = tiles * visited - 1  # the tile of an expert, -1 without tokens
+    ends, _ = ranks.scan(sizes, scan_s, share.num_local_experts)
+    plgpu.commit_smem()  # the first scan has been read
+    tiles, buffer = ranks.scan(jnp.minimum(sizes, 1), scan_s, share.num_local_experts)
+    tokens = ranks.add_up([mine * (1 << row) for row, mine in enumerate(pairs)])
+    for table, values in enumerate((tiles - 1, ends - sizes, sizes, tokens)):
+        tables_s[table] = values
+    before = ends - sizes
+    for row, mine in enumerate(pairs):
+        seen_s[row] = before
+        before = before + mine
     plgpu.commit_smem()
-    positions = [
-        jnp.where(local >= 0, tile * share.tile_rows + row_numbers(ROWS), -1)
-        for local, tile in zip(locals_, ranks.look_up(locals_, ROWS, counts_s), strict=True)
-    ]
-    for first in range(0, share.max_tiles, ROWS):
-        group = ranks.find(row_numbers(ROWS) + first, ROWS, counts_s)
-        _compat.store_scattered(group_g.at[pl.ds(first, ROWS)], group)
-        _compat.store_scattered(tile_sizes_g.at[pl.ds(first, ROWS)], jnp.where(group < 0, 0, tokens))
+    rows = ranks.look_up(locals_, ROWS, seen_s)
 
     @plgpu.warp_map
     def _(warp):
+        last = scan_s[buffer, width + share.num_local_experts - 1]
+
+        @pl.loop(0, pl.cdiv(share.num_local_experts, _WARPS * _TOGETHER))
+        def _(i):
+            experts = [(i * _WARPS + warp) * _TOGETHER + j for j in range(_TOGETHER)]
+            found = [[tables_s[table, jnp.minimum(expert, width - 1)] for table in range(4)] for expert in experts]
+            for expert, (tile, start, size, mask) in zip(experts, found, strict=True):
+
+                @pl.when((expert < share.num_local_experts) & (size > 0))
+                def _(values=(expert, start, size, mask), tile=tile):
+                    for target, value in zip(schedule_g, values, strict=True):
+                        target[tile] = value
+
+        @pl.loop(0, lax.div(share.max_tiles - last - warp + _WARPS - 1, _WARPS))
+        def _(i):
+            for target, value in zip(schedule_g, (-1, 0, 0, 0), strict=True):
+                target[last + warp + i * _WARPS] = jnp.int32(value)
+
         @pl.when(warp == 0)
         def _():
-            num_tiles_g[0] = scan_s[buffer, width + share.num_local_experts - 1]
+            num_tiles_g[0] = last
 
-    return positions
+    return [jnp.where(local >= 0, row, -1) for local, row in zip(locals_, rows, strict=True)]
