@@ -9,14 +9,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from moe_jax.config import MoEConfig
 
 THREADS = 16
+CALLS = 4  # layers one behind the other, in one jit or in one CUDA graph, as those of a model are
 
 
 class Layer:
     """A layer ``(x, weights, logits) -> output`` under jit, with its compiled forms by number of tokens.
+
+    `stack` is `CALLS` of them in one jit, on the same operands.
 
     Example:
         >>> layer = Layer(lambda x, weights, logits: x @ weights)
@@ -28,11 +32,24 @@ class Layer:
 
     def __init__(self, function: Callable[..., Any]):
         self.jitted = jax.jit(function)
+        self.stack = jax.jit(self._stack)
         self.compiled: dict[int, jax.stages.Compiled] = {}
+        self.compiled_stack: dict[int, jax.stages.Compiled] = {}
+
+    def _stack(self, x: jax.Array, weights: Any, logits: jax.Array) -> jax.Array:
+        for _ in range(CALLS):
+            output = self.jitted(x, weights, logits)
+            # The next one is another layer to XLA, which would compute equal ones once, and comes after this one.
+            x, output = lax.optimization_barrier((x, output))
+        return output
 
     def at(self, tokens: int) -> Callable[..., Any]:
         """The compiled form for this number of tokens; where there is none the jitted function, which compiles when called."""
         return self.compiled.get(tokens, self.jitted)
+
+    def stack_at(self, tokens: int) -> Callable[..., Any]:
+        """As `at`, of `CALLS` layers."""
+        return self.compiled_stack.get(tokens, self.stack)
 
     def __call__(self, x: jax.Array, weights: Any, logits: jax.Array) -> Any:
         """Runs the layer."""
@@ -67,3 +84,5 @@ def _compile(job: Job) -> None:
     logits = jax.ShapeDtypeStruct((job.tokens, config.num_experts), jnp.float32)
     with contextlib.suppress(Exception):  # it comes again, and is reported, when the layer is measured
         job.layer.compiled[job.tokens] = job.layer.jitted.lower(x, job.weights, logits).compile()
+        if job.tokens:
+            job.layer.compiled_stack[job.tokens] = job.layer.stack.lower(x, job.weights, logits).compile()

@@ -1,9 +1,9 @@
 """What else can run the layer here: the same inputs and weights, in the form that each peer likes best.
 
 A peer prepares its weights once (a transposed copy, a tensor on the same memory) and that is not timed. What runs under torch
-is recorded as a CUDA graph of `GRAPH_CALLS` layers, one behind the other, and replayed: it pays next to nothing for launches,
-while JAX layers, ours too, are timed with their dispatch. Every call reads the same inputs and weights. Nothing is rotated
-through memory: what fits into the L2 cache is found there, by every layer alike. The only file of the benchmark with torch.
+is recorded as a CUDA graph of `CALLS` layers, one behind the other, and replayed; JAX layers, ours too, are as many in one jit.
+Every layer reads the same inputs and weights. Nothing is rotated through memory: what fits into the L2 cache is found there, by
+every layer alike. The only file of the benchmark with torch.
 
 What a peer raises ends up in its row. An illegal address in its kernel cannot be caught: it breaks the CUDA context of the
 process, which is that of one case (`moe_jax.bench.processes`).
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.bench.compiling import Layer
+from moe_jax.bench.compiling import CALLS, Layer
 from moe_jax.bench.jax_layers import JAX_LAYERS
 from moe_jax.bench.torch_layers import COMPILED_AT_CALL, TORCH_LAYERS
 from moe_jax.config import MoEConfig
@@ -31,7 +31,6 @@ from moe_jax.types import ExpertWeights
 
 PEERS = (*TORCH_LAYERS, *JAX_LAYERS)
 PACKAGES = {"torch": "torch", "vllm": "vllm", "sonicmoe": "sonic-moe", "tokamax": "tokamax"}  # as pip calls them
-GRAPH_CALLS = 4
 TORCH_BYTES = 8 * 2**30  # that torch needs for activations at the largest sizes
 
 
@@ -79,8 +78,10 @@ class JaxPeer:
         own = jax.block_until_ready(self.to_weights(weights))
 
         def bind(x: jax.Array, logits: jax.Array) -> Bound:
-            jitted = self.layer.at(x.shape[0]), x, own, logits
-            return Bound(functools.partial(*jitted), jax.block_until_ready, _rows, self.what, jitted=jitted)
+            operands = x, own, logits
+            call = functools.partial(self.layer.stack_at(x.shape[0]), *operands)
+            jitted = self.layer.at(x.shape[0]), *operands
+            return Bound(call, jax.block_until_ready, _rows, self.what, layers=CALLS, jitted=jitted)
 
         return bind
 
@@ -171,7 +172,7 @@ def _in_cuda_graph(torch: Any, eager: Bound) -> Bound:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for _ in range(GRAPH_CALLS):  # the next one takes over the memory of the last
+            for _ in range(CALLS):  # the next one takes over the memory of the last
                 output = eager.call()
     except RuntimeError as error:
         return dataclasses.replace(eager, what=f"{eager.what}, no CUDA graph ({short(error)})")
@@ -180,7 +181,7 @@ def _in_cuda_graph(torch: Any, eager: Bound) -> Bound:
         graph.replay()
         return output
 
-    return dataclasses.replace(eager, call=replay, what=f"{eager.what}, in a CUDA graph", layers=GRAPH_CALLS)
+    return dataclasses.replace(eager, call=replay, what=f"{eager.what}, in a CUDA graph", layers=CALLS)
 
 
 def parse_peers(text: str) -> tuple[str, ...]:

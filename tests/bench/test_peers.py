@@ -195,9 +195,9 @@ def test_a_graph_holds_several_layers(fails):
         assert bound.what == "torch, no CUDA graph (RuntimeError: operation not permitted)"
         assert bound.layers == 1
     else:
-        assert torch.log == ["layer"] * 3 + ["capture"] + ["layer"] * peers.GRAPH_CALLS + ["replay"]
+        assert torch.log == ["layer"] * 3 + ["capture"] + ["layer"] * CALLS + ["replay"]
         assert bound.what == "torch, in a CUDA graph"
-        assert bound.layers == peers.GRAPH_CALLS
+        assert bound.layers == CALLS
 
 
 def test_torch_without_memory_is_told_how_to_get_it():

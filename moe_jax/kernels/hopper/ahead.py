@@ -36,7 +36,7 @@ class Ahead:
     band: int
 
     def fetch(self, weights_g: Any, group_g: Any, num_tiles: Any, worker: Any) -> None:
-        """Asks for the first tile that multiprocessor number `worker` will take, if there is one. Called by one warp.
+        """Asks for the first tile that multiprocessor number `worker` will take, if there is one.
 
         Args:
             weights_g: the weights.
