@@ -42,7 +42,6 @@ def expert_mlp(
         activation=config.act,
         tokens_as_rows=groups.tile_tokens is not None,
         config=up,
-        then=None if down is None else (experts.w2, down),
         implementation=implementation,
     )
     return grouped_matmul(hidden, experts.w2, groups, bias=experts.w2_bias, config=down, implementation=implementation)

@@ -149,8 +149,7 @@ def _run_experts(
         x = combine(x, jnp.arange(x.shape[0], dtype=jnp.int32)[:, None], weights, implementation=implementation)
         weights = None
     plan = plan if plan is None else plan.for_tile_rows(groups.tile_rows)
-    then = None if plan is None else (experts.w13, plan.up, config.act.is_gated)
-    rows = gather(x, groups, then=then, implementation=implementation)
+    rows = gather(x, groups, implementation=implementation)
     rows = expert_mlp(rows, experts, groups, config, plan=plan, implementation=implementation)
     return combine(rows, groups.positions, weights, implementation=implementation)
 

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from moe_jax.kernels.hopper.ahead import Ahead
-from moe_jax.kernels.hopper.matmul_bf16 import Config
 from moe_jax.ops import implementation as impl
 from moe_jax.ops.group_tokens import Groups, row_tokens
 
 
-def gather(
-    x: Float[Array, "T H"],
-    groups: Groups,
-    *,
-    then: tuple[Array, Config, bool] | None = None,
-    implementation: str = "auto",
-) -> Float[Array, "rows H"]:
+def gather(x: Float[Array, "T H"], groups: Groups, *, implementation: str = "auto") -> Float[Array, "rows H"]:
     """The hidden states of each row's token.
 
     Rows without a token are undefined on a GPU and must not be read. Where the up-projection takes its rows from the hidden
@@ -27,8 +18,6 @@ def gather(
     Args:
         x: ``[T, H]``.
         groups: from `group_tokens`.
-        then: weights ``[E, N, H]``, configuration and whether it is gated, of the matmul that comes next: the kernel asks for its
-            first tiles (`moe_jax.kernels.hopper.ahead`). Changes nothing but time.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Example:
@@ -48,19 +37,10 @@ def gather(
     if chosen == "xla":
         return plain_gather(x, groups.positions)
 
-    def run(x, positions, weights, tile_group, num_tiles):
-        ahead = None
-        if then is not None:
-            _, config, gated = then
-            ahead = Ahead(weights, config.columns(gated), gated, config.band), tile_group, num_tiles
-        return kernel.gather(x, positions, positions.size, ahead=ahead, interpret=impl.interpret_params(chosen))
+    def run(x, positions):
+        return kernel.gather(x, positions, positions.size, interpret=impl.interpret_params(chosen))
 
-    def plain(x, positions, weights, tile_group, num_tiles):
-        del weights, tile_group, num_tiles  # the kernel's
-        return plain_gather(x, positions)
-
-    weights = None if then is None else lax.stop_gradient(then[0])
-    return impl.with_plain_gradient(run, plain)(x, groups.positions, weights, groups.tile_group, groups.num_tiles)
+    return impl.with_plain_gradient(run, plain_gather)(x, groups.positions)
 
 
 def plain_gather(x: Float[Array, "T H"], positions: Int[Array, "T k"]) -> Float[Array, "R H"]:

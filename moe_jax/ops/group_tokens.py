@@ -86,9 +86,9 @@ def default_tile_rows(num_pairs: int, num_local_experts: int, chosen: str) -> in
     mean = num_pairs / max(1, num_local_experts)
     if chosen == "xla":
         return min(128, max(8, 1 << max(0, round(mean) - 1).bit_length()))
-    from moe_jax.kernels.hopper.matmul_bf16 import tile_rows_for
+    from moe_jax.kernels.hopper.matmul_config import tile_rows_for
 
-    return tile_rows_for(mean)
+    return tile_rows_for(mean, num_pairs)
 
 
 def offset_map(num_experts: int, num_local_experts: int, group_offset: int | Array) -> Int[Array, " E"]:
@@ -171,7 +171,8 @@ def _xla(topk_ids, expert_map, num_experts, num_local, tile_rows, tiles):
     starts = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
     group_tiles = -(-sizes // tile_rows)
     last_tile = jnp.cumsum(group_tiles, dtype=jnp.int32)
-    shares = jnp.minimum(-(-(-(-sizes // jnp.maximum(group_tiles, 1))) // 8) * 8, tile_rows)
+    even = -(-sizes // jnp.maximum(group_tiles, 1))
+    shares = jnp.minimum(-(-even // 8) * 8, tile_rows)
     num_tiles = jnp.sum(group_tiles, dtype=jnp.int32)
     tile = jnp.arange(tiles, dtype=jnp.int32)
     there = tile < num_tiles

@@ -8,8 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from moe_jax.activations import Activation
-from moe_jax.kernels.hopper.ahead import Ahead
-from moe_jax.kernels.hopper.matmul_bf16 import Config
+from moe_jax.kernels.hopper.matmul_config import Config, default_config
 from moe_jax.ops import implementation as impl
 from moe_jax.ops.gather import plain_gather
 from moe_jax.ops.group_tokens import Groups
@@ -25,7 +24,6 @@ def grouped_matmul(
     group_offset: int | Array = 0,
     tokens_as_rows: bool = False,
     config: Config | None = None,
-    then: tuple[Array, Config] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "R N_out"]:
     """``activation(rows @ weights[group].T + bias[group])``, accumulated in float32.
@@ -43,8 +41,6 @@ def grouped_matmul(
         tokens_as_rows: each tile takes its rows from the hidden states; only where `groups` has `tile_tokens`.
         config: how the kernel tiles its work, see `moe_jax.tuning`; the kernel's `default_config` by default. The result
             does not depend on it, and the plain-JAX form does not use it.
-        then: weights ``[E, M, N_out]`` and configuration of the matmul without gate that comes next, on the same groups: the
-            kernel asks for their first tiles before it ends (`moe_jax.kernels.hopper.ahead`). Changes nothing but time.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Returns:
@@ -87,11 +83,11 @@ def grouped_matmul(
     if tokens_as_rows:
         plain = _of_tokens(plain)
     if chosen == "xla":
-        return plain(rows, weights, bias, schedule, groups.tile_tokens, groups.positions, None)
+        return plain(rows, weights, bias, schedule, groups.tile_tokens, groups.positions)
     if config is not None:
         _check_config(config, gated, rows.dtype.name)
 
-    def run(rows, weights, bias, schedule, tile_tokens, positions, next_weights):
+    def run(rows, weights, bias, schedule, tile_tokens, positions):
         likely_tiles = min(positions.size, weights.shape[0])
         return kernel.grouped_matmul(
             rows,
@@ -99,15 +95,13 @@ def grouped_matmul(
             *schedule,
             bias,
             activation,
-            config=config or kernel.default_config(groups.tile_rows, gated, n_out, likely_tiles),
+            config=config or default_config(groups.tile_rows, gated, n_out, likely_tiles),
             tile_tokens=tile_tokens if tokens_as_rows else None,
             total_rows=positions.size,
-            ahead=None if then is None else Ahead(next_weights, then[1].columns(gated=False), False, then[1].band),
             interpret=impl.interpret_params(chosen),
         )
 
-    next_weights = None if then is None else lax.stop_gradient(then[0])
-    operands = (rows, weights, bias, schedule, groups.tile_tokens, groups.positions, next_weights)
+    operands = (rows, weights, bias, schedule, groups.tile_tokens, groups.positions)
     return impl.with_plain_gradient(run, plain)(*operands)
 
 
@@ -122,8 +116,8 @@ def _check_config(config: Config, gated: bool, dtype: str) -> None:
 def _of_tokens(plain):
     """The plain-JAX form for hidden states: their rows are gathered first."""
 
-    def run(x, weights, bias, schedule, tile_tokens, positions, next_weights):
-        return plain(plain_gather(x, positions), weights, bias, schedule, tile_tokens, positions, next_weights)
+    def run(x, weights, bias, schedule, tile_tokens, positions):
+        return plain(plain_gather(x, positions), weights, bias, schedule, tile_tokens, positions)
 
     return run
 
@@ -195,8 +189,8 @@ def _plain(tile_rows: int, activation: Activation | None, n_out: int):
 
     matmul.defvjp(forward, backward)
 
-    def run(rows, weights, bias, schedule, tile_tokens, positions, next_weights):
-        del tile_tokens, positions, next_weights  # the kernel's
+    def run(rows, weights, bias, schedule, tile_tokens, positions):
+        del tile_tokens, positions
         return matmul(rows, weights, bias, schedule)
 
     return run

@@ -91,9 +91,7 @@ def route_groups(
         tiles = max_tiles(tokens * top_k, num_local, tile_rows)
 
     def run(logits, bias, expert_map):
-        wanted = (
-            routing.Share(num_local, expert_map, tiles) if share else routing.Count(num_local, expert_map)
-        )
+        wanted = routing.Share(num_local, expert_map, tiles) if share else routing.Count(num_local, expert_map)
         return routing.topk(logits, top_k, rule, bias, grouping=wanted, interpret=interpret)
 
     def plain(logits, bias, expert_map):

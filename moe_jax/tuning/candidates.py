@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from typing import Any
 
-from moe_jax.kernels.hopper.matmul_bf16 import Config
+from moe_jax.kernels.hopper.matmul_config import Config
 from moe_jax.tuning.fit import config_misfit, misfit
 from moe_jax.tuning.plan import LayerPlan, LayerShape, default_plan, splits
 

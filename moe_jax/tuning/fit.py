@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.activations import get_activation
-from moe_jax.kernels.hopper.matmul_bf16 import Config, supports
+from moe_jax.kernels.hopper.matmul_bf16 import supports
+from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
+from moe_jax.kernels.hopper.views import COLUMNS, STORED
 from moe_jax.tuning.plan import LayerPlan, LayerShape, splits
 
 SHARED_MEMORY = 227 * 1024  # bytes that one block may have on a Hopper GPU
-_M = 64  # rows of weights that one wgmma takes
-_STORED = 32  # rows of the output that leave shared memory together
 _ALIGNED = 1024  # where a buffer of shared memory may begin
 
 
@@ -28,11 +28,11 @@ def shared_memory_bytes(config: Config, dtype: str) -> int:
         True
     """
     item = jnp.dtype(dtype).itemsize
-    weight_rows = config.consumers * config.halves * _M
+    weight_rows = config.consumers * config.halves * WGMMA_ROWS
     buffers = (
         config.stages * config.tile_rows * config.tile_k * item,
-        config.stages * weight_rows * config.tile_k * item,
-        config.consumers * 2 * _STORED * _M * item,
+        config.stages * config.stage_rows() * config.tile_k // config.depth * item,
+        config.consumers * 2 * STORED * COLUMNS * item,
         weight_rows * 4,
         (2 * config.stages + config.consumers) * 8,
     )
@@ -66,8 +66,13 @@ def config_misfit(config: Config, gated: bool, dtype: str) -> str | None:
         return f"cluster={config.cluster} must be at most 8, the blocks of a portable cluster"
     if config.stages < 2:
         return f"stages={config.stages} must be at least 2: a stage is handed back one step late"
-    if config.tile_k % 64:
-        return f"tile_k={config.tile_k} must be a multiple of 64, the elements of a swizzled row"
+    if config.columns not in (64, 32, 16):
+        return f"columns={config.columns} must be 64, 32 or 16"
+    if config.tile_k % (64 * config.depth):
+        return (
+            f"tile_k={config.tile_k} must be a multiple of {64 * config.depth}: with columns={config.columns} a stage holds "
+            f"{config.depth} pieces of K, each of whole swizzled rows of 64 elements"
+        )
     odd = [rows for rows in counts if not splits(rows, config)]
     if odd:
         return f"row_counts {odd} cannot be shared by cluster={config.cluster}: they must be multiples of {8 * config.cluster}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from moe_jax.config import MoEConfig
-from moe_jax.kernels.hopper.matmul_bf16 import Config, default_config, tile_rows_for
+from moe_jax.kernels.hopper.matmul_config import Config, default_config, tile_rows_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
         >>> default_plan(LayerShape(128, 32768, 2048, 768, gated=True, dtype="bfloat16")).tile_rows
         160
     """
-    tile_rows = tile_rows or tile_rows_for(shape.mean_rows)
+    tile_rows = tile_rows or tile_rows_for(shape.mean_rows, shape.num_pairs)
     tiles = min(shape.num_pairs, shape.num_local_experts)
     return LayerPlan(
         tile_rows,

@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from typing import Any
 
-from moe_jax.kernels.hopper.matmul_bf16 import Config
+from moe_jax.kernels.hopper.matmul_config import Config
 from moe_jax.tuning.fit import misfit
 from moe_jax.tuning.plan import LayerPlan, LayerShape
 

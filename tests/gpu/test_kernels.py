@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import MoEConfig
-from moe_jax.kernels.hopper.matmul_bf16 import default_config
+from moe_jax.kernels.hopper.matmul_config import default_config
 from moe_jax.ops.combine import combine
 from moe_jax.ops.gather import gather
 from moe_jax.ops.group_tokens import default_tile_rows, group_tokens

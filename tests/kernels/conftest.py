@@ -7,6 +7,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax import _compat
+from moe_jax.kernels.hopper import matmul_config
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +18,9 @@ def interpreter(monkeypatch, capsys):
     multiprocessors of a real GPU most of the time would go to blocks that have no work.
     """
     monkeypatch.setattr(_compat, "num_multiprocessors", lambda: 2)
+    # Each row count of a tile is a copy of the kernel's loop to be traced and compiled: a few, but where all are the subject.
+    for name, counts in (("_FEW", (8, 24, 64)), ("_SOME", (48, 128)), ("_MANY", (112, 160)), ("_MOST", (112, 192))):
+        monkeypatch.setattr(matmul_config, name, counts)
     monkeypatch.setattr(_compat, "interpret_params", lambda: plgpu.InterpretGPUParams(detect_races=True))
     yield
     printed = capsys.readouterr().out

@@ -10,8 +10,7 @@ import pytest
 
 from moe_jax import _compat
 from moe_jax.config import MoEConfig, RoutingConfig
-from moe_jax.kernels.hopper import matmul_bf16 as kernel
-from moe_jax.kernels.hopper import tiles
+from moe_jax.kernels.hopper import matmul_config, tiles
 from moe_jax.ops.gather import plain_gather
 from moe_jax.ops.group_tokens import default_tile_rows, group_tokens, max_tiles
 from moe_jax.ops.grouped_matmul import grouped_matmul
@@ -70,34 +69,35 @@ def test_bias(tile_rows, bias_dtype):
     run(*problem(4, groups_of(4, 9, 2, 3, tile_rows), 80, 144), bias=normal(4, 3, 144, dtype=bias_dtype))
 
 
-GROUP_SIZES = {
-    64: (1, 8, 9, 16, 17, 32, 33, 63, 64, 0, 65, 200),
-    128: (1, 48, 49, 64, 65, 80, 96, 97, 112, 128, 0, 300),
-    160: (16, 17, 32, 100, 112, 113, 120, 136, 137, 152, 160, 0, 330),
-}
+ALL_ROW_COUNTS = {64: matmul_config._FEW, 128: matmul_config._SOME, 160: matmul_config._MANY, 192: matmul_config._MOST}
 
 
-@pytest.mark.parametrize("tile_rows", GROUP_SIZES)
+@pytest.mark.parametrize("tile_rows", [64, 128, 160])
 def test_group_sizes(tile_rows):
     """A tile is computed with as many rows as it has, rounded up: each of these numbers, and groups of several tiles."""
-    sizes = GROUP_SIZES[tile_rows]
+    counts = ALL_ROW_COUNTS[tile_rows]
+    sizes = (1, *counts, *(count + 1 for count in counts[::2]), 0, 2 * tile_rows + 10)
     groups = groups_with_sizes(5, sizes, tile_rows)
     assert groups.group_sizes.tolist() == list(sizes)
-    run(*problem(5, groups, 80, 96, num_experts=len(sizes)), activation="silu")
+    rows, weights, _ = problem(5, groups, 80, 96, num_experts=len(sizes))
+    layer = MoEConfig(1, 1, 8, 8)
+    config = dataclasses.replace(matmul_config.default_config(tile_rows, True, 48, 9), row_counts=counts)
+    run = functools.partial(grouped_matmul, rows, weights, groups, activation=layer.act, config=config)
+    check_grouped_matmul(run(implementation="mosaic_interpret"), rows, weights, groups, None, layer, 0)
 
 
 def test_fewer_tiles_than_multiprocessors(monkeypatch):
     """Narrow tiles, so that there is work for more multiprocessors."""
     monkeypatch.setattr(_compat, "num_multiprocessors", lambda: 8)
     groups = groups_with_sizes(10, (3, 0, 20), 64)
-    narrow, usual = (kernel.default_config(64, gated, 144, 3) for gated in (False, True))
+    narrow, usual = (matmul_config.default_config(64, gated, 144, 3) for gated in (False, True))
     assert narrow != usual
     run(*problem(10, groups, 272, 144))
 
 
 def pairs_of_blocks(tile_rows, gated):
     """A configuration whose neighbours fetch their rows together."""
-    config = kernel.default_config(tile_rows, gated, 144, 3)
+    config = matmul_config.default_config(tile_rows, gated, 144, 3)
     return dataclasses.replace(config, cluster=2, row_counts=tuple(c for c in config.row_counts if c % 16 == 0))
 
 
@@ -140,19 +140,25 @@ def test_tokens_are_no_rows_of_other_groups():
         grouped_matmul(jnp.ones((9, 16)), jnp.ones((3, 16, 16)), groups_of(6, 9, 2, 3, 64), tokens_as_rows=True)
 
 
-@pytest.mark.parametrize("split", [1, 2, 4])
-@pytest.mark.parametrize(("gated", "halves"), [(True, 2), (False, 2), (False, 1)])
-@pytest.mark.parametrize("consumers", [1, 2])
-def test_the_last_round_is_shared(monkeypatch, split, gated, halves, consumers):
-    """Rounds of whole tiles, then tiles in parts: every column of every row is stored once, and the neighbours' are kept."""
-    monkeypatch.setattr(_compat, "num_multiprocessors", lambda: 3)
-    groups = groups_with_sizes(14, (3, 0, 37, 1), 64)
-    config = kernel.Config((16, 64), consumers, halves, tile_k=64, stages=2, split=split)
-    rows, weights, _ = problem(14, groups, 80, 2 * 208 if gated else 208, num_experts=4)
+@pytest.mark.parametrize("columns", [16, 32])
+@pytest.mark.parametrize(("gated", "halves", "consumers"), [(True, 2, 1), (True, 2, 2), (False, 2, 1), (False, 1, 1)])
+def test_narrow_tiles(columns, gated, halves, consumers):
+    """Blocks of less than 64 columns, whose stages hold several pieces of K; the last one past the end of K and of the columns."""
+    groups = groups_with_sizes(14, (3, 0, 17, 1), 16)
+    config = matmul_config.Config((8, 16), consumers, halves, tile_k=64 * 64 // columns, stages=2, columns=columns)
+    rows, weights, _ = problem(14, groups, 336, 2 * 80 if gated else 80, num_experts=4)
     layer = MoEConfig(1, 1, 8, 8) if gated else None
-    act = None if layer is None else layer.act
-    out = grouped_matmul(rows, weights, groups, activation=act, config=config, implementation="mosaic_interpret")
-    check_grouped_matmul(out, rows, weights, groups, None, layer, 0)
+    act, bias = None if layer is None else layer.act, normal(15, 4, weights.shape[1])
+    run = functools.partial(grouped_matmul, rows, weights, groups, bias=bias, activation=act)
+    out = run(config=config, implementation="mosaic_interpret")
+    check_grouped_matmul(out, rows, weights, groups, bias, layer, 0)
+
+
+def test_a_single_token_takes_narrow_tiles(monkeypatch):
+    """Where that keeps more multiprocessors at work: the shapes of qwen3-30b-a3b and DeepSeek-V3's ranks."""
+    monkeypatch.setattr(_compat, "num_multiprocessors", lambda: 132)
+    assert [matmul_config.default_config(8, True, *shape).columns for shape in ((768, 8), (2048, 1))] == [16, 16]
+    assert matmul_config.default_config(64, True, 768, 128).columns == 64
 
 
 @pytest.mark.parametrize("kwargs", [dict(only=[0]), dict(only=[2]), dict(missing=1)])

@@ -11,7 +11,7 @@ import pytest
 from moe_jax import _compat
 from moe_jax.activations import get_activation
 from moe_jax.kernels.hopper import matmul_bf16 as kernel
-from moe_jax.kernels.hopper.matmul_bf16 import Config
+from moe_jax.kernels.hopper.matmul_config import Config
 from moe_jax.tuning.candidates import candidates
 from moe_jax.tuning.fit import SHARED_MEMORY, config_misfit, misfit, shared_memory_bytes
 from moe_jax.tuning.plan import LayerShape, default_plan

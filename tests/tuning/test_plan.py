@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from moe_jax import MoEConfig
-from moe_jax.kernels.hopper import matmul_bf16 as kernel
+from moe_jax.kernels.hopper import matmul_config
 from moe_jax.tuning.fit import misfit
 from moe_jax.tuning.plan import LayerPlan, LayerShape, default_plan, plan_for
 from tests.tuning.plans import FEW, MANY, entry_of, pairs
@@ -13,15 +13,15 @@ from tests.tuning.plans import FEW, MANY, entry_of, pairs
 
 @pytest.mark.parametrize(
     ("num_pairs", "tile_rows"),
-    [(1, 64), (48 * 128, 64), (96 * 128, 128), (97 * 128, 160), (511 * 128, 160), (512 * 128, 192)],
+    [(1, 8), (8, 8), (9, 64), (48 * 128, 64), (96 * 128, 128), (97 * 128, 160), (511 * 128, 160), (512 * 128, 192)],
 )
 def test_the_rule_is_that_of_the_kernel(num_pairs, tile_rows):
     shape = pairs(MANY, num_pairs)
     tiles = min(num_pairs, 128)
     assert default_plan(shape) == LayerPlan(
         tile_rows,
-        up=kernel.default_config(tile_rows, True, 768, tiles),
-        down=kernel.default_config(tile_rows, False, 2048, tiles),
+        up=matmul_config.default_config(tile_rows, True, 768, tiles),
+        down=matmul_config.default_config(tile_rows, False, 2048, tiles),
     )
     assert plan_for(shape) == default_plan(shape)
     assert hash(plan_for(shape)) == hash(default_plan(shape))

@@ -23,7 +23,6 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import _compat
 from moe_jax.kernels.hopper import tiles
-from moe_jax.kernels.hopper.ahead import Ahead
 
 _COLUMNS = 256  # TMA's limit per dimension
 _BUFFER_BYTES = 200 * 1024  # shared memory of all CTAs of a multiprocessor
@@ -34,7 +33,7 @@ class Config:
     """Tokens in flight."""
 
     stages: int = 4  # tokens in shared memory at a time
-    incoming: int = 2  # of these, tokens on their way in; the others are on their way out
+    ahead: int = 2  # of these, tokens on their way in; the others are on their way out
     ctas_per_sm: int = 8  # at most
 
 
@@ -60,22 +59,11 @@ def gather(
     positions: Int[Array, "T k"],
     total_rows: int,
     *,
-    ahead: tuple[Ahead, Int[Array, "tiles"], Int[Array, "1"]] | None = None,
     config: Config = Config(),
     interpret: Any = None,
     multiprocessors: int | None = None,
 ) -> Float[Array, "R H"]:
-    """Row `positions[t, j]` is `x[t]`; rows at which no position points are undefined.
-
-    Args:
-        x: hidden states.
-        positions: of each pair, -1 for none.
-        total_rows: R.
-        ahead: the weights that the next kernel reads, the expert of each of its tiles, and their number.
-        config: how the work is cut.
-        interpret: for the interpreter.
-        multiprocessors: of the device, by default.
-    """
+    """Row `positions[t, j]` is `x[t]`; rows at which no position points are undefined."""
     tokens, hidden = x.shape
     top_k = positions.shape[1]
     columns = tiles.even_columns(hidden, x.dtype, _COLUMNS)
@@ -83,22 +71,13 @@ def gather(
     columns = columns or _COLUMNS
     chunks = pl.cdiv(hidden, columns)
     last = hidden - (chunks - 1) * columns
-    stages, incoming = config.stages, config.incoming
+    stages, ahead = config.stages, config.ahead
     row_bytes = chunks * columns * x.dtype.itemsize
     ctas = max(1, min(config.ctas_per_sm, _BUFFER_BYTES // (stages * row_bytes)))
-    multiprocessors = multiprocessors or _compat.num_multiprocessors()
-    workers = min(multiprocessors * ctas, tokens)
+    workers = min((multiprocessors or _compat.num_multiprocessors()) * ctas, tokens)
 
-    def gather_rows(x_g, positions_g, *refs):
-        *ahead_g, out_g, buffer_s, full = refs
+    def gather_rows(x_g, positions_g, out_g, buffer_s, full):
         worker = lax.axis_index("sm")
-        if ahead is not None:
-            weights_g, group_g, num_tiles_g = ahead_g
-
-            @pl.loop(0, tiles.share(multiprocessors, worker, workers))
-            def _(i):
-                ahead[0].fetch(weights_g, group_g, num_tiles_g[0], worker + i * workers)
-
         mine = tiles.share(tokens, worker, workers)
 
         def fetch(i):
@@ -122,7 +101,7 @@ def gather(
                 source = buffer_s.at[slot, c, pl.ds(0, width)]
                 plgpu.copy_smem_to_gmem(source, out_g.at[row, pl.ds(c * columns, width)], commit_group=False)
 
-        @pl.loop(0, jnp.minimum(incoming, mine))
+        @pl.loop(0, jnp.minimum(ahead, mine))
         def _(i):
             fetch(i)
 
@@ -131,12 +110,12 @@ def gather(
             slot = lax.rem(i, stages)
             rows = [positions_g[worker + i * workers, j] for j in range(top_k)]
 
-            @pl.when(i + incoming < mine)
+            @pl.when(i + ahead < mine)
             def _():
                 plgpu.wait_smem_to_gmem(
-                    stages - incoming - 1, wait_read_only=True
+                    stages - ahead - 1, wait_read_only=True
                 )  # the stores that last read that buffer
-                fetch(i + incoming)
+                fetch(i + ahead)
 
             plgpu.barrier_wait(full.at[slot])
             for row in rows:
@@ -156,9 +135,5 @@ def gather(
         ],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=_compat.LANE),
         interpret=interpret,
-    )(
-        x.reshape(tokens, chunks, columns) if whole else x,
-        positions,
-        *(() if ahead is None else (ahead[0].weights, *ahead[1:])),
-    )
+    )(x.reshape(tokens, chunks, columns) if whole else x, positions)
     return result.reshape(total_rows, hidden)

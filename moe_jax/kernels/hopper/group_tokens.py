@@ -202,7 +202,9 @@ def place_pairs(
 
     def place_pairs(tickets_g, counts_g, *refs):
         positions_g, group_g, tile_starts_g, tile_sizes_g, sizes_g, num_tiles_g = refs[:6]
-        tickets_s, partial_s, base_s, sizes_s, shares_s, starts_s, first_tile_s, scan_s, loaded, summed, based = refs[6:]
+        tickets_s, partial_s, base_s, sizes_s, shares_s, starts_s, first_tile_s, scan_s, loaded, summed, based = refs[
+            6:
+        ]
         block, wg = lax.axis_index("block"), lax.axis_index("wg")
         first = block * per_block
         counts_row = lax.div(block, splits)

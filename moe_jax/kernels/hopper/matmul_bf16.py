@@ -13,13 +13,13 @@ The gate and the up half of an up-projection lie in one tile: each consumer hold
 writes activation(gate, up), so nothing of size rows x 2I reaches memory.
 
 Edges. TMA fills what lies outside a matrix with zeros and drops what is stored there: K, I and H need not be multiples of
-the tile. Groups are packed: a tile may multiply rows of the next group, which change nothing in its own, and stores its own alone,
-in runs of 32, 16, 8, ... rows (`views`). With few tokens every expert visited multiplies all of them from the hidden states
-themselves, and only rows of tokens that chose it are stored.
+the tile. Groups are packed: a tile may multiply rows of the next group, which change nothing in its own, and stores its own
+alone, in runs of 32, 16, 8, ... rows (`views`). With few tokens every expert visited multiplies all of them from the hidden
+states themselves, and only rows of tokens that chose it are stored.
 
-The last round. Tiles are dealt out in turn; those of the last, incomplete round are cut into `Config.split` parts by columns, so
-that all multiprocessors share it. A part fills the first rows of its blocks of weights; what stands in the others is multiplied
-and dropped.
+Narrow tiles. A few experts' weights are too few tiles for all multiprocessors. `Config.columns` = 32 or 16 makes two or four
+times as many: a stage holds as many bytes, of fewer rows of weights and more of K, and wgmma, which takes 64 rows, reads on into
+the rows after them. What it makes of those is dropped.
 
 Bit-equality. Every output element is summed over K in steps of 16 in order, in one accumulator, whatever the tile: a row's
 result does not depend on which rows share its tile, nor on the configuration.
@@ -44,8 +44,6 @@ Learned on an H200 (benchmarks/results/2026-11-22-h200-matmul-variants.txt; qwen
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -58,69 +56,9 @@ from jaxtyping import Array, Float, Int
 from moe_jax import _compat
 from moe_jax.activations import Activation
 from moe_jax.kernels.hopper import tiles, views
-from moe_jax.kernels.hopper.ahead import Ahead
+from moe_jax.kernels.hopper.matmul_config import MOST_ROWS, WGMMA_ROWS, Config
 
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-_M = 64  # rows of weights that one wgmma takes
-_FEW = (8, 16, 24, 32, 40, 48, 56, 64)
-_SOME = (16, 32, 48, 64, 80, 96, 112, 128)
-_MANY = (16, 32, 64, 96, 112, 120, 128, 136, 144, 152, 160)
-# As many as the registers hold; three stages, two blocks together.
-_MOST = (16, 32, 64, 96, 112, 128, 144, 160, 176, 192)
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Tile of the kernel: `consumers` x `halves` x 64 rows of weights, up to `row_counts[-1]` rows of a group."""
-
-    row_counts: tuple[int, ...] = _MANY  # the last is the row tile of `group_tokens`
-    consumers: int = 2
-    halves: int = 2  # blocks of 64 weight rows per consumer: gate and up, or two neighbours; 1 only without a gate
-    tile_k: int = 64
-    stages: int = 3
-    band: int = 8  # row tiles walked together before the next weight columns: what L2 holds at a time
-    cluster: int = 1  # neighbouring blocks of weight columns that fetch their rows once and together
-    split: int = 1  # parts of a tile in the last round: 1, 2 or 4
-
-    def columns(self, gated: bool) -> int:
-        """Columns of the output that a tile has."""
-        return self.consumers * _M * (1 if gated else self.halves)
-
-    @property
-    def tile_rows(self) -> int:
-        """Rows that a tile can hold."""
-        return self.row_counts[-1]
-
-
-def tile_rows_for(mean_rows: float) -> int:
-    """The row tile for a mean number of rows per expert."""
-    if mean_rows <= 96:
-        return _FEW[-1] if mean_rows <= 48 else _SOME[-1]
-    return _MANY[-1] if mean_rows < 512 else _MOST[-1]
-
-
-def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -> Config:
-    """The configuration for a row tile, from measurements on an H200 (benchmarks/results).
-
-    Args:
-        tile_rows: of `group_tokens`.
-        gated: whether the activation takes gate and up.
-        n_out: columns of the output.
-        likely_tiles: row tiles that a spread-out routing makes.
-
-    With few rows the stream of weights is all that counts: narrow tiles keep every multiprocessor busy, 128 elements of K a
-    stage read memory in longer runs.
-    """
-
-    def up_to(counts):
-        return tuple(c for c in counts if c < tile_rows) + (tile_rows,)
-
-    if tile_rows > _MANY[-1]:
-        return Config(up_to(_MOST), stages=3, cluster=2 if tile_rows % 16 == 0 else 1)
-    if tile_rows > _FEW[-1]:
-        return Config(up_to(_MANY if tile_rows > _SOME[-1] else _SOME), stages=4)
-    narrow = not gated and likely_tiles * pl.cdiv(n_out, 2 * _M) < _compat.num_multiprocessors()
-    return Config(up_to(_FEW), consumers=1, halves=1 if narrow else 2, tile_k=128, stages=6 if narrow else 4, split=4)
 
 
 def supports(rows: Any, weights: Any, bias: Any, activation: Activation | None, tile_rows: int) -> str | None:
@@ -135,8 +73,8 @@ def supports(rows: Any, weights: Any, bias: Any, activation: Activation | None, 
                 f"{name}={size} must be a multiple of 16 (TMA and wgmma rows of 32 bytes); pad the weights, "
                 "or use implementation='xla'"
             )
-    if tile_rows % 8 or not 8 <= tile_rows <= _MOST[-1]:
-        return f"tile_rows={tile_rows} must be a multiple of 8 and at most {_MOST[-1]}"
+    if tile_rows % 8 or not 8 <= tile_rows <= MOST_ROWS:
+        return f"tile_rows={tile_rows} must be a multiple of 8 and at most {MOST_ROWS}"
     if bias is not None and bias.dtype not in (*_DTYPES, jnp.dtype(jnp.float32)):
         return f"bias {bias.dtype} must be bfloat16, float16 or float32"
     if 0 in rows.shape or 0 in weights.shape:
@@ -157,7 +95,6 @@ def grouped_matmul(
     config: Config,
     tile_tokens: Int[Array, "tiles"] | None = None,
     total_rows: int | None = None,
-    ahead: Ahead | None = None,
     interpret: Any = None,
     multiprocessors: int | None = None,
 ) -> Float[Array, "R N_out"]:
@@ -175,7 +112,6 @@ def grouped_matmul(
         config: how the work is tiled.
         tile_tokens: the tokens that have a row in each tile, a bit each.
         total_rows: R, with `tile_tokens`.
-        ahead: the weights of the next kernel.
         interpret: for the interpreter.
         multiprocessors: of the device, by default.
     """
@@ -187,31 +123,33 @@ def grouped_matmul(
     dtype = rows.dtype
     tile_rows, tk, stages = config.tile_rows, config.tile_k, config.stages
     total_rows = total_rows if shared else rows.shape[0]
-    consumers, halves, split = config.consumers, config.halves, config.split
-    wg_cols = _M if gated else halves * _M  # columns of the output that one consumer writes
-    tile_cols = config.columns(gated)
+    consumers, halves, depth, block_cols = config.consumers, config.halves, config.depth, config.columns
+    wg_cols = block_cols if gated else halves * block_cols  # columns of the output that one consumer makes
+    tile_cols = consumers * wg_cols
     n_tiles = pl.cdiv(n_out, tile_cols)
     k_steps = pl.cdiv(k, tk)
     cluster = config.cluster
     workers = (multiprocessors or _compat.num_multiprocessors()) // cluster
     n_steps = pl.cdiv(n_tiles, cluster)  # past the last columns TMA reads zeros and stores nothing
-    part_cols = wg_cols // split  # of a consumer in the last round
-    operand = views.Operand(
-        stages, tile_rows, tk, tiles.swizzle_bytes(k, dtype) // dtype.itemsize, dtype, interpret is not None
-    )
-    together = min(_M, part_cols, tiles.swizzle_bytes(math.gcd(n_out, _M), dtype) // dtype.itemsize)
-    staged = views.Staged(consumers, together, dtype, interpret is not None)
-
-    def pieces(wg_columns):
-        """What is copied for a stage: (row of the stage, row of the tile's weights, rows)."""
-        found = []
-        for wg in range(consumers):
-            for half in range(2 if gated else 1):
-                found.append(((wg * halves + half) * _M, half * n_out + wg * wg_columns, wg_columns))
+    swizzled = tiles.swizzle_bytes(k, dtype) // dtype.itemsize
+    operand = views.Operand(stages, tile_rows, tk, swizzled, dtype, interpret is not None)
+    staged = views.Staged(consumers, block_cols, n_out, dtype, interpret is not None)
+    # A stage holds the weights of one consumer after the other, of each the pieces of K, of each gate then up, or a block of
+    # columns then the next.
+    pieces = [  # (row of the stage, row of the expert's matrix, first column of K)
+        (
+            ((wg * depth + piece) * halves + half) * block_cols,
+            half * n_out + wg * wg_cols if gated else (wg * halves + half) * block_cols,
+            piece * (tk // depth),
+        )
+        for wg in range(consumers)
+        for piece in range(depth)
+        for half in range(halves)
+    ]
+    rows_a_copy = block_cols
+    if not gated and depth == 1:  # neighbours: one copy for as many as TMA takes
         rows_a_copy = min(256, tile_cols)
-        if not gated and split == 1:  # neighbours: one copy for as many as TMA takes
-            found = [(start, start, rows_a_copy) for start in range(0, tile_cols, rows_a_copy)]
-        return found
+        pieces = [(start, start, 0) for start in range(0, tile_cols, rows_a_copy)]
 
     def for_row_count(size, run):
         """Calls `run(count)` for the smallest row count that covers `size`."""
@@ -224,44 +162,35 @@ def grouped_matmul(
         refs = list(refs)
         tokens_g = refs.pop(0) if shared else None
         bias_g = refs.pop(0) if bias is not None else None
-        ahead_g = refs.pop(0) if ahead is not None else None
         out_g, rows_s, weights_s, out_s, full, empty = refs[:6]
         bias_s, bias_full = refs[6:] if bias is not None else (None, None)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
         m_tiles = count_g[0]
-        rounds = lax.div(m_tiles * n_steps, workers)
-        rest = m_tiles * n_steps - rounds * workers
-        my_tiles = rounds + tiles.share(rest * split, worker, workers)
+        my_tiles = tiles.share(m_tiles * n_steps, worker, workers)
 
         def tile_at(i):
-            """Row tile, first column (of consumer 0) and whether it is a part of a tile."""
-            turn = worker + i * workers
-            if split == 1:
-                m, n = tiles.visit(turn, m_tiles, n_steps, config.band)
-                return m, (n if cluster == 1 else n * cluster + lax.axis_index("cta")) * tile_cols, None
-            last = i >= rounds
-            beyond = turn - rounds * workers
-            turn = jnp.where(last, rounds * workers + lax.div(beyond, split), turn)
-            m, n = tiles.visit(turn, m_tiles, n_steps, config.band)
-            n = n if cluster == 1 else n * cluster + lax.axis_index("cta")
-            col = n * tile_cols + jnp.where(last, lax.rem(beyond, split) * (consumers * part_cols), 0)
-            return m, col, last
+            m, n = tiles.visit(worker + i * workers, m_tiles, n_steps, config.band)
+            return m, n if cluster == 1 else n * cluster + lax.axis_index("cta")
 
         def rows_of(m):
             """Rows that are multiplied."""
             return jnp.int32(rows.shape[0]) if shared else sizes_g[m]
 
         def consume(i):
-            m, col, is_part = tile_at(i)
-            col = col + wg * (wg_cols if is_part is None else jnp.where(is_part, part_cols, wg_cols))
+            m, n = tile_at(i)
+            col = n * tile_cols + wg * wg_cols
+            # Loaded once: a load for each block that is stored cost a quarter of the down-projection.
+            mine = starts_g[m], (tokens_g if shared else sizes_g)[m]
             if bias is not None:
                 for half in range(halves):
-                    start = col + half * (n_out if gated else _M)
-                    source = bias_g.at[group_g[m], pl.ds(start, _M)]
-                    plgpu.copy_gmem_to_smem(source, bias_s.at[wg, pl.ds(half * _M, _M)], bias_full.at[wg])
-            for_row_count(rows_of(m), lambda count: multiply(i * k_steps, m, col, is_part, count))
+                    start = col + half * (n_out if gated else block_cols)
+                    source = bias_g.at[group_g[m], pl.ds(start, WGMMA_ROWS)]
+                    plgpu.copy_gmem_to_smem(
+                        source, bias_s.at[wg, pl.ds(half * WGMMA_ROWS, WGMMA_ROWS)], bias_full.at[wg]
+                    )
+            for_row_count(rows_of(m), lambda count: multiply(i * k_steps, mine, col, count))
 
-        def multiply(first_turn, m, col, is_part, count):
+        def multiply(first_turn, mine, col, count):
             def accumulate(*accs):
                 @pl.loop(0, k_steps)
                 def _step(step):
@@ -270,10 +199,10 @@ def grouped_matmul(
                     plgpu.barrier_wait(full.at[slot])
                     for piece in range(operand.pieces):
                         b = operand.eights(rows_s).at[slot, piece, pl.ds(0, count)]
+                        side, at = divmod(piece * swizzled, tk // depth)
                         for half, acc in enumerate(accs):
-                            weight_rows = pl.ds((wg * halves + half) * _M, _M)
-                            a = weights_s.at[slot, weight_rows, pl.ds(piece * operand.columns, operand.columns)]
-                            plgpu.wgmma(acc, a, b.T)
+                            weight_rows = pl.ds(((wg * depth + side) * halves + half) * block_cols, WGMMA_ROWS)
+                            plgpu.wgmma(acc, weights_s.at[slot, weight_rows, pl.ds(at, swizzled)], b.T)
                     # The products of the step before are done: its stage may be refilled.
                     plgpu.wgmma_wait(halves * operand.pieces)
 
@@ -285,7 +214,7 @@ def grouped_matmul(
                 plgpu.barrier_arrive(empty.at[lax.rem(first_turn + k_steps - 1, stages)])
                 return tuple(acc[...] for acc in accs)
 
-            accs = pl.run_scoped(accumulate, *[plgpu.ACC((_M, count)) for _ in range(halves)])
+            accs = pl.run_scoped(accumulate, *[plgpu.ACC((WGMMA_ROWS, count)) for _ in range(halves)])
             if bias is not None:
                 plgpu.barrier_wait(bias_full.at[wg])
                 accs = [acc + bias_column(half, acc) for half, acc in enumerate(accs)]
@@ -303,42 +232,34 @@ def grouped_matmul(
                 )
                 # The block before the last has left its buffer. The interpreter counts copies, and a block may have none.
                 plgpu.wait_smem_to_gmem(1 if interpret is None else 0, wait_read_only=True)
-                staged.block(out_s, wg, i % 2, size).T[...] = block
+                staged.fill(out_s, wg, i % 2, block)
                 plgpu.commit_smem()
-                store(i % 2, m, col + half * _M, half, start, size, is_part)
+                store(i % 2, mine, col + half * block_cols, start, size)
                 plgpu.commit_smem_to_gmem_group()
             if len(blocks) % 2:  # the next tile begins with the first buffer again
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        def store(buffer, m, col, half, start, size, is_part):
-            """Stores rows `start` and on, `size` at most, of 64 columns, or of as many as a part of a tile has."""
-            parts = _M // together
-            if is_part is not None:
-                of_part = min(max(part_cols - half * _M, 0), _M) // together
-                if together == _M:  # then a part has this block whole, or not at all
-                    if not of_part:
-                        pl.when(jnp.logical_not(is_part))(lambda: store(buffer, m, col, half, start, size, None))
-                        return
-                else:
-                    parts = jnp.where(is_part, of_part, parts)
-            first_row = starts_g[m] + start
+        def store(buffer, mine, col, start, most):
+            first_row, size = mine
 
             def target(row, count):
-                return lambda at, columns: out_g.at[pl.ds(first_row + row, count), pl.ds(col + at, columns)]
+                return out_g.at[pl.ds(first_row + start + row, count), pl.ds(col, block_cols)]
 
             if shared:
-                staged.store_marked(out_s, wg, buffer, tokens_g[m], size, target, parts)
+                staged.store_marked(out_s, wg, buffer, size, most, target)
             else:
-                staged.store_first(out_s, wg, buffer, sizes_g[m] - start, size, target, parts)
+                staged.store_first(out_s, wg, buffer, size - start, most, target)
 
         def bias_column(half, acc):
-            column = plgpu.load(bias_s.at[wg, pl.ds(half * _M, _M)], layout=plgpu.Layout.WGMMA.reduce(1))
+            column = plgpu.load(
+                bias_s.at[wg, pl.ds(half * WGMMA_ROWS, WGMMA_ROWS)], layout=plgpu.Layout.WGMMA.reduce(1)
+            )
             return lax.broadcast_in_dim(column.astype(jnp.float32), acc.shape, [0])
 
         def produce():
             @pl.loop(0, my_tiles)
             def _tile(i):
-                m, col, is_part = tile_at(i)
+                m, n = tile_at(i)
                 expert, size = group_g[m], rows_of(m)
                 first_row = 0 if shared else starts_g[m]
 
@@ -351,30 +272,20 @@ def grouped_matmul(
                     def _():
                         plgpu.barrier_wait(empty.at[slot])
 
-                    def load_weights(wg_columns):
-                        for at, row, height in pieces(wg_columns):
-                            source = weights_g.at[expert, pl.ds(col + row, height), pl.ds(step * tk, tk)]
-                            plgpu.copy_gmem_to_smem(source, weights_s.at[slot, pl.ds(at, height)], full.at[slot])
+                    for at, row, column in pieces:
+                        ks = pl.ds(step * tk + column, tk // depth)
+                        source = weights_g.at[expert, pl.ds(n * tile_cols + row, rows_a_copy), ks]
+                        plgpu.copy_gmem_to_smem(source, weights_s.at[slot, pl.ds(at, rows_a_copy)], full.at[slot])
 
                     def load_rows(count):
                         # The interpreter has no multicast: there every CTA fetches all of its rows.
                         together = dict(collective_axes="cta") if cluster > 1 and interpret is None else {}
                         for piece in range(operand.pieces):
-                            ks = pl.ds(step * tk + piece * operand.columns, operand.columns)
+                            source = rows_g.at[pl.ds(first_row, count), pl.ds(step * tk + piece * swizzled, swizzled)]
                             tile = operand.singles(rows_s).at[slot, piece, pl.ds(0, count)]
-                            source = rows_g.at[pl.ds(first_row, count), ks]
                             plgpu.copy_gmem_to_smem(source, tile, full.at[slot], **together)
 
-                    if is_part is None:
-                        load_weights(wg_cols)
-                    else:
-                        pl.when(jnp.logical_not(is_part))(lambda: load_weights(wg_cols))
-                        pl.when(is_part)(lambda: load_weights(part_cols))
                     for_row_count(size, load_rows)
-
-            if ahead is not None:
-                number = worker if cluster == 1 else worker * cluster + lax.axis_index("cta")
-                ahead.fetch(ahead_g, group_g, m_tiles, number)
 
             # Every phase of every barrier is observed before the kernel ends.
             turns = my_tiles * k_steps
@@ -400,20 +311,18 @@ def grouped_matmul(
     operands = [rows, weights, tile_group, tile_starts, tile_sizes, num_tiles]
     operands += [tile_tokens] if shared else []
     operands += [bias] if bias is not None else []
-    operands += [ahead.weights] if ahead is not None else []
-    arrivals = operand.pieces + len(pieces(wg_cols))
     scratch = [
         operand.scratch,
-        plgpu.SMEM((stages, consumers * halves * _M, tk), dtype, transforms=tiles.transforms(k, dtype)),
+        plgpu.SMEM((stages, config.stage_rows(), tk // depth), dtype, transforms=tiles.transforms(k, dtype)),
         staged.scratch,
-        plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=operand.pieces + len(pieces), num_barriers=stages),
         plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
         if cluster == 1
         else plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=consumers, num_barriers=stages),
     ]
     if bias is not None:
         scratch += [
-            plgpu.SMEM((consumers, halves * _M), bias.dtype),
+            plgpu.SMEM((consumers, halves * WGMMA_ROWS), bias.dtype),
             plgpu.Barrier(num_arrivals=halves, num_barriers=consumers),
         ]
     return _compat.kernel(

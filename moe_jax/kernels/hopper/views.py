@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe_jax import _compat
+
+COLUMNS = 64  # of a staged block: as many rows of weights as one wgmma takes
 STORED = 32  # rows of an output that leave shared memory together: two such buffers a consumer are enough
 
 
@@ -57,93 +59,67 @@ class Operand:
 class Staged:
     """Blocks of an output on their way to memory: two of up to 32 rows x 64 columns for each consumer.
 
-    Registers fill a block whole; `store` sends rows of it, and parts of 64 columns, anywhere.
+    Registers fill a block whole; its first `columns` leave it, row by row or in runs of rows. Tiles need an output of whole 64
+    columns. Others, and narrow blocks, take plain rows, which registers fill with conflicts of banks.
 
     Args:
         consumers: their number.
-        columns: that are stored together: 64, 32 or 16; a narrower part is stored in eights of rows.
+        columns: of a block that are stored: 64 or fewer.
+        n_out: columns of the output; what would lie past the last is not stored.
         dtype: of the elements.
         interpret: the kernel is interpreted.
     """
 
-    def __init__(self, consumers: int, columns: int, dtype: Any, interpret: bool):
-        self.columns = columns
-        self.together = STORED if columns == 64 else 8  # rows that lie one behind the other
-        self._union = not interpret
-        swizzle = plgpu.SwizzleTransform(columns * jnp.dtype(dtype).itemsize)
-        eights = plgpu.SMEM(
-            (consumers, 2, STORED, 64), dtype, transforms=(plgpu.TilingTransform((8, columns)), swizzle)
-        )
-        singles = (consumers, 2, STORED // self.together, 64 // columns, self.together, columns)
-        self.scratch = plgpu.RefUnion(eights, _tiled(singles, 1, dtype)) if self._union else eights
+    def __init__(self, consumers: int, columns: int, n_out: int, dtype: Any, interpret: bool):
+        self._columns = columns
+        self._tiles = columns == COLUMNS and n_out % COLUMNS == 0
+        self._union = self._tiles and not interpret
+        shape = (consumers, 2, STORED, COLUMNS)
+        eights = _tiled(shape, 8, dtype) if self._tiles else plgpu.SMEM(shape, dtype)
+        self.scratch = plgpu.RefUnion(eights, _tiled(shape, 1, dtype)) if self._union else eights
 
-    def block(self, ref: Any, consumer: Any, buffer: int, rows: int) -> Any:
-        """What registers fill."""
-        return (ref[0] if self._union else ref).at[consumer, buffer, pl.ds(0, rows)]
-
-    def store(self, ref: Any, consumer: Any, buffer: int, first: Any, count: int, target: Any, parts: Any) -> None:
-        """Sends rows ``[first, first + count)``, which lie in one run of `together`, to ``target(first, columns)``.
-
-        Args:
-            ref: the scratch memory.
-            consumer: whose.
-            buffer: 0 or 1.
-            first: a row of the block.
-            count: rows, static.
-            target: gives the place in memory of so many columns from one on, ``target(start, columns)``.
-            parts: how many parts of the 64 columns, from the first on.
-        """
-        columns = self.columns
-
-        def part(i):
-            if self._union:
-                run, row = jax.lax.div(first, self.together), jax.lax.rem(first, self.together)
-                source = ref[1].at[consumer, buffer, run, i, pl.ds(row, count)]
-            else:
-                source = ref.at[consumer, buffer, pl.ds(first, count), pl.ds(i * columns, columns)]
-            plgpu.copy_smem_to_gmem(source, target(i * columns, columns), commit_group=False)
-
-        if columns == 64:
-            part(0)
+    def fill(self, ref: Any, consumer: Any, buffer: int, block: Any) -> None:
+        """Writes registers ``[64, rows]`` into the block, transposed."""
+        part = (ref[0] if self._union else ref).at[consumer, buffer, pl.ds(0, block.shape[1])]
+        if self._tiles:
+            part.T[...] = block
         else:
-            pl.loop(0, parts)(part)
+            _compat.store_scattered(part.T, block)
 
-    def store_first(self, ref: Any, consumer: Any, buffer: int, size: Any, most: int, target: Any, parts: Any) -> None:
+    def store(self, ref: Any, consumer: Any, buffer: int, first: Any, target: Any) -> None:
+        """Sends rows from `first` on to `target`, as many as it has."""
+        part = (ref[1] if self._union else ref).at[consumer, buffer, pl.ds(first, target.shape[0])]
+        if self._columns != COLUMNS:
+            part = part.at[:, pl.ds(0, self._columns)]
+        plgpu.copy_smem_to_gmem(part, target, commit_group=False)
+
+    def store_first(self, ref: Any, consumer: Any, buffer: int, size: Any, most: int, target: Any) -> None:
         """Sends the first `size` rows, or `most` if there are more, in runs as long as they go: 32, 16, 8, ... rows.
 
-        ``target(row, count)`` gives what `store` wants for rows from one on.
+        ``target(row, count)`` gives the place of so many rows from one on.
         """
-        together = min(self.together, most)
 
-        def send(run):
-            start = run * together
-            left = jnp.clip(size - start, 0, together)
+        def send(first, count):
+            self.store(ref, consumer, buffer, first, target(first, count))
 
-            @pl.when(left == together)
-            def _():
-                self.store(ref, consumer, buffer, start, together, target(start, together), parts)
+        if self._columns != COLUMNS:  # rows that do not lie one behind the other
+            pl.loop(0, jnp.clip(size, 0, most))(lambda row: send(row, 1))
+            return
+        pl.when(size >= most)(lambda: send(0, most))
+        count = 1 << (most - 1).bit_length() - 1
+        left = jnp.clip(size, 0, most)
+        while count:
 
-            count = 1 << (together - 1).bit_length() - 1
-            while count:
+            @pl.when((size < most) & (left & count != 0))
+            def _(count=count):
+                send(left & ~(2 * count - 1), count)
 
-                @pl.when((left < together) & (left & count != 0))
-                def _(count=count):
-                    first = start + (left & ~(2 * count - 1))
-                    self.store(ref, consumer, buffer, first, count, target(first, count), parts)
+            count //= 2
 
-                count //= 2
-
-        if together == most:
-            send(size * 0)
-        else:
-            pl.loop(0, jax.lax.div(jnp.minimum(size, most) + (together - 1), together))(send)
-
-    def store_marked(
-        self, ref: Any, consumer: Any, buffer: int, marks: Any, most: int, target: Any, parts: Any
-    ) -> None:
+    def store_marked(self, ref: Any, consumer: Any, buffer: int, marks: Any, most: int, target: Any) -> None:
         """Sends those of the first `most` rows whose bit is set in `marks`, to neighbouring rows.
 
-        ``target(nth, 1)`` gives what `store` wants for the nth of them.
+        ``target(nth, 1)`` gives the place of the nth of them.
         """
         nth = marks * 0
         for row in range(most):
@@ -151,6 +127,6 @@ class Staged:
 
             @pl.when(marked != 0)
             def _(row=row, nth=nth):
-                self.store(ref, consumer, buffer, jnp.int32(row), 1, target(nth, 1), parts)
+                self.store(ref, consumer, buffer, row, target(nth, 1))
 
             nth = nth + marked

@@ -1,0 +1,93 @@
+"""How the grouped matmul is tiled, and the rule that chooses a tiling; from measurements on an H200 (benchmarks/results)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jax.experimental import pallas as pl
+
+from moe_jax import _compat
+
+WGMMA_ROWS = 64  # rows of weights that one wgmma takes
+_FEW = (8, 16, 24, 32, 40, 48, 56, 64)
+_SOME = (16, 32, 48, 64, 80, 96, 112, 128)
+_MANY = (16, 32, 64, 96, 112, 120, 128, 136, 144, 152, 160)
+# As many as the registers hold; three stages, two blocks together.
+_MOST = (16, 32, 64, 96, 112, 128, 144, 160, 176, 192)
+MOST_ROWS = _MOST[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tile of the kernel: `consumers` x `halves` x 64 rows of weights, up to `row_counts[-1]` rows of a group."""
+
+    row_counts: tuple[int, ...] = _MANY  # the last is the row tile of `group_tokens`
+    consumers: int = 2
+    halves: int = 2  # blocks of 64 weight rows per consumer: gate and up, or two neighbours; 1 only without a gate
+    tile_k: int = 64
+    stages: int = 3
+    band: int = 8  # row tiles walked together before the next weight columns: what L2 holds at a time
+    cluster: int = 1  # neighbouring blocks of weight columns that fetch their rows once and together
+    columns: int = 64  # of the output that a block of 64 weight rows makes: 64, 32 or 16
+
+    @property
+    def depth(self) -> int:
+        """Pieces of K that a stage holds side by side."""
+        return WGMMA_ROWS // self.columns
+
+    def stage_rows(self) -> int:
+        """Rows of weights that a stage holds: wgmma reads 64 from any block on."""
+        return self.consumers * self.halves * WGMMA_ROWS + WGMMA_ROWS - self.columns
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows that a tile can hold."""
+        return self.row_counts[-1]
+
+
+def tile_rows_for(mean_rows: float, num_pairs: int) -> int:
+    """The row tile for a mean number of rows per expert, of so many in all."""
+    if num_pairs <= 8:
+        return 8
+    if mean_rows <= 96:
+        return _FEW[-1] if mean_rows <= 48 else _SOME[-1]
+    return _MANY[-1] if mean_rows < 512 else _MOST[-1]
+
+
+def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -> Config:
+    """The configuration for a row tile, from measurements on an H200 (benchmarks/results).
+
+    Args:
+        tile_rows: of `group_tokens`.
+        gated: whether the activation takes gate and up.
+        n_out: columns of the output.
+        likely_tiles: row tiles that a spread-out routing makes.
+
+    With few rows the stream of weights is all that counts: narrow tiles keep every multiprocessor busy, 128 elements of K a
+    stage read memory in longer runs.
+    """
+
+    def up_to(counts):
+        return tuple(c for c in counts if c < tile_rows) + (tile_rows,)
+
+    if tile_rows > _MANY[-1]:
+        return Config(up_to(_MOST), stages=3, cluster=2 if tile_rows % 16 == 0 else 1)
+    if tile_rows > _FEW[-1]:
+        return Config(up_to(_MANY if tile_rows > _SOME[-1] else _SOME), stages=4)
+    few = Config(up_to(_FEW), consumers=1, halves=2, tile_k=128, stages=4)
+    multiprocessors = _compat.num_multiprocessors()
+    if not gated and likely_tiles * pl.cdiv(n_out, 2 * WGMMA_ROWS) < multiprocessors:
+        few = dataclasses.replace(few, halves=1, stages=6)
+    if tile_rows > 8:
+        return few
+
+    def narrow(columns):
+        return dataclasses.replace(few, columns=columns, tile_k=128 * WGMMA_ROWS // columns)
+
+    def work(config):  # of the busiest multiprocessor
+        return pl.cdiv(likely_tiles * pl.cdiv(n_out, config.columns), multiprocessors) * config.columns
+
+    if not gated and few.halves == 2:
+        return few
+    best = min((narrow(columns) for columns in (64, 32, 16)), key=work)  # the widest of equal ones
+    return best if work(best) <= 0.9 * work(few) else few
