@@ -143,7 +143,7 @@ def test_tokens_are_no_rows_of_other_groups():
 @pytest.mark.parametrize("columns", [16, 32])
 @pytest.mark.parametrize(("gated", "halves", "consumers"), [(True, 2, 1), (True, 2, 2), (False, 2, 1), (False, 1, 1)])
 def test_narrow_tiles(columns, gated, halves, consumers):
-    """Blocks of less than 64 columns, whose stages hold several pieces of K; the last one past the end of K and of the columns."""
+    """Blocks of less than 64 columns, whose stages hold several pieces of K; the last past the end of K and of the columns."""
     groups = groups_with_sizes(14, (3, 0, 17, 1), 16)
     config = matmul_config.Config((8, 16), consumers, halves, tile_k=64 * 64 // columns, stages=2, columns=columns)
     rows, weights, _ = problem(14, groups, 336, 2 * 80 if gated else 80, num_experts=4)

@@ -5,7 +5,8 @@ the way where it can, and then only `place_pairs` is launched. That one adds up 
 its group is the number of that group's pairs in earlier blocks, plus its rank in its own. Nothing is added atomically, so rows
 of a group keep token order and the result repeats.
 
-Groups are packed: a pair's row is the first of its group plus its place there. Pairs whose id is -1 or out of range, or whose expert the map sends to -1, are dropped here: they get no row.
+Groups are packed: a pair's row is the first of its group plus its place there. Pairs whose id is -1 or out of range, or whose
+expert the map sends to -1, are dropped here: they get no row.
 
 Learned on an H200 (benchmarks/results/2026-11-24-h200-plans-and-glue.txt; 128 experts, 8 slots; `place_pairs`):
 

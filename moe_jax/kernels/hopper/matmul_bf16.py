@@ -44,6 +44,7 @@ Learned on an H200 (benchmarks/results/2026-11-22-h200-matmul-variants.txt; qwen
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -152,10 +153,10 @@ def grouped_matmul(
         pieces = [(start, start, 0) for start in range(0, tile_cols, rows_a_copy)]
 
     def for_row_count(size, run):
-        """Calls `run(count)` for the smallest row count that covers `size`."""
+        """Calls `run(count, below)` for the smallest row count that covers `size`, and the one before it, which does not."""
         below = 0
         for count in config.row_counts:
-            pl.when((size > below) & (size <= count))(lambda count=count: run(count))
+            pl.when((size > below) & (size <= count))(lambda count=count, below=below: run(count, below))
             below = count
 
     def body(rows_g, weights_g, group_g, starts_g, sizes_g, count_g, *refs):
@@ -188,9 +189,9 @@ def grouped_matmul(
                     plgpu.copy_gmem_to_smem(
                         source, bias_s.at[wg, pl.ds(half * WGMMA_ROWS, WGMMA_ROWS)], bias_full.at[wg]
                     )
-            for_row_count(rows_of(m), lambda count: multiply(i * k_steps, mine, col, count))
+            for_row_count(rows_of(m), functools.partial(multiply, i * k_steps, mine, col))
 
-        def multiply(first_turn, mine, col, count):
+        def multiply(first_turn, mine, col, count, below):
             def accumulate(*accs):
                 @pl.loop(0, k_steps)
                 def _step(step):
@@ -234,12 +235,12 @@ def grouped_matmul(
                 plgpu.wait_smem_to_gmem(1 if interpret is None else 0, wait_read_only=True)
                 staged.fill(out_s, wg, i % 2, block)
                 plgpu.commit_smem()
-                store(i % 2, mine, col + half * block_cols, start, size)
+                store(i % 2, mine, col + half * block_cols, start, size, below)
                 plgpu.commit_smem_to_gmem_group()
             if len(blocks) % 2:  # the next tile begins with the first buffer again
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        def store(buffer, mine, col, start, most):
+        def store(buffer, mine, col, start, most, below):
             first_row, size = mine
 
             def target(row, count):
@@ -248,7 +249,8 @@ def grouped_matmul(
             if shared:
                 staged.store_marked(out_s, wg, buffer, size, most, target)
             else:
-                staged.store_first(out_s, wg, buffer, size - start, most, target)
+                left = most if start + most <= below else size - start  # mostly known: few branches
+                staged.store_first(out_s, wg, buffer, left, most, target)
 
         def bias_column(half, acc):
             column = plgpu.load(
@@ -277,7 +279,9 @@ def grouped_matmul(
                         source = weights_g.at[expert, pl.ds(n * tile_cols + row, rows_a_copy), ks]
                         plgpu.copy_gmem_to_smem(source, weights_s.at[slot, pl.ds(at, rows_a_copy)], full.at[slot])
 
-                    def load_rows(count):
+                    def load_rows(count, below):
+                        del below
+
                         # The interpreter has no multicast: there every CTA fetches all of its rows.
                         together = dict(collective_axes="cta") if cluster > 1 and interpret is None else {}
                         for piece in range(operand.pieces):

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from moe_jax import _compat
 
 WGMMA_ROWS = 64  # rows of weights that one wgmma takes
-_FEW = (8, 16, 24, 32, 40, 48, 56, 64)
+_FEW = (8, 16, 24, 32, 40, 48, 64)
 _SOME = (16, 32, 48, 64, 80, 96, 112, 128)
 _MANY = (16, 32, 64, 96, 112, 120, 128, 136, 144, 152, 160)
 # As many as the registers hold; three stages, two blocks together.

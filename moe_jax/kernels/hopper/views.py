@@ -96,6 +96,8 @@ class Staged:
     def store_first(self, ref: Any, consumer: Any, buffer: int, size: Any, most: int, target: Any) -> None:
         """Sends the first `size` rows, or `most` if there are more, in runs as long as they go: 32, 16, 8, ... rows.
 
+        `size` is an int if it is known to be `most`.
+
         ``target(row, count)`` gives the place of so many rows from one on.
         """
 
@@ -104,6 +106,9 @@ class Staged:
 
         if self._columns != COLUMNS:  # rows that do not lie one behind the other
             pl.loop(0, jnp.clip(size, 0, most))(lambda row: send(row, 1))
+            return
+        if isinstance(size, int):
+            send(0, most)
             return
         pl.when(size >= most)(lambda: send(0, most))
         count = 1 << (most - 1).bit_length() - 1
