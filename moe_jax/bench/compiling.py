@@ -19,38 +19,46 @@ CALLS = 4  # layers one behind the other, in one jit or in one CUDA graph, as th
 class Layer:
     """A layer ``(x, weights, logits) -> output`` under jit, with its compiled forms by number of tokens.
 
-    `stack` is `CALLS` of them in one jit, each on the output of the last: XLA would compute equal ones once.
-
     Example:
         >>> layer = Layer(lambda x, weights, logits: x @ weights)
         >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=16, intermediate_size=16, dtype="float32")
         >>> compile_all([Job(layer, config, jax.ShapeDtypeStruct((16, 16), "float32"), 3)])
-        >>> list(layer.compiled)
-        [3]
+        >>> list(layer.compiled), list(layer.compiled_stacks)
+        ([], [3])
     """
 
     def __init__(self, function: Callable[..., Any]):
         self.jitted = jax.jit(function)
-        self.stack = jax.jit(self._stack)
+        self.stacked = jax.jit(self._stack)
         self.compiled: dict[int, jax.stages.Compiled] = {}
-        self.compiled_stack: dict[int, jax.stages.Compiled] = {}
+        self.compiled_stacks: dict[int, jax.stages.Compiled] = {}
 
-    def _stack(self, x: jax.Array, weights: Any, logits: jax.Array) -> jax.Array:
-        for _ in range(CALLS):
-            x = self.jitted(x, weights, logits)
-        return x
+    def _stack(self, x: jax.Array, weights: Any, logits: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        outputs = []
+        for each in logits:
+            x = self.jitted(x, weights, each)
+            outputs.append(x)
+        return outputs[0], outputs[-1]
 
     def at(self, tokens: int) -> Callable[..., Any]:
         """The compiled form for this number of tokens; where there is none the jitted function, which compiles when called."""
         return self.compiled.get(tokens, self.jitted)
 
     def stack_at(self, tokens: int) -> Callable[..., Any]:
-        """As `at`, of `CALLS` layers."""
-        return self.compiled_stack.get(tokens, self.stack)
+        """`CALLS` layers in one jit, each on the output of the last: ``(x, weights, logits) -> (first output, last output)``.
+
+        XLA computes what is the same in all of them once: each gets its logits as an argument of its own (`stack_logits`).
+        """
+        return self.compiled_stacks.get(tokens, self.stacked)
 
     def __call__(self, x: jax.Array, weights: Any, logits: jax.Array) -> Any:
         """Runs the layer."""
         return self.at(x.shape[0])(x, weights, logits)
+
+
+def stack_logits(logits: Any) -> tuple[Any, ...]:
+    """The logits as a stack takes them."""
+    return (logits,) * CALLS
 
 
 class Job(NamedTuple):
@@ -61,12 +69,14 @@ class Job(NamedTuple):
         config: gives the shapes of hidden states and logits.
         weights: the shapes of the weights, as the layer takes them.
         tokens: T.
+        stack: of the stack, not of a layer alone.
     """
 
     layer: Layer
     config: MoEConfig
     weights: Any
     tokens: int
+    stack: bool = True
 
 
 def compile_all(jobs: Iterable[Job]) -> None:
@@ -76,10 +86,11 @@ def compile_all(jobs: Iterable[Job]) -> None:
 
 
 def _compile(job: Job) -> None:
-    config = job.config
+    config, layer = job.config, job.layer
     x = jax.ShapeDtypeStruct((job.tokens, config.hidden_size), config.dtype)
     logits = jax.ShapeDtypeStruct((job.tokens, config.num_experts), jnp.float32)
     with contextlib.suppress(Exception):  # it comes again, and is reported, when the layer is measured
-        job.layer.compiled[job.tokens] = job.layer.jitted.lower(x, job.weights, logits).compile()
-        if job.tokens:
-            job.layer.compiled_stack[job.tokens] = job.layer.stack.lower(x, job.weights, logits).compile()
+        if job.stack:
+            layer.compiled_stacks[job.tokens] = layer.stacked.lower(x, job.weights, stack_logits(logits)).compile()
+        else:
+            layer.compiled[job.tokens] = layer.jitted.lower(x, job.weights, logits).compile()

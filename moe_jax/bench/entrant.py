@@ -61,9 +61,10 @@ class Entrant:
         """Compiles what does not need the device to itself."""
         tokens = set(self.options.tokens)
         shapes = jax.eval_shape(make_weights, self.config, jax.random.key(0))
-        # The checks also run a token alone; no tokens are a check too, and nothing to compare.
-        own = tokens | {1} if self.options.checks else tokens
-        jobs = [Job(self.layer, self.config, shapes, count) for count in sorted(own)]
+        # The checks also run a token alone; no tokens are a check too, and nothing to time.
+        alone = tokens | {1} if self.options.checks else tokens & {0}
+        jobs = [Job(self.layer, self.config, shapes, count, stack=False) for count in sorted(alone)]
+        jobs += [Job(self.layer, self.config, shapes, count) for count in sorted(tokens - {0})]
         for peer in self.peers.values():
             if isinstance(peer, peers.JaxPeer) and peer.ahead:
                 weights = peer.weights_shape(shapes)
@@ -112,7 +113,7 @@ class Entrant:
             )
         except Exception as failure:  # one row must not take the others with it
             row["failed"] = f"{type(failure).__name__}: {failure}"[:2000]
-        if expected is not None and prepared:
+        if expected is not None and prepared and head["routing"] == options.routings[0]:
             row["peers"] = {}
             for name, peer in prepared.items():
                 progress(f"{what}, {name}")
@@ -143,11 +144,12 @@ def measure_peer(
         wrong = measuring.wrong_output(error, config.dtype)
         if wrong:
             return found | {"reason": wrong}
-        layer_us = call_time(bound.call, bound.wait, seconds) / bound.layers
-        found["layer_us"] = round(layer_us, 1)
-        if on_gpu and bound.jitted is not None and layer_us * 2e-6 <= seconds:
-            iterations = min(ITERATIONS, int(seconds / layer_us * 1e6))
-            found["kernels_total_us"] = round(sum(kernel_times(*bound.jitted, iterations=iterations).values()), 1)
+        call_us = call_time(bound.call, bound.wait, seconds)
+        found["layer_us"] = round(call_us / bound.layers, 1)
+        if on_gpu and bound.jitted is not None and call_us * 2e-6 <= seconds:
+            iterations = min(ITERATIONS, int(seconds / call_us * 1e6))
+            kernels = kernel_times(*bound.jitted, iterations=iterations)
+            found["kernels_total_us"] = round(sum(kernels.values()) / bound.layers, 1)
     except Exception as failure:  # theirs, not ours
         found["reason"] = peers.short(failure)
     return found

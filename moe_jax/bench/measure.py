@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import reference
-from moe_jax.bench.compiling import CALLS, Layer
+from moe_jax.bench.compiling import CALLS, Layer, stack_logits
 from moe_jax.bench.inputs import expert_loads
 from moe_jax.bench.roofline import Ceilings, bound_us, expert_bytes, floors, layer_flops
 from moe_jax.bench.timing import call_time, kernel_times
@@ -98,23 +98,29 @@ def measure(
         on_gpu: kernel times can be taken.
     """
     x, logits = operands
-    row: dict[str, Any] = {"implementation": _implementations(config, x.shape[0], implementation)}
-    output = jax.block_until_ready(layer(x, weights, logits))
+    tokens = x.shape[0]
+    row: dict[str, Any] = {"implementation": _implementations(config, tokens, implementation)}
+    if expected is None:
+        output = jax.block_until_ready(layer(x, weights, logits))
+        wrong = (
+            {} if output.shape == x.shape else {"failed": f"wrong output: {list(output.shape)}, not {list(x.shape)}"}
+        )
+        return row | {"shape": list(output.shape)} | wrong
+    stack, operands = layer.stack_at(tokens), (x, weights, stack_logits(logits))
+    output, _ = jax.block_until_ready(stack(*operands))
     if output.shape != x.shape:
         return row | {"failed": f"wrong output: shape {list(output.shape)}, not {list(x.shape)}"}
-    if expected is None:
-        return row | {"shape": list(output.shape)}
     error = expected.error(output[expected.sample])
     row["error"] = finite(error)
     failed = wrong_output(error, config.dtype)
     if failed:
         return row | {"failed": failed}
     with jax.transfer_guard("disallow"):
-        again = jax.block_until_ready(layer(x, weights, logits))
+        again, _ = jax.block_until_ready(stack(*operands))
     if checks:
-        row |= _bit_checks(layer, weights, x, logits, output, again)
+        row |= _bit_checks(layer, weights, x, logits, output, again) | _memory(config, layer, tokens)
     del output, again
-    return row | _memory(config, layer, x.shape[0]) | _times(config, layer, weights, x, logits, ceilings, on_gpu)
+    return row | _times(config, stack, operands, logits, ceilings, on_gpu)
 
 
 def _implementations(config: MoEConfig, tokens: int, implementation: str) -> str:
@@ -150,22 +156,20 @@ def _memory(config: MoEConfig, layer: Layer, tokens: int) -> dict[str, int]:
 
 
 def _times(
-    config: MoEConfig, layer: Layer, weights: ExpertWeights, x, logits, ceilings: Ceilings, on_gpu: bool
+    config: MoEConfig, stack: Any, operands: tuple[Any, ...], logits: jax.Array, ceilings: Ceilings, on_gpu: bool
 ) -> dict[str, Any]:
-    tokens = x.shape[0]
+    tokens = logits.shape[0]
     loads = expert_loads(config, np.asarray(logits))
     touched = int((loads > 0).sum())
     found: dict[str, Any] = {"touched_experts": touched, "rows_per_expert_max": int(loads.max())}
     least = floors(config, tokens, touched, ceilings)
-    compiled = layer.at(tokens)
     if on_gpu:
         try:
-            kernels = kernel_times(compiled, x, weights, logits)
+            kernels = kernel_times(stack, *operands, layers=CALLS)
             found |= _rates(kernels, layer_flops(config, tokens), expert_bytes(config, touched), least.us)
         except RuntimeError as error:  # the profiler's; the layer can be timed without
             found["kernels_reason"] = str(error)[:300]
-    stack = layer.stack_at(tokens)
-    layer_us = call_time(lambda: stack(x, weights, logits)) / CALLS
+    layer_us = call_time(lambda: stack(*operands)) / CALLS
     found["layer_us"] = round(layer_us, 1)
     found["floor_memory_us"] = round(least.memory_us, 2)
     found["floor_compute_us"] = round(least.compute_us, 2)

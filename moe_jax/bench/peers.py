@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.bench.compiling import CALLS, Layer
+from moe_jax.bench.compiling import CALLS, Layer, stack_logits
 from moe_jax.bench.jax_layers import JAX_LAYERS
 from moe_jax.bench.torch_layers import COMPILED_AT_CALL, TORCH_LAYERS
 from moe_jax.config import MoEConfig
@@ -78,16 +78,15 @@ class JaxPeer:
         own = jax.block_until_ready(self.to_weights(weights))
 
         def bind(x: jax.Array, logits: jax.Array) -> Bound:
-            operands = x, own, logits
-            call = functools.partial(self.layer.stack_at(x.shape[0]), *operands)
-            jitted = self.layer.at(x.shape[0]), *operands
+            jitted = self.layer.stack_at(x.shape[0]), x, own, stack_logits(logits)
+            call = functools.partial(*jitted)
             return Bound(call, jax.block_until_ready, _rows, self.what, layers=CALLS, jitted=jitted)
 
         return bind
 
 
-def _rows(output: jax.Array, rows: np.ndarray) -> jax.Array:
-    return output[rows]
+def _rows(outputs: tuple[jax.Array, jax.Array], rows: np.ndarray) -> jax.Array:
+    return outputs[0][rows]
 
 
 class TorchPeer:

@@ -17,21 +17,28 @@ BUDGET_SECONDS = 3.0
 ITERATIONS = 11  # under CUPTI
 
 
-def kernel_times(layer: Callable[..., Any], *operands: Any, iterations: int = ITERATIONS) -> dict[str, float]:
-    """Median microseconds of each kernel of a call, by name; a name that comes twice gets a number. Needs a GPU.
+def kernel_times(
+    layer: Callable[..., Any], *operands: Any, layers: int = 1, iterations: int = ITERATIONS
+) -> dict[str, float]:
+    """Median microseconds of each kernel of a layer, by name; a name that comes twice gets a number. Needs a GPU.
 
     Args:
         layer: jitted or compiled.
         operands: of the layer.
+        layers: that a call runs one after the other, with the same kernels.
         iterations: calls measured, after one that is not; at least 2.
 
     Raises:
-        RuntimeError: CUPTI saw no kernel, or not the same ones in every call.
+        RuntimeError: CUPTI saw no kernel, or not the same ones in every layer.
     """
     columns: dict[str, list[float]] = {}
     for run in _compat.measure_kernels(layer, *operands, iterations=max(2, iterations)):
+        if len(run) % layers:
+            raise RuntimeError(f"CUPTI saw {len(run)} kernels in a call of {layers} layers")
         seen: dict[str, int] = {}
-        for name, milliseconds in run:
+        for i, (name, milliseconds) in enumerate(run):
+            if i % (len(run) // layers) == 0:
+                seen = {}
             seen[name] = seen.get(name, 0) + 1
             key = name.removesuffix("_mosaic_gpu_kernel") + (f"#{seen[name]}" if seen[name] > 1 else "")
             columns.setdefault(key, []).append(milliseconds * 1e3)

@@ -31,7 +31,7 @@ def shared_memory_bytes(config: Config, dtype: str) -> int:
     weight_rows = config.consumers * config.halves * WGMMA_ROWS
     buffers = (
         config.stages * config.tile_rows * config.tile_k * item,
-        config.stages * config.stage_rows() * config.tile_k // config.depth * item,
+        config.stages * config.stage_rows * config.tile_k // config.depth * item,
         config.consumers * 2 * STORED * COLUMNS * item,
         weight_rows * 4,
         (2 * config.stages + config.consumers) * 8,

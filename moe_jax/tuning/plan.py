@@ -89,7 +89,7 @@ class LayerPlan:
                 )
 
     def for_tile_rows(self, tile_rows: int) -> LayerPlan:
-        """The same plan for smaller tiles: without the row counts, and the clusters, that these cannot have.
+        """The same plan for smaller tiles: more stages in the same memory; no row counts and clusters that these cannot have.
 
         Example:
             >>> plan = LayerPlan(64, Config((8, 16, 64)), Config((16, 64), cluster=2))
@@ -103,7 +103,8 @@ class LayerPlan:
         def smaller(config: Config) -> Config:
             counts = (*(c for c in config.row_counts if c < tile_rows), tile_rows)
             cluster = config.cluster if splits(tile_rows, config) else 1
-            return dataclasses.replace(config, row_counts=counts, cluster=cluster)
+            small = dataclasses.replace(config, row_counts=counts, cluster=cluster)
+            return dataclasses.replace(small, stages=config.stages * config.stage_size // small.stage_size)
 
         return LayerPlan(tile_rows, smaller(self.up), smaller(self.down))
 

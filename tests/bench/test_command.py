@@ -193,7 +193,7 @@ def test_a_peer_with_a_wrong_output_is_not_timed(bench, monkeypatch):
     [
         (lambda y: y * 1.001, "wrong output: relative error 0.001"),
         (lambda y: y.at[0, 0].set(jnp.nan), "wrong output: relative error nan"),
-        (lambda y: y[:, :-1], "wrong output: shape [4, 31], not [4, 32]"),
+        (lambda y: y[:, :-1], "x has shape (4, 31)"),
         (lambda y: 1 / 0, "ZeroDivisionError"),
     ],
     ids=["values", "nan", "shape", "raises"],

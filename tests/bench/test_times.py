@@ -10,7 +10,7 @@ from jax.experimental.mosaic.gpu import profiler
 from moe_jax import MoEConfig, _compat
 from moe_jax.bench import inputs, measure, roofline, timing
 from moe_jax.bench.cases import Case
-from moe_jax.bench.compiling import Job, Layer, compile_all
+from moe_jax.bench.compiling import CALLS, Job, Layer, compile_all, stack_logits
 from moe_jax.bench.roofline import Ceilings, floors
 
 
@@ -79,9 +79,9 @@ def test_call_time_divides_by_the_calls_and_ends_when_calls_are_slow(monkeypatch
 def gpu_row(monkeypatch, kernel_times):
     config = Case("tiny", 4, 2, 32, 16).config("float32")
     monkeypatch.setattr(measure, "kernel_times", kernel_times)
-    monkeypatch.setattr(measure, "call_time", lambda call: 10.0)
+    monkeypatch.setattr(measure, "call_time", lambda call: 10.0 * CALLS)
     layer, weights = measure.make_layer(config, "xla"), inputs.make_weights(config, jax.random.key(0))
-    compile_all([Job(layer, config, weights, 64)])
+    compile_all([Job(layer, config, weights, 64), Job(layer, config, weights, 64, stack=False)])
     x, logits = inputs.make_inputs(config, 64)
     return measure.measure(
         config,
@@ -91,14 +91,14 @@ def gpu_row(monkeypatch, kernel_times):
         measure.Expected(config, weights, x, logits),
         implementation="xla",
         ceilings=Ceilings(matmul_tflops=0.5, copy_gb_per_s=10.0, read_gb_per_s=1.0),
-        checks=False,
+        checks=True,
         on_gpu=True,
     )
 
 
 def test_a_gpu_row_has_the_keys_of_the_result_files(monkeypatch):
     kernels = {"route_topk": 1.0, "grouped_matmul_up": 4.0, "grouped_matmul_down": 2.0}
-    row = gpu_row(monkeypatch, lambda *arguments: kernels)
+    row = gpu_row(monkeypatch, lambda *arguments, layers: kernels)
     flops = 64 * 2 * 3 * 32 * 16 * 2  # 393216
     assert row["kernel_us"] == kernels
     assert row["kernel_launches"] == 3
@@ -118,13 +118,31 @@ def test_a_gpu_row_has_the_keys_of_the_result_files(monkeypatch):
 
 
 def test_a_row_without_kernel_times_says_why(monkeypatch):
-    def broken(*arguments):
+    def broken(*arguments, layers):
         raise RuntimeError("CUPTI is taken")
 
     row = gpu_row(monkeypatch, broken)
     assert row["kernels_reason"] == "CUPTI is taken"
     assert row["layer_us"] == 10.0
     assert "kernel_us" not in row
+
+
+def test_a_stack_is_so_many_layers():
+    """Each on the output of the last, none computed once for all."""
+    layer = Layer(lambda x, weights, logits: x @ weights + logits.sum())
+    x, weights, logits = jnp.ones((3, 2)), 2 * jnp.eye(2), jnp.zeros((3, 4))
+    first, last = layer.stack_at(3)(x, weights, stack_logits(logits))
+    assert (first == 2).all() and (last == 2**CALLS).all()
+    lowered = layer.stacked.lower(x, weights, stack_logits(logits)).compile().as_text()
+    assert lowered.count("dot(") == CALLS
+
+
+def test_kernel_times_of_a_stack_are_those_of_a_layer(monkeypatch):
+    runs = [[("a_mosaic_gpu_kernel", 1e-3 * i), ("b", 2e-3), ("b", 5e-3)] * 2 for i in (1, 2, 3)]
+    monkeypatch.setattr(timing._compat, "measure_kernels", lambda *operands, iterations: runs)
+    assert timing.kernel_times(print, layers=2) == pytest.approx({"a": 2.0, "b": 2.0, "b#2": 5.0})
+    with pytest.raises(RuntimeError, match="6 kernels in a call of 4 layers"):
+        timing.kernel_times(print, layers=4)
 
 
 def test_many_tokens_have_no_bound():
@@ -136,8 +154,9 @@ def test_what_does_not_compile_ahead_is_left_to_the_call():
     config = Case("tiny", 4, 2, 32, 16).config("float32")
     layer = Layer(lambda x, weights, logits: x @ weights)
     shape = jax.ShapeDtypeStruct((32, 8), "float32")
-    compile_all([Job(layer, config, shape, 5), Job(layer, config, jax.ShapeDtypeStruct((7, 8), "float32"), 6)])
-    assert set(layer.compiled) == {5}
+    wrong = jax.ShapeDtypeStruct((7, 8), "float32")
+    compile_all([Job(layer, config, weights, count, stack=False) for count, weights in ((5, shape), (6, wrong))])
+    assert set(layer.compiled) == {5} and not layer.compiled_stacks
     assert layer(jnp.ones((5, 32)), jnp.ones((32, 8)), jnp.ones((5, 4))).shape == (5, 8)
     with pytest.raises(TypeError):
         layer(jnp.ones((6, 32)), jnp.ones((7, 8)), jnp.ones((6, 4)))

@@ -53,8 +53,7 @@ def scratch_bytes(config: Config, gated: bool, bias: bool, monkeypatch) -> int:
         lambda: kernel.grouped_matmul(
             like((2 * tile_rows, 256), jnp.bfloat16),
             like((2, 512, 256), jnp.bfloat16),
-            like(2, jnp.int32),
-            like(2, jnp.int32),
+            *(like(2, jnp.int32) for _ in range(3)),
             like(1, jnp.int32),
             like((2, 512), jnp.float32) if bias else None,
             get_activation("silu") if gated else None,

@@ -242,15 +242,11 @@ def grouped_matmul(
 
         def store(buffer, mine, col, start, most, below):
             first_row, size = mine
-
-            def target(row, count):
-                return out_g.at[pl.ds(first_row + start + row, count), pl.ds(col, block_cols)]
-
             if shared:
-                staged.store_marked(out_s, wg, buffer, size, most, target)
+                staged.store_marked(out_s, wg, buffer, size, most, out_g, first_row, col)
             else:
                 left = most if start + most <= below else size - start  # mostly known: few branches
-                staged.store_first(out_s, wg, buffer, left, most, target)
+                staged.store_first(out_s, wg, buffer, left, most, out_g, first_row + start, col)
 
         def bias_column(half, acc):
             column = plgpu.load(
@@ -317,7 +313,7 @@ def grouped_matmul(
     operands += [bias] if bias is not None else []
     scratch = [
         operand.scratch,
-        plgpu.SMEM((stages, config.stage_rows(), tk // depth), dtype, transforms=tiles.transforms(k, dtype)),
+        plgpu.SMEM((stages, config.stage_rows, tk // depth), dtype, transforms=tiles.transforms(k, dtype)),
         staged.scratch,
         plgpu.Barrier(num_arrivals=operand.pieces + len(pieces), num_barriers=stages),
         plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)

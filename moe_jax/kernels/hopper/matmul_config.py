@@ -35,9 +35,15 @@ class Config:
         """Pieces of K that a stage holds side by side."""
         return WGMMA_ROWS // self.columns
 
+    @property
     def stage_rows(self) -> int:
         """Rows of weights that a stage holds: wgmma reads 64 from any block on."""
         return self.consumers * self.halves * WGMMA_ROWS + WGMMA_ROWS - self.columns
+
+    @property
+    def stage_size(self) -> int:
+        """Elements of a stage, weights and rows."""
+        return self.stage_rows * self.tile_k // self.depth + self.tile_rows * self.tile_k
 
     @property
     def tile_rows(self) -> int:

@@ -35,6 +35,7 @@ _BOX = 256  # TMA's limit per dimension: more experts come in several pieces
 _MAX_EXPERTS = 512
 _MAX_TOP_K = 32
 _WARPS = 4
+_TILES = 1 << 16  # a count of rows plus so many times a count of tiles
 _TOGETHER = 4  # experts whose tiles a warp writes at a time, so that their loads overlap
 MANY_TOKENS = 1024  # so many CTAs of one warpgroup would be more counts than the next kernel likes to add up
 
@@ -300,9 +301,10 @@ def _share_tiles(share: Share, locals_, groups_g, seen_s, tables_s, scan_s) -> l
     pairs = [jnp.minimum(ranks.vector(seen_s.at[row]), 1) for row in range(ROWS)]
     sizes = ranks.add_up(pairs)
     sizes_g[...] = sizes
-    ends, _ = ranks.scan(sizes, scan_s, share.num_local_experts)
-    plgpu.commit_smem()  # the first scan has been read
-    tiles, buffer = ranks.scan(jnp.minimum(sizes, 1), scan_s, share.num_local_experts)
+    # Rows and tiles in one scan: of each there are at most 16 * 32.
+    sums, buffer = ranks.scan(sizes + jnp.minimum(sizes, 1) * _TILES, scan_s, share.num_local_experts)
+    tiles = lax.div(sums, jnp.full_like(sums, _TILES))
+    ends = sums - tiles * _TILES
     tokens = ranks.add_up([mine * (1 << row) for row, mine in enumerate(pairs)])
     for table, values in enumerate((tiles - 1, ends - sizes, sizes, tokens)):
         tables_s[table] = values
@@ -315,7 +317,7 @@ def _share_tiles(share: Share, locals_, groups_g, seen_s, tables_s, scan_s) -> l
 
     @plgpu.warp_map
     def _(warp):
-        last = scan_s[buffer, width + share.num_local_experts - 1]
+        last = lax.div(scan_s[buffer, width + share.num_local_experts - 1], _TILES)
 
         @pl.loop(0, pl.cdiv(share.num_local_experts, _WARPS * _TOGETHER))
         def _(i):

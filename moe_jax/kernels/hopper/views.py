@@ -60,7 +60,8 @@ class Staged:
     """Blocks of an output on their way to memory: two of up to 32 rows x 64 columns for each consumer.
 
     Registers fill a block whole; its first `columns` leave it, row by row or in runs of rows. Tiles need an output of whole 64
-    columns. Others, and narrow blocks, take plain rows, which registers fill with conflicts of banks.
+    columns. Others, and narrow blocks, take plain rows, which registers fill with conflicts of banks. A plain row alone is
+    contiguous in memory: a bulk copy without a box, which nothing cuts at the end of the output's row.
 
     Args:
         consumers: their number.
@@ -71,7 +72,7 @@ class Staged:
     """
 
     def __init__(self, consumers: int, columns: int, n_out: int, dtype: Any, interpret: bool):
-        self._columns = columns
+        self._columns, self._n_out = columns, n_out
         self._tiles = columns == COLUMNS and n_out % COLUMNS == 0
         self._union = self._tiles and not interpret
         shape = (consumers, 2, STORED, COLUMNS)
@@ -86,23 +87,33 @@ class Staged:
         else:
             _compat.store_scattered(part.T, block)
 
-    def store(self, ref: Any, consumer: Any, buffer: int, first: Any, target: Any) -> None:
-        """Sends rows from `first` on to `target`, as many as it has."""
-        part = (ref[1] if self._union else ref).at[consumer, buffer, pl.ds(first, target.shape[0])]
-        if self._columns != COLUMNS:
-            part = part.at[:, pl.ds(0, self._columns)]
-        plgpu.copy_smem_to_gmem(part, target, commit_group=False)
+    def store(self, ref: Any, consumer: Any, buffer: int, first: Any, count: int, out: Any, row: Any, col: Any) -> None:
+        """Sends `count` rows from `first` on to rows of `out` from `row` on, at column `col`."""
 
-    def store_first(self, ref: Any, consumer: Any, buffer: int, size: Any, most: int, target: Any) -> None:
+        def send(columns):
+            part = (ref[1] if self._union else ref).at[consumer, buffer, pl.ds(first, count)]
+            part = part if columns == COLUMNS else part.at[:, pl.ds(0, columns)]
+            target = out.at[pl.ds(row, count), pl.ds(col, columns)]
+            plgpu.copy_smem_to_gmem(part, target, commit_group=False)
+
+        if self._tiles or count > 1:
+            send(self._columns)
+            return
+        pl.when(col + self._columns <= self._n_out)(lambda: send(self._columns))
+        rest = self._n_out % self._columns
+        if rest:
+            pl.when((col < self._n_out) & (col + self._columns > self._n_out))(lambda: send(rest))
+
+    def store_first(
+        self, ref: Any, consumer: Any, buffer: int, size: Any, most: int, out: Any, row: Any, col: Any
+    ) -> None:
         """Sends the first `size` rows, or `most` if there are more, in runs as long as they go: 32, 16, 8, ... rows.
 
         `size` is an int if it is known to be `most`.
-
-        ``target(row, count)`` gives the place of so many rows from one on.
         """
 
         def send(first, count):
-            self.store(ref, consumer, buffer, first, target(first, count))
+            self.store(ref, consumer, buffer, first, count, out, row + first, col)
 
         if self._columns != COLUMNS:  # rows that do not lie one behind the other
             pl.loop(0, jnp.clip(size, 0, most))(lambda row: send(row, 1))
@@ -121,17 +132,15 @@ class Staged:
 
             count //= 2
 
-    def store_marked(self, ref: Any, consumer: Any, buffer: int, marks: Any, most: int, target: Any) -> None:
-        """Sends those of the first `most` rows whose bit is set in `marks`, to neighbouring rows.
-
-        ``target(nth, 1)`` gives the place of the nth of them.
-        """
-        nth = marks * 0
-        for row in range(most):
-            marked = (marks >> row) & 1
+    def store_marked(
+        self, ref: Any, consumer: Any, buffer: int, marks: Any, most: int, out: Any, row: Any, col: Any
+    ) -> None:
+        """Sends those of the first `most` rows whose bit is set in `marks`, to neighbouring rows."""
+        for first in range(most):
+            marked = (marks >> first) & 1
 
             @pl.when(marked != 0)
-            def _(row=row, nth=nth):
-                self.store(ref, consumer, buffer, row, target(nth, 1))
+            def _(first=first, row=row):
+                self.store(ref, consumer, buffer, first, 1, out, row, col)
 
-            nth = nth + marked
+            row = row + marked
