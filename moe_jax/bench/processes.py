@@ -19,19 +19,7 @@ from moe_jax.bench.entrant import Entrant, Progress, Row, Turn, plan
 from moe_jax.bench.environment import has_gpu
 from moe_jax.bench.options import BenchOptions
 
-MANY_TOKENS = 2048
 GRACE_SECONDS = 60.0  # for what was begun before the budget was spent
-
-
-def shares(tokens: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The numbers of tokens of a case, by process: layers of many tokens compile longest.
-
-    Example:
-        >>> shares((1, 128, 4096, 16384)), shares((1,))
-        ([(1, 128), (4096, 16384)], [(1,)])
-    """
-    parts = tuple(t for t in tokens if t < MANY_TOKENS), tuple(t for t in tokens if t >= MANY_TOKENS)
-    return [part for part in parts if part]
 
 
 class RemoteEntrant:

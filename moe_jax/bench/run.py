@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import time
@@ -14,7 +13,7 @@ from moe_jax.bench import peers
 from moe_jax.bench.entrant import Entrant, Progress, Row, Turn, plan
 from moe_jax.bench.environment import describe, has_gpu
 from moe_jax.bench.options import BenchOptions
-from moe_jax.bench.processes import RemoteEntrant, shares
+from moe_jax.bench.processes import RemoteEntrant
 from moe_jax.bench.roofline import measure_ceilings
 
 
@@ -81,8 +80,7 @@ def _compiled(
     remotes: list[RemoteEntrant] = []
     try:
         for case in options.cases:
-            for tokens in shares(options.tokens):
-                remotes.append(RemoteEntrant(case, dataclasses.replace(options, tokens=tokens)))
+            remotes.append(RemoteEntrant(case, options))
         for done, remote in enumerate(remotes):
             progress(f"compiling in {len(remotes)} processes, {done} have ended")
             remote.wait_until_compiled(deadline)

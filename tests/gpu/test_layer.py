@@ -91,10 +91,18 @@ class Layer:
     def __init__(self, config: MoEConfig):
         self.config = config
         self.weights = jax.block_until_ready(make_weights(config, jax.random.key(0)))
-        self.run = jax.jit(functools.partial(moe, config=config))  # one for all numbers of tokens
+        self.jitted = jax.jit(functools.partial(moe, config=config))
+        self.compiled = {}
+
+    def at(self, x, logits):
+        """Compiled for so many tokens."""
+        if len(x) not in self.compiled:
+            self.compiled[len(x)] = self.jitted.lower(x, self.weights, logits).compile()
+        return self.compiled[len(x)]
 
     def __call__(self, x, logits, **kwargs):
-        return self.run(x, self.weights, logits, **kwargs)
+        run = self.jitted if kwargs else self.at(x, logits)
+        return run(x, self.weights, logits, **kwargs)
 
     def reference(self, x, logits, **kwargs):
         return reference_moe(x, self.weights, logits, self.config, **kwargs)
@@ -130,6 +138,9 @@ def test_case(layer, num_tokens):
     sample = sample_of(num_tokens)
     check_sample(rows(out, sample), layer.reference(rows(x, sample), rows(logits, sample)), config)
 
+    # Beside the rows there is room for where they are and what they weigh, and for a schedule.
+    taken = layer.at(x, logits).memory_analysis().temp_size_in_bytes
+    assert taken <= num_tokens * config.top_k * 2 * (config.hidden_size + config.intermediate_size) + 2**20
     with jax.transfer_guard("disallow"):  # nothing goes to the host or comes from it
         again = jax.block_until_ready(layer(x, logits))
     assert same_bits(again, out), "two runs differ"
@@ -169,7 +180,7 @@ def test_kind(name):
 
 def test_it_lowers_to_kernels_alone():
     layer, (x, logits) = small_layer(), inputs(SMALL, 64)
-    assert num_kernels(without_strings(layer.run.lower(x, layer.weights, logits).as_text())) == 6
+    assert num_kernels(without_strings(layer.jitted.lower(x, layer.weights, logits).as_text())) == 6
 
 
 def test_ranks_of_a_split_add_up():
