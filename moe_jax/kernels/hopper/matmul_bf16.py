@@ -14,8 +14,8 @@ writes activation(gate, up), so nothing of size rows x 2I reaches memory.
 
 Edges. TMA fills what lies outside a matrix with zeros and drops what is stored there: K, I and H need not be multiples of
 the tile. Groups are packed: a tile may multiply rows of the next group, which change nothing in its own, and stores its own
-alone, in runs of 32, 16, 8, ... rows (`views`). With few tokens every expert visited multiplies all of them from the hidden
-states themselves, and only rows of tokens that chose it are stored.
+alone (`views`). With few tokens every expert visited multiplies all of them from the hidden states themselves, and only rows of
+tokens that chose it are stored.
 
 Narrow tiles. A few experts' weights are too few tiles for all multiprocessors. `Config.columns` = 32 or 16 makes two or four
 times as many: a stage holds as many bytes, of fewer rows of weights and more of K, and wgmma, which takes 64 rows, reads on into
@@ -37,6 +37,15 @@ Learned on an H200 (benchmarks/results/2026-11-22-h200-matmul-variants.txt; qwen
   160 rows and four stages alone: 2334 us a layer instead of 2381 for qwen3-30b-a3b, 6082 instead of 6111 for gpt-oss-120b, 8771
   instead of 8708 for qwen3-235b. With fewer rows they cost: mixtral-8x7b with 1024 tokens 1367 instead of 1304, qwen3-235b with
   4096 2530 instead of 2403 (2026-11-24-h200-plans-and-glue.txt).
+- Narrow tiles, one token: 32.7 us a layer for a rank of DeepSeek-V3 and 59.9 for gpt-oss-120b (2026-11-24-h200-packed-rows.json),
+  42.0 and 61.8 with 64 columns (2026-11-24-h200-packing-variants.txt). Cutting only the last round's tiles into narrow parts
+  leaves too few bytes on their way: slower.
+- Asking for the next kernel's first weights ahead (L2 prefetch): 0 to 2 % slower (the same file).
+- The loop over K has to stay in uniform registers, where a warp computes an address once. A tile's row and size loaded before
+  the loop, and its ragged edge stored by branches for 16, 8, 4, 2 and 1 rows, pushed the counters into vector registers (52
+  vector instructions a step instead of 16, in ptxas' code for 160 rows): layers of 16384 tokens took 8 to 15 % longer, 2661
+  instead of 2346 us for qwen3-30b-a3b (2026-11-24-h200-packed-rows.json, -bf16-layer.json). Hence the loads behind the loop and
+  the loops in `views.Staged.store_first`; `benchmarks/machine_code.py` counts.
 - Programmatic dependent launch: no difference under XLA (208.0 and 207.7 us for a layer of 16 tokens).
 - Long runs lower the clock: the sum of a layer's kernels, each measured alone, is up to 16 % below the layer's own time
   (2026-11-22-h200-bf16-layer.json).
@@ -173,6 +182,10 @@ def grouped_matmul(
             m, n = tiles.visit(worker + i * workers, m_tiles, n_steps, config.band)
             return m, n if cluster == 1 else n * cluster + lax.axis_index("cta")
 
+        def next_slot(slot):
+            """The stage after this one; a remainder by three is a dozen instructions."""
+            return jnp.where(slot == stages - 1, 0, slot + 1)
+
         def rows_of(m):
             """Rows that are multiplied."""
             return jnp.int32(rows.shape[0]) if shared else sizes_g[m]
@@ -181,7 +194,6 @@ def grouped_matmul(
             m, n = tile_at(i)
             col = n * tile_cols + wg * wg_cols
             # Loaded once: a load for each block that is stored cost a quarter of the down-projection.
-            mine = starts_g[m], (tokens_g if shared else sizes_g)[m]
             if bias is not None:
                 for half in range(halves):
                     start = col + half * (n_out if gated else block_cols)
@@ -189,14 +201,11 @@ def grouped_matmul(
                     plgpu.copy_gmem_to_smem(
                         source, bias_s.at[wg, pl.ds(half * WGMMA_ROWS, WGMMA_ROWS)], bias_full.at[wg]
                     )
-            for_row_count(rows_of(m), functools.partial(multiply, i * k_steps, mine, col))
+            for_row_count(rows_of(m), functools.partial(multiply, i * k_steps, m, col))
 
-        def multiply(first_turn, mine, col, count, below):
+        def multiply(first_turn, m, col, count, below):
             def accumulate(*accs):
-                @pl.loop(0, k_steps)
-                def _step(step):
-                    turn = first_turn + step
-                    slot = lax.rem(turn, stages)
+                def multiply_step(step, slot):
                     plgpu.barrier_wait(full.at[slot])
                     for piece in range(operand.pieces):
                         b = operand.eights(rows_s).at[slot, piece, pl.ds(0, count)]
@@ -209,13 +218,18 @@ def grouped_matmul(
 
                     @pl.when(step > 0)
                     def _():
-                        plgpu.barrier_arrive(empty.at[lax.rem(turn - 1, stages)])
+                        plgpu.barrier_arrive(empty.at[jnp.where(slot == 0, stages, slot) - 1])
 
+                    return next_slot(slot)
+
+                lax.fori_loop(0, k_steps, multiply_step, lax.rem(first_turn, stages))
+
+                mine = starts_g[m], (tokens_g if shared else sizes_g)[m]
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(empty.at[lax.rem(first_turn + k_steps - 1, stages)])
-                return tuple(acc[...] for acc in accs)
+                return tuple(acc[...] for acc in accs), mine
 
-            accs = pl.run_scoped(accumulate, *[plgpu.ACC((WGMMA_ROWS, count)) for _ in range(halves)])
+            accs, mine = pl.run_scoped(accumulate, *[plgpu.ACC((WGMMA_ROWS, count)) for _ in range(halves)])
             if bias is not None:
                 plgpu.barrier_wait(bias_full.at[wg])
                 accs = [acc + bias_column(half, acc) for half, acc in enumerate(accs)]

@@ -107,7 +107,7 @@ class Staged:
     def store_first(
         self, ref: Any, consumer: Any, buffer: int, size: Any, most: int, out: Any, row: Any, col: Any
     ) -> None:
-        """Sends the first `size` rows, or `most` if there are more, in runs as long as they go: 32, 16, 8, ... rows.
+        """Sends the first `size` rows, or `most` if there are more: all together, or by eights and what is left row by row.
 
         `size` is an int if it is known to be `most`.
         """
@@ -122,15 +122,12 @@ class Staged:
             send(0, most)
             return
         pl.when(size >= most)(lambda: send(0, most))
-        count = 1 << (most - 1).bit_length() - 1
-        left = jnp.clip(size, 0, most)
-        while count:
 
-            @pl.when((size < most) & (left & count != 0))
-            def _(count=count):
-                send(left & ~(2 * count - 1), count)
-
-            count //= 2
+        @pl.when(size < most)
+        def _():
+            eights = jnp.maximum(size, 0) // 8
+            pl.loop(0, eights)(lambda run: send(run * 8, 8))
+            pl.loop(eights * 8, jnp.maximum(size, 0))(lambda row: send(row, 1))
 
     def store_marked(
         self, ref: Any, consumer: Any, buffer: int, marks: Any, most: int, out: Any, row: Any, col: Any
