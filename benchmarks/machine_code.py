@@ -1,0 +1,182 @@
+"""What ptxas makes of a grouped matmul: registers, spills, and the instructions of each loop of products. Needs no GPU.
+
+python benchmarks/machine_code.py up --tile-rows 160 --k 2048 --n 1536
+python benchmarks/machine_code.py down --tile-rows 192 --k 768 --n 2048 --config stages=3,cluster=1
+
+Needs `jax[cuda13]` and nvdisasm (of a CUDA toolkit, or of the triton package). Without a driver a C compiler makes a stand-in for
+libcuda, which says that there is a Hopper GPU and launches nothing.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import dataclasses
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+
+ROWS, EXPERTS = 131072, 128
+STAND_IN = """
+typedef int R;
+R cuInit(unsigned flags) { return 0; }
+R cuGetErrorString(R e, const char **s) { *s = "no driver"; return 0; }
+R cuGetErrorName(R e, const char **s) { *s = "no driver"; return 0; }
+R cuDriverGetVersion(int *v) { *v = 13000; return 0; }
+R cuDeviceGetCount(int *n) { *n = 1; return 0; }
+R cuDeviceGet(int *d, int i) { *d = 0; return 0; }
+R cuCtxGetDevice(int *d) { *d = 0; return 0; }
+R cuCtxGetCurrent(void **c) { *c = (void *)1; return 0; }
+R cuDeviceGetAttribute(int *v, int a, int d) { *v = a == 75 ? 9 : a == 76 ? 0 : a == 16 ? 132 : 1; return 0; }
+R cuModuleLoadData(void **m, const void *image) { *m = (void *)1; return 0; }
+R cuModuleGetFunction(void **f, void *m, const char *name) { *f = (void *)1; return 0; }
+R cuFuncSetAttribute(void *f, int a, int v) { return 0; }
+R cuModuleUnload(void *m) { return 0; }
+"""
+
+
+class Loop(NamedTuple):
+    """A loop that multiplies.
+
+    Attributes:
+        columns: N of its wgmma instructions.
+        products: wgmma instructions.
+        uniform: instructions of the uniform datapath, once a warp.
+        vector: other instructions, once a thread.
+        moves: R2UR, from a vector to a uniform register.
+        spills: loads and stores of local memory.
+    """
+
+    columns: int
+    products: int
+    uniform: int
+    vector: int
+    moves: int
+    spills: int
+
+
+def loops(sass: str) -> list[Loop]:
+    """The innermost loops of a disassembly that hold wgmma instructions, in the order of the code."""
+    lines = sass.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\.L_\w+):", line))}
+    branches = [(m[1], i) for i, line in enumerate(lines) if (m := re.search(r"BRA\s+`\((\.L_\w+)\)", line))]
+    spans = [(labels[label], end) for label, end in branches if labels.get(label, end) < end]
+    spans = [span for span in spans if any("HGMMA" in line for line in lines[slice(*span)])]
+    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return [_loop([line for line in lines[start : end + 1] if "/*" in line]) for start, end in inner]
+
+
+def _loop(lines: list[str]) -> Loop:
+    """What the lines ``... /*address*/ [@predicate] OPERATION[.modifiers] operands`` hold."""
+    codes = [re.sub(r".*/\*[0-9a-f]+\*/\s+|@!?U?P\w+\s+", "", line) for line in lines]
+    ops = collections.Counter(re.split(r"[\s.;]", code)[0] for code in codes)
+    uniform = sum(count for op, count in ops.items() if op.startswith("U"))
+    columns = next(int(m[1]) for code in codes if (m := re.match(r"HGMMA\.64x(\d+)", code)))
+    vector = len(codes) - uniform - ops["HGMMA"]
+    return Loop(columns, ops["HGMMA"], uniform, vector, ops["R2UR"], ops["LDL"] + ops["STL"])
+
+
+def compile_kernel(module: bytes, folder: Path) -> None:
+    """Compiles a serialized Mosaic kernel; its code and ptxas' report are left in the folder."""
+    import jax_plugins.xla_cuda13 as plugin
+
+    packages = Path(plugin.__file__).parents[2]
+    toolkit = folder / "toolkit"
+    (toolkit / "bin").mkdir(parents=True)
+    for part in (packages / "nvidia" / "cu13").iterdir():
+        if part.name != "bin":
+            (toolkit / part.name).symlink_to(part)
+    for part in (packages / "nvidia" / "cu13" / "bin").iterdir():
+        (toolkit / "bin" / part.name).symlink_to(part)
+    if not (toolkit / "bin" / "nvdisasm").exists():
+        (toolkit / "bin" / "nvdisasm").symlink_to(_nvdisasm())
+    os.environ |= {
+        "MOSAIC_GPU_CUDA_ROOT": str(toolkit),
+        "MOSAIC_GPU_RUNTIME_LIB_PATH": str(packages / "jax_cuda13_plugin" / "libmosaic_gpu_runtime.so"),
+        "MOSAIC_GPU_DUMP_TO": str(folder),
+        **{f"MOSAIC_GPU_DUMP_{what}": "1" for what in ("PTX", "PTXAS", "SASS")},
+    }
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        (folder / "cuda.c").write_text(STAND_IN)
+        library = str(folder / "libcuda.so.1")
+        made = ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, str(folder / "cuda.c")]
+        subprocess.run(made, check=True)
+        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+    compile_ = ctypes.CDLL(plugin._get_library_path()).MosaicGpuCompile
+    compile_.argtypes, compile_.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_void_p
+    if not compile_(module, len(module)):
+        raise RuntimeError("Mosaic could not compile the kernel")
+
+
+def _nvdisasm() -> str:
+    triton = importlib.util.find_spec("triton")
+    places = [shutil.which("nvdisasm")]
+    places += [str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm")] if triton else []
+    found = next((place for place in places if place and Path(place).exists()), None)
+    if found is None:
+        raise FileNotFoundError("nvdisasm: not on the PATH, nor in a triton package; pip install triton")
+    return found
+
+
+def kernel_of(projection: str, tile_rows: int, k: int, n: int, changes: dict[str, int]) -> tuple[bytes, object]:
+    """The serialized grouped matmul of a projection, and its configuration."""
+    import jax
+    from jaxlib.mlir import ir
+
+    from moe_jax.activations import get_activation
+    from moe_jax.kernels.hopper.matmul_bf16 import grouped_matmul
+    from moe_jax.kernels.hopper.matmul_config import default_config
+
+    activation = get_activation("silu") if projection == "up" else None
+    rule = default_config(tile_rows, activation is not None, n // 2 if activation else n, EXPERTS)
+    config = dataclasses.replace(rule, **changes)
+
+    def like(*shape: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    operands = [like(ROWS, k, dtype="bfloat16"), like(EXPERTS, n, k, dtype="bfloat16")]
+    schedule = [like(2 * EXPERTS + ROWS // tile_rows)] * 3 + [like(1)]
+    run = jax.jit(lambda *arrays: grouped_matmul(*arrays, None, activation, config=config))
+    module = run.trace(*operands, *schedule).lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+    found: list[bytes] = []
+
+    def visit(op):
+        if op.name == "stablehlo.custom_call":
+            found.append({a.name: a.attr for a in op.attributes["mhlo.backend_config"]}["module"].value_bytes)
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(visit)
+    return found[0], config
+
+
+def main(
+    projection: Annotated[str, typer.Argument(help="up (gated) or down")],
+    tile_rows: int = 160,
+    k: int = 2048,
+    n: int = 1536,
+    config: Annotated[str, typer.Option(help="changes to the rule's configuration, as stages=3,cluster=1")] = "",
+) -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    changes = {name: int(value) for name, value in (item.split("=") for item in config.split(",") if item)}
+    module, used = kernel_of(projection, tile_rows, k, n, changes)
+    print(used)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        compile_kernel(module, folder)
+        report = next(folder.glob("*.ptxas")).read_text()
+        print("; ".join(re.findall(r"\d+ bytes spill \w+|Used \d+ registers", report)))
+        for loop in loops(next(folder.glob("*.sass*")).read_text()):
+            print("  ".join(f"{field} {value}" for field, value in loop._asdict().items()))
+
+
+if __name__ == "__main__":
+    typer.run(main)

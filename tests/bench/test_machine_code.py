@@ -1,0 +1,35 @@
+"""The reader of disassemblies, on a few lines of one."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "machine_code.py"
+SASS = """
+.L_x_1:
+   -:-:-:Y:01        /*0010*/                   MOV R2, 0x1
+.L_x_2:
+   -:-:-:Y:01        /*0020*/                   UIADD3 UR4, UR5, 0x2, URZ
+   -:-:-:Y:01        /*0030*/                   R2UR UR42, R2
+   -:-:-:Y:01        /*0040*/                   HGMMA.64x160x16.F32.BF16 R24, gdesc[UR36], R24
+   -:-:-:Y:01        /*0050*/                   HGMMA.64x160x16.F32.BF16 R24, gdesc[UR40], R24, gsb0
+   -:-:-:Y:01        /*0060*/               @P0 LDL R3, [R1+0x4]
+   -:-:-:Y:05        /*0070*/              @!P4 BRA `(.L_x_2)
+   -:-:-:Y:05        /*0080*/              @!P2 BRA `(.L_x_1)
+   -:-:-:Y:05        /*0090*/                   BRA `(.L_x_9)
+"""
+
+
+@pytest.fixture(scope="module")
+def machine_code():
+    spec = importlib.util.spec_from_file_location("machine_code", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_innermost_loops_are_counted(machine_code):
+    found = machine_code.loops(SASS)
+    assert found == [machine_code.Loop(columns=160, products=2, uniform=1, vector=3, moves=1, spills=1)]
+    assert machine_code.loops(SASS.replace("HGMMA", "FFMA")) == []
