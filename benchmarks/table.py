@@ -38,8 +38,10 @@ def head(result: dict, source: str) -> str:
             f" In the same run a large {dtype} matmul reaches {rates['matmul_tflops']:.3g} TFLOP/s, sums read "
             f"{rates['read_gb_per_s']:.0f} GB/s."
         )
+    calls = result.get("layers_a_call")
+    where = "inside one jit" if calls is None else f"one of {calls} in one jit, each on the output of the last"
     return (
-        f"Microseconds for the whole {dtype} layer, router logits and hidden states in, output out, inside one jit (in "
+        f"Microseconds for the whole {dtype} layer, router logits and hidden states in, output out, {where} (in "
         f"brackets: the sum of its kernels alone), on one {result['device']}, jax {result['jax']}, commit "
         f"`{result['commit']}`, {result['date']}.{ceilings} From `{source}`, which also has each kernel and the error of "
         "each row."

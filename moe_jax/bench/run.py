@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moe_jax.bench import peers
+from moe_jax.bench.compiling import CALLS
 from moe_jax.bench.entrant import Entrant, Progress, Row, Turn, plan
 from moe_jax.bench.environment import describe, has_gpu
 from moe_jax.bench.options import BenchOptions
@@ -44,6 +45,7 @@ def run_bench(
         "ceilings": {name: round(rate, 3) for name, rate in ceilings._asdict().items()},
         "budget_seconds": options.budget,
         "peer_seconds": options.peer_seconds,
+        "layers_a_call": CALLS,
         "rows": [],
         "skipped": [head for case in options.cases for head in plan(case, options)],
     }
