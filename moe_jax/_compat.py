@@ -51,6 +51,12 @@ def default_device() -> jax.Device:
     return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
 
 
+def device_memory_bytes() -> int | None:
+    """Memory of the device that a jit call runs on; None where it does not say."""
+    stats = default_device().memory_stats() or {}
+    return stats.get("bytes_limit")
+
+
 # The interpreter runs every warpgroup of every block as a thread of XLA's CPU client and blocks it at barriers.
 _INTERPRETER_THREADS = 32
 

@@ -21,6 +21,8 @@ _FEW_ROWS: tuple[dict[str, Any], ...] = (
     {"halves": 2},
     {"halves": 1, "consumers": 2},
     {"cluster": 2},
+    {"columns": 64, "tile_k": 128},
+    {"columns": 32, "tile_k": 256},
 )
 # With many, what is fetched again from L2 counts too: the order of the tiles, and what neighbours fetch together.
 _MANY_ROWS: tuple[dict[str, Any], ...] = (

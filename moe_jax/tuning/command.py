@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +19,7 @@ from moe_jax.console import console as make_console
 from moe_jax.console import fail
 
 if TYPE_CHECKING:
-    from moe_jax.tuning.search import Outcome, Problem
+    from moe_jax.tuning.search import Layer, Outcome, Problem
 
 # A plan serves half to twice the pairs that it was measured with: powers of four leave no gap.
 TOKENS = "1,4,16,64,256,1024,4096,16384"
@@ -49,6 +51,9 @@ def tune(
         Path | None,
         typer.Option(help="Folder of the tuned plans. Default: $MOE_JAX_TUNED_DIR, else the user's cache."),
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="That compile side by side. Default: one a core, up to 12.")
+    ] = None,
     again: Annotated[bool, typer.Option("--again", help="Also measure what is there already.")] = False,
 ) -> None:
     """Measure which tiles of the grouped matmuls are fastest on this Hopper GPU, and keep them for later runs."""
@@ -67,6 +72,8 @@ def tune(
         problems = [Problem(name, config, count) for name, config in configs.items() for count in counts]
     except ValueError as error:
         raise fail(str(error), 2) from error
+    # Processes share the GPU: JAX must not reserve most of it at the first look for a device.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     reason = platform_reason()
     if reason is not None:
         raise fail(
@@ -79,17 +86,22 @@ def tune(
         cache.check_writable(folder)
     except ValueError as error:
         raise fail(f"--out {folder}: {error}", 2) from error
-    from moe_jax.tuning.timed_layer import TimedLayer
+    from moe_jax.tuning import processes as sharing
+    from moe_jax.tuning import timed_layer
 
     console = make_console()
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     outcomes = []
-    with Progress(*columns, console=console) as progress:
+    number = processes or sharing.default_processes()
+    shared = sharing.Pool(number) if number > 1 else contextlib.nullcontext()
+    with shared as pool, Progress(*columns, console=console) as progress:
         task = progress.add_task("starting", total=len(problems))
 
-        def make_layer(problem: Problem) -> TimedLayer:
+        def make_layer(problem: Problem) -> Layer:
             progress.update(task, description=f"{problem.name}, T = {problem.num_tokens}")
-            return TimedLayer(problem.config, problem.num_tokens)
+            if pool is None:
+                return timed_layer.TimedLayer(problem.config, problem.num_tokens)
+            return sharing.SharedLayer(pool, problem.config, problem.num_tokens)
 
         def say(message: str) -> None:
             progress.console.print(message, highlight=False, markup=False)

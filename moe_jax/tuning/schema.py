@@ -60,10 +60,6 @@ def decode(raw: Any) -> TunedEntry:
     if not (up.row_counts and down.row_counts):
         raise ValueError("row_counts are empty")
     plan = LayerPlan(tile_rows, up, down)
-    if plan.tile_rows < 16:
-        raise ValueError(
-            f"tile_rows={plan.tile_rows} must be at least 16, which few tokens that share their tiles take"
-        )
     reason = misfit(shape, plan)
     if reason:
         raise ValueError(reason)

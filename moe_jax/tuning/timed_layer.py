@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 
 import jax
@@ -27,22 +28,27 @@ class TimedLayer:
 
     def __init__(self, config: MoEConfig, num_tokens: int):
         self._config, self._tokens = config, num_tokens
-        x = jax.random.normal(jax.random.key(num_tokens), (num_tokens, config.hidden_size), config.dtype)
-        logits = np.random.default_rng(num_tokens).standard_normal((num_tokens, config.num_experts), np.float32)
-        self._operands = jax.block_until_ready((x, _weights(config), jnp.asarray(logits)))
         self._built: dict[LayerPlan, Layer] = {}
 
-    def build(self, plans: Sequence[LayerPlan]) -> dict[LayerPlan, str]:
-        """Compiles the layer under each plan; gives those that cannot be compiled, with the reason.
+    @functools.cached_property
+    def _operands(self) -> tuple[jax.Array, ExpertWeights, jax.Array]:
+        config, tokens = self._config, self._tokens
+        x = jax.random.normal(jax.random.key(tokens), (tokens, config.hidden_size), config.dtype)
+        logits = np.random.default_rng(tokens).standard_normal((tokens, config.num_experts), np.float32)
+        return jax.block_until_ready((x, _weights(config), jnp.asarray(logits)))
 
-        One by one: JAX compiles the Mosaic kernels of a process under a lock.
-        """
+    def build(self, plans: Sequence[LayerPlan]) -> dict[LayerPlan, str]:
+        """Compiles the layer under each plan, from shapes alone; gives those that cannot be compiled, with the reason."""
+        config, tokens = self._config, self._tokens
+        x = jax.ShapeDtypeStruct((tokens, config.hidden_size), config.dtype)
+        logits = jax.ShapeDtypeStruct((tokens, config.num_experts), jnp.float32)
+        operands = x, jax.eval_shape(lambda: _weights.__wrapped__(config)), logits
 
         def compile_one(plan: LayerPlan) -> str | None:
             layer = functools.partial(moe, config=self._config, plan=plan)
             try:
                 built = Layer(layer)
-                built.compiled[self._tokens] = built.jitted.lower(*self._operands).compile()
+                built.compiled[self._tokens] = built.jitted.lower(*operands).compile()
                 self._built[plan] = built
             except Exception as error:  # a configuration that the compiler refuses is not the end of a search
                 return f"cannot be built: {type(error).__name__}: {error}"[:300]
@@ -52,9 +58,10 @@ class TimedLayer:
         reasons = [compile_one(plan) for plan in new]
         return {plan: reason for plan, reason in zip(new, reasons, strict=True) if reason is not None}
 
-    def output(self, plan: LayerPlan) -> jax.Array:
-        """``[T, H]``, under a plan that was built."""
-        return jax.block_until_ready(self._built[plan].at(self._tokens)(*self._operands))
+    def fingerprint(self, plan: LayerPlan) -> str:
+        """Of the bits of the output ``[T, H]``, under a plan that was built."""
+        output = self._built[plan].at(self._tokens)(*self._operands)
+        return hashlib.sha256(np.ascontiguousarray(output).view(np.uint8)).hexdigest()
 
     def kernel_us(self, plan: LayerPlan) -> tuple[float, float]:
         """Microseconds of the up- and of the down-projection's kernel."""

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from moe_jax.cli import app
 from moe_jax.ops import implementation
-from moe_jax.tuning import cache, timed_layer
+from moe_jax.tuning import cache, processes, timed_layer
 from tests.tuning.fake_layer import FakeLayer
 
 
@@ -31,6 +31,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(implementation, "platform_reason", lambda platform=None: None)
     monkeypatch.setattr(cache, "device_kind", lambda: "NVIDIA H200")
     monkeypatch.setattr(timed_layer, "TimedLayer", layer)
+    monkeypatch.setattr(processes, "default_processes", lambda: 1)  # what is made up is not in other processes
     return made
 
 

@@ -184,7 +184,7 @@ def grouped_matmul(
 
         def next_slot(slot):
             """The stage after this one; a remainder by three is a dozen instructions."""
-            return jnp.where(slot == stages - 1, 0, slot + 1)
+            return jnp.where(slot < stages - 1, slot + 1, 0)
 
         def rows_of(m):
             """Rows that are multiplied."""
@@ -218,7 +218,7 @@ def grouped_matmul(
 
                     @pl.when(step > 0)
                     def _():
-                        plgpu.barrier_arrive(empty.at[jnp.where(slot == 0, stages, slot) - 1])
+                        plgpu.barrier_arrive(empty.at[jnp.where(slot > 0, slot, stages) - 1])
 
                     return next_slot(slot)
 
@@ -273,7 +273,7 @@ def grouped_matmul(
             def _tile(i):
                 m, n = tile_at(i)
                 expert, size = group_g[m], rows_of(m)
-                first_row = 0 if shared else starts_g[m]
+                first_row = m * 0 if shared else starts_g[m]  # not known to be 0: there may be fewer rows than are fetched
 
                 @pl.loop(0, k_steps)
                 def _step(step):
