@@ -273,7 +273,9 @@ def grouped_matmul(
             def _tile(i):
                 m, n = tile_at(i)
                 expert, size = group_g[m], rows_of(m)
-                first_row = m * 0 if shared else starts_g[m]  # not known to be 0: there may be fewer rows than are fetched
+                first_row = (
+                    m * 0 if shared else starts_g[m]
+                )  # not known to be 0: there may be fewer rows than are fetched
 
                 @pl.loop(0, k_steps)
                 def _step(step):
