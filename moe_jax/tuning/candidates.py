@@ -21,12 +21,14 @@ _FEW_ROWS: tuple[dict[str, Any], ...] = (
     {"halves": 2},
     {"halves": 1, "consumers": 2},
     {"cluster": 2},
+    {"overlap": True},
     {"columns": 64, "tile_k": 128},
     {"columns": 32, "tile_k": 256},
 )
 # With many, what is fetched again from L2 counts too: the order of the tiles, and what neighbours fetch together.
 _MANY_ROWS: tuple[dict[str, Any], ...] = (
     {},
+    {"overlap": False},
     {"band": 4},
     {"band": 16},
     {"cluster": 2},

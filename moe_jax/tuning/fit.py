@@ -52,7 +52,8 @@ def config_misfit(config: Config, gated: bool, dtype: str) -> str | None:
         'halves=1 must be 2: a gated projection keeps gate and up in one tile'
     """
     counts = config.row_counts
-    sizes = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "row_counts"}
+    sizes = dataclasses.asdict(dataclasses.replace(config, row_counts=(), overlap=True))
+    del sizes["row_counts"]
     for name, size in sizes.items():
         if size < 1:
             return f"{name}={size} must be at least 1"

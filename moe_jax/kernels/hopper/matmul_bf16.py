@@ -193,7 +193,6 @@ def grouped_matmul(
         def consume(i):
             m, n = tile_at(i)
             col = n * tile_cols + wg * wg_cols
-            # Loaded once: a load for each block that is stored cost a quarter of the down-projection.
             if bias is not None:
                 for half in range(halves):
                     start = col + half * (n_out if gated else block_cols)
@@ -213,20 +212,23 @@ def grouped_matmul(
                         for half, acc in enumerate(accs):
                             weight_rows = pl.ds(((wg * depth + side) * halves + half) * block_cols, WGMMA_ROWS)
                             plgpu.wgmma(acc, weights_s.at[slot, weight_rows, pl.ds(at, swizzled)], b.T)
-                    # The products of the step before are done: its stage may be refilled.
-                    plgpu.wgmma_wait(halves * operand.pieces)
+                    if config.overlap:  # the products of the step before are done: its stage may be refilled
+                        plgpu.wgmma_wait(halves * operand.pieces)
 
-                    @pl.when(step > 0)
-                    def _():
-                        plgpu.barrier_arrive(empty.at[jnp.where(slot > 0, slot, stages) - 1])
-
+                        @pl.when(step > 0)
+                        def _():
+                            plgpu.barrier_arrive(empty.at[jnp.where(slot > 0, slot, stages) - 1])
+                    else:
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(empty.at[slot])
                     return next_slot(slot)
 
                 lax.fori_loop(0, k_steps, multiply_step, lax.rem(first_turn, stages))
-
+                # Loaded once, and on their way while the last products run; before the loop they cost it its registers.
                 mine = starts_g[m], (tokens_g if shared else sizes_g)[m]
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(empty.at[lax.rem(first_turn + k_steps - 1, stages)])
+                if config.overlap:
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(empty.at[lax.rem(first_turn + k_steps - 1, stages)])
                 return tuple(acc[...] for acc in accs), mine
 
             accs, mine = pl.run_scoped(accumulate, *[plgpu.ACC((WGMMA_ROWS, count)) for _ in range(halves)])

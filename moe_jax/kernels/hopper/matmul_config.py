@@ -29,6 +29,7 @@ class Config:
     band: int = 8  # row tiles walked together before the next weight columns: what L2 holds at a time
     cluster: int = 1  # neighbouring blocks of weight columns that fetch their rows once and together
     columns: int = 64  # of the output that a block of 64 weight rows makes: 64, 32 or 16
+    overlap: bool = True  # the products of a step run while those of the next are issued; its stage is handed back after that
 
     @property
     def depth(self) -> int:
@@ -78,9 +79,12 @@ def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -
 
     if tile_rows > _MANY[-1]:
         return Config(up_to(_MOST), stages=3, cluster=2 if tile_rows % 16 == 0 else 1)
+    if tile_rows > _SOME[-1]:
+        return Config(up_to(_MANY), stages=4)
+    # Where steps wait for memory, a stage that is handed back only when the next has come is one less on its way.
     if tile_rows > _FEW[-1]:
-        return Config(up_to(_MANY if tile_rows > _SOME[-1] else _SOME), stages=4)
-    few = Config(up_to(_FEW), consumers=1, halves=2, tile_k=128, stages=4)
+        return Config(up_to(_SOME), stages=4, overlap=False)
+    few = Config(up_to(_FEW), consumers=1, halves=2, tile_k=128, stages=4, overlap=False)
     multiprocessors = _compat.num_multiprocessors()
     if not gated and likely_tiles * pl.cdiv(n_out, 2 * WGMMA_ROWS) < multiprocessors:
         few = dataclasses.replace(few, halves=1, stages=6)
