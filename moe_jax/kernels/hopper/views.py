@@ -41,7 +41,7 @@ class Operand:
     """
 
     def __init__(self, stages: int, rows: int, tile_k: int, columns: int, dtype: Any, interpret: bool):
-        self.pieces, self.columns = tile_k // columns, columns
+        self.pieces = tile_k // columns
         shape = (stages, self.pieces, rows, columns)
         self._union = not interpret
         eights = _tiled(shape, 8, dtype)
