@@ -40,7 +40,7 @@ Learned on an H200 (benchmarks/results/2026-11-22-h200-matmul-variants.txt; qwen
 - Narrow tiles, one token: 32.7 us a layer for a rank of DeepSeek-V3 and 59.9 for gpt-oss-120b (2026-11-24-h200-packed-rows.json),
   42.0 and 61.8 with 64 columns (2026-11-24-h200-packing-variants.txt). Cutting only the last round's tiles into narrow parts
   leaves too few bytes on their way: slower.
-- Asking for the next kernel's first weights ahead (L2 prefetch): 0 to 2 % slower (the same file).
+- Asking for the next kernel's first weights ahead (L2 prefetch): 0 to 3 % slower (the same file).
 - The loop over K has to stay in uniform registers, where a warp computes an address once. A tile's row and size loaded before
   the loop, and its ragged edge stored by branches for 16, 8, 4, 2 and 1 rows, pushed the counters into vector registers (52
   vector instructions a step instead of 16, in ptxas' code for 160 rows): layers of 16384 tokens took 8 to 15 % longer than in
