@@ -105,7 +105,7 @@ def _kernel_reasons(config: MoEConfig, num_tokens: int, num_local: int) -> list[
             "topk",
             topk.supports(logits, config.top_k, rule) if rule else f"{config.routing.method.value} is not a top-k rule",
         ),
-        ("group_tokens", group_tokens.supports(config.num_experts, num_local, tile_rows, pairs)),
+        ("group_tokens", group_tokens.supports(config.num_experts, num_local, pairs)),
         ("gather", gather.supports(x)),
         ("grouped_matmul (up)", matmul_bf16.supports(y, w13, bias, config.act, tile_rows)),
         ("grouped_matmul (down)", matmul_bf16.supports(like(dtype, rows, intermediate), w2, None, None, tile_rows)),

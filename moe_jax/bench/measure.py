@@ -102,10 +102,10 @@ def measure(
     row: dict[str, Any] = {"implementation": _implementations(config, tokens, implementation)}
     if expected is None:
         output = jax.block_until_ready(layer(x, weights, logits))
-        wrong = (
-            {} if output.shape == x.shape else {"failed": f"wrong output: {list(output.shape)}, not {list(x.shape)}"}
-        )
-        return row | {"shape": list(output.shape)} | wrong
+        row["shape"] = list(output.shape)
+        if output.shape != x.shape:
+            row["failed"] = f"wrong output: shape {row['shape']}, not {list(x.shape)}"
+        return row
     stack, operands = layer.stack_at(tokens), (x, weights, stack_logits(logits))
     output, _ = jax.block_until_ready(stack(*operands))
     if output.shape != x.shape:

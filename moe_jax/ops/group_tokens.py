@@ -135,7 +135,7 @@ def group_tokens(
 
     tokens, top_k = topk_ids.shape
     num_local = num_experts if num_local_experts is None else num_local_experts
-    reason = kernel.supports(num_experts, num_local, tile_rows or 64, tokens * top_k)
+    reason = kernel.supports(num_experts, num_local, tokens * top_k)
     chosen = impl.choose("group_tokens", implementation, None if topk_ids.size == 0 else reason)
     tile_rows = tile_rows or default_tile_rows(tokens * top_k, num_local, chosen)
     tiles = max_tiles(tokens * top_k, num_local, tile_rows)

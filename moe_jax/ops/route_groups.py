@@ -65,7 +65,7 @@ def route_groups(
     if expert_map is None and num_local != num_experts:
         raise ValueError(f"num_local_experts={num_local} of num_experts={num_experts}: say which in expert_map")
     reason = routing.supports(router_logits, top_k, rule)
-    reason = reason or grouping.supports(num_experts, num_local, tile_rows or 64, tokens * top_k)
+    reason = reason or grouping.supports(num_experts, num_local, tokens * top_k)
     if tokens == 0 or reason is not None or impl.choose("route_groups", implementation, None) == "xla":
         topk = plain_topk.topk(
             router_logits, top_k, rule, correction_bias=correction_bias, implementation=implementation

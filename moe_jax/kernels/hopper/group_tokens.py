@@ -39,7 +39,7 @@ _BOX = 256  # TMA's limit per dimension
 _ROWS = 32  # tokens of a tile of `count_pairs`: their ids are whole multiples of 128 bytes
 
 
-def supports(num_experts: int, num_local_experts: int, tile_rows: int, num_pairs: int) -> str | None:
+def supports(num_experts: int, num_local_experts: int, num_pairs: int) -> str | None:
     """Why these kernels cannot group the pairs; None if they can."""
     if max(num_experts, num_local_experts) > MAX_EXPERTS:
         return f"num_experts={max(num_experts, num_local_experts)} must be at most {MAX_EXPERTS} (counters in shared memory)"

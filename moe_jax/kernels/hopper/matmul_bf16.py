@@ -43,9 +43,10 @@ Learned on an H200 (benchmarks/results/2026-11-22-h200-matmul-variants.txt; qwen
 - Asking for the next kernel's first weights ahead (L2 prefetch): 0 to 3 % slower (the same file).
 - The loop over K has to stay in uniform registers, where a warp computes an address once. A tile's row and size loaded before
   the loop, and its ragged edge stored by branches for 16, 8, 4, 2 and 1 rows, pushed the counters into vector registers (52
-  vector instructions a step instead of 16, in ptxas' code for 160 rows): layers of 16384 tokens took 8 to 15 % longer than in
-  the run before, 2661 instead of 2346 us for qwen3-30b-a3b, vLLM 1 to 6 % (2026-11-24-h200-packed-rows.json, -bf16-layer.json).
-  Hence the loads behind the loop and the loops in `views.Staged.store_first`; `benchmarks/machine_code.py` counts.
+  vector instructions a step instead of 16, for 160 rows: 2026-11-24-machine-code.txt): layers of 16384 tokens took 8 to 15 %
+  longer than in the run before, 2661 instead of 2346 us for qwen3-30b-a3b, vLLM 1 to 6 % (2026-11-24-h200-packed-rows.json,
+  -bf16-layer.json). Hence the loads behind the loop and the loops in `views.Staged.store_first`; what they bring is not timed
+  yet. `benchmarks/machine_code.py` counts.
 - Programmatic dependent launch: no difference under XLA (208.0 and 207.7 us for a layer of 16 tokens).
 - Long runs lower the clock: the sum of a layer's kernels, each measured alone, is up to 16 % below the layer's own time
   (2026-11-22-h200-bf16-layer.json).
