@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import MoEConfig
-from moe_jax.ops.group_tokens import max_tiles
 from moe_jax.ops.implementation import platform_reason
 from moe_jax.tuning.cache import device_kind, find_tuned
 from moe_jax.tuning.plan import LayerShape, default_plan, plan_for
@@ -92,14 +91,13 @@ def _kernel_reasons(config: MoEConfig, num_tokens: int, num_local: int) -> list[
 
     pairs = num_tokens * config.top_k
     tile_rows = plan_for(LayerShape.of(config, num_tokens, num_local)).tile_rows
-    rows = max_tiles(pairs, num_local, tile_rows) * tile_rows
     hidden, intermediate, dtype = config.hidden_size, config.intermediate_size, jnp.dtype(config.dtype)
     logits = like(jnp.dtype(config.routing.router_logits_dtype or "float32"), num_tokens, config.num_experts)
     rule = config.routing.rule
     w13 = like(dtype, num_local, config.w13_rows, hidden)
     w2 = like(dtype, num_local, hidden, intermediate)
     bias = like(dtype, num_local, config.w13_rows) if config.has_bias else None
-    x, y = like(dtype, num_tokens, hidden), like(dtype, rows, hidden)
+    x, y = like(dtype, num_tokens, hidden), like(dtype, pairs, hidden)
     return [
         (
             "topk",
@@ -108,6 +106,6 @@ def _kernel_reasons(config: MoEConfig, num_tokens: int, num_local: int) -> list[
         ("group_tokens", group_tokens.supports(config.num_experts, num_local, pairs)),
         ("gather", gather.supports(x)),
         ("grouped_matmul (up)", matmul_bf16.supports(y, w13, bias, config.act, tile_rows)),
-        ("grouped_matmul (down)", matmul_bf16.supports(like(dtype, rows, intermediate), w2, None, None, tile_rows)),
+        ("grouped_matmul (down)", matmul_bf16.supports(like(dtype, pairs, intermediate), w2, None, None, tile_rows)),
         ("combine", combine.supports(y)),
     ]

@@ -146,6 +146,7 @@ def test_narrow_tiles(columns, gated, halves, consumers):
     """Blocks of less than 64 columns, whose stages hold several pieces of K; the last past the end of K and of the columns."""
     groups = groups_with_sizes(14, (3, 0, 17, 1), 16)
     config = matmul_config.Config((8, 16), consumers, halves, tile_k=64 * 64 // columns, stages=2, columns=columns)
+    config = dataclasses.replace(config, overlap=columns == 32)
     rows, weights, _ = problem(14, groups, 336, 2 * 80 if gated else 80, num_experts=4)
     layer = MoEConfig(1, 1, 8, 8) if gated else None
     act, bias = None if layer is None else layer.act, normal(15, 4, weights.shape[1])
