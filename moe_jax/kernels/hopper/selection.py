@@ -181,10 +181,22 @@ def _sort(ids: list[Any], weights: list[Any]) -> tuple[list[Any], list[Any]]:
     return [pick(ids, s) for s in slots], [pick(weights, s) for s in slots]
 
 
+def rounds(selection: Scores, scores: Scores, top_k: int) -> tuple[list[Any], list[Any], Scores]:
+    """The experts of the slots, -1 for none, and their `scores`; and the pairs as a matrix: 1 where an expert was chosen."""
+    ids, values, left = [], [], selection
+    for _ in range(top_k):
+        best = left.max()
+        expert = left.first(best)
+        left = left.strike(expert)
+        values.append(best if scores is selection else scores.at(expert))
+        ids.append(jnp.where(best > NEVER, expert, -1))
+    return ids, values, left.map(lambda x, before: jnp.where((x == NEVER) & (before > NEVER), 1, 0), selection)
+
+
 def select(
-    raw: Scores, biases: Scores | None, experts: int, top_k: int, rule: RoutingRule
-) -> tuple[list[Any], list[Any], Scores]:
-    """(ids, weights): for each slot a vector over the tile's tokens; and the pairs as a matrix: 1 where an expert was chosen.
+    raw: Scores, biases: Scores | None, experts: int, top_k: int, rule: RoutingRule, pick: Any = None
+) -> tuple[list[Any], list[Any], Scores | None]:
+    """(ids, weights): for each slot a vector over the tile's tokens; and the pairs as a matrix, if `rounds` has picked them.
 
     Args:
         raw: logits; columns past the last expert hold anything.
@@ -192,6 +204,7 @@ def select(
         experts: number of experts.
         top_k: number of slots.
         rule: as in `moe_jax.ops.topk`.
+        pick: gives the experts of the slots and their scores, instead of `rounds`.
     """
     # NaN compares false: it counts as -inf, "cannot be selected", as do the columns past the last expert.
     logits = raw.map_indexed(lambda e, x: jnp.where((x > NEVER) & (e < experts), jnp.minimum(x, LARGEST), NEVER))
@@ -202,15 +215,11 @@ def select(
     )
     if rule.num_expert_group > 1:
         selection = _keep_groups(selection, experts, rule)
-
-    ids, values, all_of_them = [], [], selection
-    for _ in range(top_k):
-        best = selection.max()
-        expert = selection.first(best)
-        selection = selection.strike(expert)
-        values.append(best if biases is None else scores.at(expert))
-        ids.append(jnp.where(best > NEVER, expert, -1))
-    chosen = selection.map(lambda x, before: jnp.where((x == NEVER) & (before > NEVER), 1, 0), all_of_them)
+    chosen, weighed = None, selection if biases is None else scores
+    if pick is None:
+        ids, values, chosen = rounds(selection, weighed, top_k)
+    else:
+        ids, values = pick(selection, weighed)
     weights = _weigh(ids, values, rule)
     if biases is not None:
         ids, weights = _sort(ids, weights)

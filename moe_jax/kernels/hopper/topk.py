@@ -17,6 +17,7 @@ Learned on an H200 (benchmarks/results/2026-11-24-h200-plans-and-glue.txt; 128 e
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from moe_jax import _compat
-from moe_jax.kernels.hopper import ranks
+from moe_jax.kernels.hopper import one_token, ranks
 from moe_jax.kernels.hopper.selection import COLUMNS, LAYOUT, ROWS, Scores, repeat, row_numbers, select
 from moe_jax.routing_methods import RoutingRule
 
@@ -128,6 +129,9 @@ def topk(
     tail = tokens % ROWS
     biased = correction_bias is not None
     mapped = grouping is not None and grouping.expert_map is not None
+    single = None
+    if isinstance(grouping, Share) and one_token.applies(tokens, experts, top_k):
+        single = one_token.OneToken(experts, top_k)
     columns = [(correction_bias, jnp.float32)] if biased else []
     columns += [(grouping.expert_map, jnp.int32)] if mapped else []
 
@@ -139,6 +143,8 @@ def topk(
         tail_s, tail_weights_s, loaded, columns_loaded, logits_s, *refs = refs
         if grouping is not None:
             seen_s, counts_s, scan_s, counts_known, tables_s, *refs = refs
+        if single is not None:
+            single_s, refs = refs[: len(single.scratch)], refs[len(single.scratch) :]
         columns_s = [refs[i * len(starts) : (i + 1) * len(starts)] for i in range(len(columns))]
         block, wg = lax.axis_index("block"), lax.axis_index("wg")
         mine = jnp.minimum(chunks, pl.cdiv(tokens, ROWS * wgs) - block * chunks)
@@ -205,9 +211,18 @@ def topk(
             first = first_token(chunk)
             buffer = lax.rem(chunk, 2)
             plgpu.barrier_wait(loaded.at[wg * 2 + buffer])
+            biases = _row(columns_s[0], widths, starts) if biased else None
+            if single is not None:
+                logits = Scores([single.load(logits_s[0].at[wg, buffer, 0]).astype(jnp.float32)], starts)
+                pick = functools.partial(single.pick, refs=single_s)
+                ids, weights, _ = select(logits, biases, experts, top_k, rule, pick)
+                targets = [ids_g, weights_g, *groups_g]
+                single.write(
+                    ids, weights, local_experts(ids, first), grouping.num_local_experts, targets, single_s
+                )
+                return before
             parts = [plgpu.load(p.at[wg, buffer], layout=LAYOUT, optimized=False) for p in logits_s]
             raw = Scores([part.astype(jnp.float32) for part in parts], starts)
-            biases = _row(columns_s[0], widths, starts) if biased else None
             ids, weights, chosen = select(raw, biases, experts, top_k, rule)
             outputs = [(ids_g, ids), (weights_g, weights)]
             if grouping is not None:
@@ -272,6 +287,7 @@ def topk(
         scratch += [plgpu.SMEM((wgs, ROWS, local_width), jnp.int32), plgpu.SMEM((2, wgs, local_width), jnp.int32)]
         scratch += [plgpu.SMEM((2, 2 * local_width), jnp.int32), plgpu.Barrier(num_arrivals=wgs)]
         scratch += [plgpu.SMEM((1 if counted else 4, local_width), jnp.int32)]
+        scratch += single.scratch if single is not None else []
         shapes = [(tokens, top_k)]
         if counted:
             shapes += [(blocks, local_width)]
