@@ -145,8 +145,13 @@ def kernel_of(projection: str, tile_rows: int, k: int, n: int, changes: dict[str
 
     operands = [like(ROWS, k, dtype="bfloat16"), like(EXPERTS, n, k, dtype="bfloat16")]
     schedule = [like(2 * EXPERTS + ROWS // tile_rows)] * 3 + [like(1)]
-    run = jax.jit(lambda *arrays: grouped_matmul(*arrays, None, activation, config=config))
-    module = run.trace(*operands, *schedule).lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+
+    def run(rows, weights, *schedule):
+        by_token = dict(row_tokens=schedule[-1], total_rows=ROWS) if config.gather else {}
+        return grouped_matmul(rows, weights, *schedule[:4], None, activation, config=config, **by_token)
+
+    schedule += [like(ROWS + tile_rows)] if config.gather else []
+    module = jax.jit(run).trace(*operands, *schedule).lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
     found: list[bytes] = []
 
     def visit(op):
@@ -164,13 +169,14 @@ def main(
     k: int = 2048,
     n: int = 1536,
     config: Annotated[str, typer.Option(help="changes to the rule's configuration, as stages=3,cluster=1")] = "",
+    keep: Annotated[Path | None, typer.Option(help="an empty folder for the code")] = None,
 ) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     changes = {name: int(value) for name, value in (item.split("=") for item in config.split(",") if item)}
     module, used = kernel_of(projection, tile_rows, k, n, changes)
     print(used)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = Path(name) if keep is None else keep
         compile_kernel(module, folder)
         report = next(folder.glob("*.ptxas")).read_text()
         print("; ".join(re.findall(r"\d+ bytes spill \w+|Used \d+ registers", report)))

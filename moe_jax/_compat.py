@@ -99,3 +99,53 @@ def tiled_layout(tiles: tuple[tuple[int, ...], ...], **dims: Any) -> Any:
     from jax.experimental.mosaic.gpu import fragmented_array
 
     return plgpu.Layout.TILED(fragmented_array.Tiling(tiles), **dims)
+
+
+def ptx(code: str) -> None:
+    """Emits a PTX instruction without operands; within `plgpu.inline_mgpu`."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import llvm
+
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], code, "~{memory}", has_side_effects=True)
+
+
+def copy_rows(source: Any, tile: Any, rows: Any, column: Any, count: Any) -> None:
+    """Emits `cp.async` of 128 bytes a row, 16 a thread, into a tile of rows with a 128-byte swizzle; within `plgpu.inline_mgpu`.
+
+    Args:
+        source: memref ``[N, K]`` in GPU memory.
+        tile: memref in shared memory, of 8 rows x 128 bytes a tile.
+        rows: fragmented int32 ``[tile rows]``, of `source`, negative for none; eight neighbouring lanes have the same.
+        column: the first, a splat.
+        count: bytes to copy of each 16, a splat: 16, or 0 for zeros.
+    """
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, llvm
+    from jax.experimental.mosaic.gpu import utils
+
+    i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+    row_bytes = ir.MemRefType(source.type).shape[1] * 2
+
+    def c(value: int) -> Any:
+        return arith.constant(i32, value)
+
+    def plus(a: Any, b: Any) -> Any:
+        return arith.addi(a, b)
+
+    chunk = arith.andi(utils.thread_idx(), c(7))
+    first = arith.addi(arith.muli(column.registers.flat[0], c(2)), arith.muli(chunk, c(16)))
+    base = arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(source)), arith.extui(i64, first))
+    target = llvm.ptrtoint(i32, utils.memref_ptr(tile))
+    for (row,), wanted in zip(rows.layout.thread_idxs(rows.shape), rows.registers.flat, strict=True):
+        row = arith.index_cast(i32, row) if isinstance(row.type, ir.IndexType) else row
+        wanted = llvm.extractelement(wanted, c(0)) if isinstance(wanted.type, ir.VectorType) else wanted
+        swizzled = arith.muli(arith.xori(chunk, arith.andi(row, c(7))), c(16))
+        to = plus(target, plus(arith.muli(row, c(128)), swizzled))
+        start = arith.muli(arith.extsi(i64, wanted), arith.constant(i64, row_bytes))
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [to, arith.addi(base, start), wanted, count.registers.flat[0]],
+            "{ .reg .pred p; setp.ge.s32 p, $2, 0; @p cp.async.cg.shared.global [$0], [$1], 16, $3; }",
+            "r,l,r,r,~{memory}",
+            has_side_effects=True,
+        )

@@ -40,7 +40,7 @@ def expert_mlp(
         groups,
         bias=experts.w13_bias,
         activation=config.act,
-        tokens_as_rows=groups.tile_tokens is not None,
+        tokens_as_rows=groups.tokens_as_rows,
         config=up,
         implementation=implementation,
     )

@@ -71,6 +71,7 @@ def moe(
         num_local_experts=experts.num_local_experts,
         expert_map=expert_map,
         tile_rows=None if plan is None else plan.tile_rows,
+        row_tokens=plan is not None and plan.up.gather,
         correction_bias=correction_bias,
         hidden_states=x,
         input_ids=input_ids,
@@ -124,6 +125,7 @@ def apply_experts(
         num_local_experts=experts.num_local_experts,
         expert_map=expert_map,
         tile_rows=None if plan is None else plan.tile_rows,
+        row_tokens=plan is not None and plan.up.gather,
         implementation=implementation,
     )
     return _run_experts(x, experts, topk.weights, groups, config, plan, implementation)

@@ -98,6 +98,7 @@ def route_and_group(
     num_local_experts: int | None = None,
     expert_map: Int[Array, " E"] | None = None,
     tile_rows: int | None = None,
+    row_tokens: bool = False,
     correction_bias: Float[Array, " E"] | None = None,
     implementation: str = "auto",
     **more: Array | None,
@@ -110,6 +111,7 @@ def route_and_group(
         num_local_experts: E_local; E by default.
         expert_map: int32 ``[E]``, global to local id, -1 for experts that live elsewhere.
         tile_rows: rows of a tile; by default what `group_tokens` takes. A few tokens may get smaller tiles.
+        row_tokens: as in `group_tokens`.
         correction_bias: ``[E]``, as in `route`.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
         **more: what else `route` takes, for the methods that are not a top-k rule.
@@ -132,6 +134,7 @@ def route_and_group(
             expert_map=expert_map,
             tile_rows=tile_rows,
             share_rows=True,
+            row_tokens=row_tokens,
             implementation=implementation,
         )
     topk = route(router_logits, config, correction_bias=correction_bias, implementation=implementation, **more)
@@ -141,6 +144,7 @@ def route_and_group(
         num_local_experts=num_local_experts,
         expert_map=expert_map,
         tile_rows=tile_rows,
+        row_tokens=row_tokens,
         implementation=implementation,
     )
     return topk, groups

@@ -13,7 +13,7 @@ def gather(x: Float[Array, "T H"], groups: Groups, *, implementation: str = "aut
     """The hidden states of each row's token.
 
     Rows without a token are undefined on a GPU and must not be read. Where the up-projection takes its rows from the hidden
-    states themselves (`groups.tile_tokens`), these come back as they are.
+    states themselves (`groups.tokens_as_rows`), these come back as they are.
 
     Args:
         x: ``[T, H]``.
@@ -29,7 +29,7 @@ def gather(x: Float[Array, "T H"], groups: Groups, *, implementation: str = "aut
     from moe_jax.kernels.hopper import gather as kernel
 
     impl.check_name(implementation)
-    if groups.tile_tokens is not None:
+    if groups.tokens_as_rows:
         return x
     if x.size == 0 or groups.num_rows == 0:
         return jnp.zeros((groups.num_rows, x.shape[1]), x.dtype)

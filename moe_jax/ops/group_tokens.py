@@ -32,6 +32,8 @@ class Groups:
         tile_tokens: None, or for at most 16 tokens int32 ``[tiles]``, bit t set if token t has a row in the tile: an
             up-projection then takes its rows from the hidden states themselves, and nothing is gathered (see
             `moe_jax.ops.route_groups`). A token has one row in a tile, whatever slots lead there.
+        row_tokens: None, or int32 ``[R + a tile]``, the token of each row, undefined for rows of no group: an up-projection
+            then fetches its rows from the hidden states itself.
     """
 
     positions: Int[Array, "T k"]
@@ -42,6 +44,17 @@ class Groups:
     num_tiles: Int[Array, "1"]
     tile_rows: int = field(metadata={"static": True})
     tile_tokens: Int[Array, " tiles"] | None = None
+    row_tokens: Int[Array, " padded_rows"] | None = None
+
+    @property
+    def tokens_as_rows(self) -> bool:
+        """Whether the up-projection takes its rows from the hidden states."""
+        return self.tile_tokens is not None or self.row_tokens is not None
+
+    @classmethod
+    def of(cls, found: tuple[Array, ...], tile_rows: int) -> Groups:
+        """What the kernel and plain JAX give, in the order of the attributes, the tokens of the rows last if they are there."""
+        return cls(*found[:6], tile_rows=tile_rows, row_tokens=found[6] if len(found) > 6 else None)
 
     @property
     def num_rows(self) -> int:
@@ -110,6 +123,7 @@ def group_tokens(
     expert_map: Int[Array, " E"] | None = None,
     group_offset: int | Array = 0,
     tile_rows: int | None = None,
+    row_tokens: bool = False,
     implementation: str = "auto",
 ) -> Groups:
     """Sorts the pairs of `topk_ids` by local expert.
@@ -124,6 +138,7 @@ def group_tokens(
             the `num_local_experts` neighbours from `group_offset` on.
         group_offset: the first local expert, if there is no map.
         tile_rows: rows of a tile; `default_tile_rows` by default.
+        row_tokens: where the kernel runs, also give `Groups.row_tokens`.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Example:
@@ -151,9 +166,10 @@ def group_tokens(
             num_local_experts=num_local,
             tile_rows=tile_rows,
             max_tiles=tiles,
+            row_tokens=row_tokens,
             interpret=impl.interpret_params(chosen),
         )
-    return Groups(*found, tile_rows=tile_rows)
+    return Groups.of(found, tile_rows)
 
 
 def _xla(topk_ids, expert_map, num_experts, num_local, tile_rows, tiles):

@@ -38,7 +38,8 @@ def grouped_matmul(
         bias: ``[E, N]``, added in float32 before the activation.
         activation: applied to the float32 accumulator; None for none.
         group_offset: index of the first group's weights.
-        tokens_as_rows: each tile takes its rows from the hidden states; only where `groups` has `tile_tokens`.
+        tokens_as_rows: each tile takes its rows from the hidden states; only where `groups` has `tile_tokens` or
+            `row_tokens`.
         config: how the kernel tiles its work, see `moe_jax.tuning`; the kernel's `default_config` by default. The result
             does not depend on it, and the plain-JAX form does not use it.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
@@ -48,7 +49,7 @@ def grouped_matmul(
 
     Raises:
         ValueError: a `config` for another row tile than that of `groups`, or one that the kernel cannot run; a kernel asked
-            for by name that does not support the problem; `tokens_as_rows` without `tile_tokens`.
+            for by name that does not support the problem; `tokens_as_rows` for groups that do not say which.
 
     Example:
         >>> from moe_jax.ops.group_tokens import group_tokens
@@ -65,29 +66,31 @@ def grouped_matmul(
             f"config.tile_rows={config.tile_rows} must be groups.tile_rows={groups.tile_rows}, which the groups were cut by; "
             f"group them with group_tokens(..., tile_rows={config.tile_rows}), or leave config None"
         )
-    if tokens_as_rows and groups.tile_tokens is None:
+    if tokens_as_rows and not groups.tokens_as_rows:
         raise ValueError(
-            "tokens_as_rows=True needs groups.tile_tokens, which route_groups(..., share_rows=True) gives for few tokens; "
-            "gather the rows and leave it False"
+            "tokens_as_rows=True needs groups.tile_tokens, which route_groups(..., share_rows=True) gives for few tokens, or "
+            "groups.row_tokens, which group_tokens(..., row_tokens=True) gives; gather the rows and leave it False"
         )
     n_out = weights.shape[1] // 2 if gated else weights.shape[1]
     if rows.size == 0 or weights.size == 0:
         return jnp.zeros((groups.num_rows, n_out), rows.dtype)
-    reason = kernel.supports(rows, weights, bias, activation, groups.tile_rows)
+    gathered = groups.row_tokens if tokens_as_rows else None
+    reason = kernel.supports(rows, weights, bias, activation, groups.tile_rows, gathered is not None)
     chosen = impl.choose("grouped_matmul", implementation, reason)
     tile_group = groups.tile_group
     if not (isinstance(group_offset, int) and group_offset == 0):
         tile_group = tile_group + group_offset
     schedule = (tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles)
+    tokens = (groups.tile_tokens if tokens_as_rows else None, gathered)
     plain = _plain(groups.tile_rows, activation, n_out)
     if tokens_as_rows:
         plain = _of_tokens(plain)
     if chosen == "xla":
-        return plain(rows, weights, bias, schedule, groups.tile_tokens, groups.positions)
+        return plain(rows, weights, bias, schedule, tokens, groups.positions)
     if config is not None:
         _check_config(config, gated, rows.dtype.name)
 
-    def run(rows, weights, bias, schedule, tile_tokens, positions):
+    def run(rows, weights, bias, schedule, tokens, positions):
         likely_tiles = min(positions.size, weights.shape[0])
         return kernel.grouped_matmul(
             rows,
@@ -96,12 +99,13 @@ def grouped_matmul(
             bias,
             activation,
             config=config or default_config(groups.tile_rows, gated, n_out, likely_tiles),
-            tile_tokens=tile_tokens if tokens_as_rows else None,
+            tile_tokens=tokens[0],
+            row_tokens=tokens[1],
             total_rows=positions.size,
             interpret=impl.interpret_params(chosen),
         )
 
-    operands = (rows, weights, bias, schedule, groups.tile_tokens, groups.positions)
+    operands = (rows, weights, bias, schedule, tokens, groups.positions)
     return impl.with_plain_gradient(run, plain)(*operands)
 
 
@@ -116,8 +120,8 @@ def _check_config(config: Config, gated: bool, dtype: str) -> None:
 def _of_tokens(plain):
     """The plain-JAX form for hidden states: their rows are gathered first."""
 
-    def run(x, weights, bias, schedule, tile_tokens, positions):
-        return plain(plain_gather(x, positions), weights, bias, schedule, tile_tokens, positions)
+    def run(x, weights, bias, schedule, tokens, positions):
+        return plain(plain_gather(x, positions), weights, bias, schedule, tokens, positions)
 
     return run
 
@@ -189,8 +193,8 @@ def _plain(tile_rows: int, activation: Activation | None, n_out: int):
 
     matmul.defvjp(forward, backward)
 
-    def run(rows, weights, bias, schedule, tile_tokens, positions):
-        del tile_tokens, positions
+    def run(rows, weights, bias, schedule, tokens, positions):
+        del tokens, positions
         return matmul(rows, weights, bias, schedule)
 
     return run

@@ -35,6 +35,7 @@ def route_groups(
     expert_map: Int[Array, " E"] | None = None,
     tile_rows: int | None = None,
     share_rows: bool = False,
+    row_tokens: bool = False,
     implementation: str = "auto",
 ) -> tuple[TopK, Groups]:
     """`topk`, then `group_tokens` of its ids, in two launches where both have a kernel, in one with `share_rows`.
@@ -49,6 +50,7 @@ def route_groups(
         tile_rows: rows of a tile; `default_tile_rows` by default, `shared_tile_rows` with shared rows.
         share_rows: for at most 16 tokens, and where the kernel runs: let every expert visited multiply all tokens and keep
             the rows of its own (`Groups.tile_tokens`).
+        row_tokens: where the kernel runs, and not with shared rows: also give `Groups.row_tokens`.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Example:
@@ -76,6 +78,7 @@ def route_groups(
             num_local_experts=num_local,
             expert_map=expert_map,
             tile_rows=tile_rows,
+            row_tokens=row_tokens,
             implementation=implementation,
         )
 
@@ -116,6 +119,12 @@ def route_groups(
         return TopK(ids, weights), groups
     counted_tokens = routing.ROWS * routing.Count(num_local).warpgroups(tokens, num_experts)
     positions, *rest = grouping.place_pairs(
-        *counted, num_local, tile_rows, tiles, tile_tokens=counted_tokens, interpret=interpret
+        *counted,
+        num_local,
+        tile_rows,
+        tiles,
+        tile_tokens=counted_tokens,
+        row_tokens=row_tokens,
+        interpret=interpret,
     )
-    return TopK(ids, weights), Groups(positions.reshape(tokens, top_k), *rest, tile_rows=tile_rows)
+    return TopK(ids, weights), Groups.of((positions.reshape(tokens, top_k), *rest), tile_rows)

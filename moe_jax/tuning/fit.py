@@ -52,7 +52,7 @@ def config_misfit(config: Config, gated: bool, dtype: str) -> str | None:
         'halves=1 must be 2: a gated projection keeps gate and up in one tile'
     """
     counts = config.row_counts
-    sizes = dataclasses.asdict(dataclasses.replace(config, row_counts=(), overlap=True))
+    sizes = dataclasses.asdict(dataclasses.replace(config, row_counts=(), overlap=True, gather=True))
     del sizes["row_counts"]
     for name, size in sizes.items():
         if size < 1:
@@ -67,6 +67,11 @@ def config_misfit(config: Config, gated: bool, dtype: str) -> str | None:
         return f"cluster={config.cluster} must be at most 8, the blocks of a portable cluster"
     if config.stages < 2:
         return f"stages={config.stages} must be at least 2: a stage is handed back one step late"
+    if config.gather and (config.stages < 3 or config.cluster > 1):
+        return (
+            f"gather=True needs 3 stages (stages={config.stages}), for a stage is handed over one step late, and cluster="
+            f"{config.cluster} must be 1: blocks do not share rows that they fetch by token"
+        )
     if config.columns not in (64, 32, 16):
         return f"columns={config.columns} must be 64, 32 or 16"
     if config.tile_k % (64 * config.depth):
@@ -102,7 +107,7 @@ def misfit(shape: LayerShape, plan: LayerPlan) -> str | None:
     activation = get_activation("silu") if shape.gated else None
     for name, config, weights, act in (("up", plan.up, w13, activation), ("down", plan.down, w2, None)):
         rows = like(plan.tile_rows, weights.shape[2])
-        reason = supports(rows, weights, None, act, plan.tile_rows)
+        reason = supports(rows, weights, None, act, plan.tile_rows, config.gather)
         reason = reason or config_misfit(config, act is not None, shape.dtype)
         if reason:
             return f"{name}: {reason}"

@@ -50,7 +50,9 @@ def check_alone(logits, config, bias=None, expert_map=None, num_local=None):
         with pytest.raises(AssertionError):
             check_shared_groups(groups, np.where(ids < 0, 0, -1), experts, num_local, expert_map)
         np.testing.assert_array_equal(ids[0], together.ids[token])
-        np.testing.assert_array_equal(np.asarray(found.weights)[0].view(np.int32), together.weights[token].view(np.int32))
+        np.testing.assert_array_equal(
+            np.asarray(found.weights)[0].view(np.int32), together.weights[token].view(np.int32)
+        )
 
 
 @pytest.mark.parametrize("name", [n for n in RULES if n not in _FEWER_SLOTS])

@@ -30,6 +30,7 @@ from jaxtyping import Array, Int
 
 from moe_jax import _compat
 from moe_jax.kernels.hopper import ranks
+from moe_jax.kernels.hopper.matmul_config import MOST_ROWS
 from moe_jax.kernels.hopper.ranks import MAX_EXPERTS, add_up, padded, vector, zeros
 from moe_jax.kernels.hopper.selection import LAYOUT, row_numbers
 
@@ -174,10 +175,13 @@ def place_pairs(
     max_tiles: int,
     *,
     tile_tokens: int,
+    row_tokens: bool = False,
     config: Config = Config(),
     interpret: Any = None,
 ) -> tuple[Array, ...]:
     """(positions, tile_group, tile_starts, tile_sizes, group_sizes, num_tiles) as `moe_jax.ops.group_tokens` defines them.
+
+    With `row_tokens` also the token of each row, int32 [R + MOST_ROWS]; undefined behind the last row of a group.
 
     Args:
         tickets: of all pairs.
@@ -186,6 +190,7 @@ def place_pairs(
         tile_rows: rows of a tile.
         max_tiles: the most tiles.
         tile_tokens: a block of counts is that of a multiple of so many tokens.
+        row_tokens: also the token of each row.
         config: how the work is spread.
         interpret: for the interpreter.
     """
@@ -202,10 +207,9 @@ def place_pairs(
     ahead = 8  # loads of other blocks' counts under way at a time
 
     def place_pairs(tickets_g, counts_g, *refs):
-        positions_g, group_g, tile_starts_g, tile_sizes_g, sizes_g, num_tiles_g = refs[:6]
-        tickets_s, partial_s, base_s, sizes_s, shares_s, starts_s, first_tile_s, scan_s, loaded, summed, based = refs[
-            6:
-        ]
+        positions_g, group_g, tile_starts_g, tile_sizes_g, sizes_g, num_tiles_g, *refs = refs
+        row_tokens_g = refs.pop(0) if row_tokens else None
+        tickets_s, partial_s, base_s, sizes_s, shares_s, starts_s, first_tile_s, scan_s, loaded, summed, based = refs
         block, wg = lax.axis_index("block"), lax.axis_index("wg")
         first = block * per_block
         counts_row = lax.div(block, splits)
@@ -265,7 +269,13 @@ def place_pairs(
 
                     @pl.when((pair < per_block) & (first + pair < num_pairs))
                     def _(pair=pair, ticket=ticket, base=base):
-                        positions_g[first + pair] = jnp.where(ticket < 0, -1, base + lax.div(ticket, MAX_EXPERTS))
+                        place = base + lax.div(ticket, MAX_EXPERTS)
+                        positions_g[first + pair] = jnp.where(ticket < 0, -1, place)
+                        if row_tokens:
+
+                            @pl.when(ticket >= 0)
+                            def _():
+                                row_tokens_g[place] = lax.div(first + pair, top_k)
 
             # The tile schedule: an expert a warp.
             workers = blocks * splits * warps
@@ -303,7 +313,10 @@ def place_pairs(
 
     return _compat.kernel(
         place_pairs,
-        out_type=(i32(num_pairs), i32(max_tiles), i32(max_tiles), i32(max_tiles), i32(num_local), i32(1)),
+        out_type=(
+            *(i32(n) for n in (num_pairs, max_tiles, max_tiles, max_tiles, num_local, 1)),
+            *([i32(num_pairs + MOST_ROWS)] if row_tokens else []),
+        ),
         grid=(blocks * splits,),
         grid_names=("block",),
         num_threads=warpgroups,
@@ -334,14 +347,23 @@ def group_tokens(
     num_local_experts: int,
     tile_rows: int,
     max_tiles: int,
+    row_tokens: bool = False,
     config: Config = Config(),
     interpret: Any = None,
 ) -> tuple[Array, ...]:
-    """(positions, tile_group, tile_starts, tile_sizes, group_sizes, num_tiles) as `moe_jax.ops.group_tokens` defines them."""
+    """What `place_pairs` gives, of ids."""
     tickets, counts = count_pairs(
         topk_ids, expert_map, num_experts, num_local_experts, config=config, interpret=interpret
     )
     positions, *rest = place_pairs(
-        tickets, counts, num_local_experts, tile_rows, max_tiles, tile_tokens=_ROWS, config=config, interpret=interpret
+        tickets,
+        counts,
+        num_local_experts,
+        tile_rows,
+        max_tiles,
+        tile_tokens=_ROWS,
+        row_tokens=row_tokens,
+        config=config,
+        interpret=interpret,
     )
     return positions.reshape(topk_ids.shape), *rest

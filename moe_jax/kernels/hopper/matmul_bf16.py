@@ -66,13 +66,15 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import _compat
 from moe_jax.activations import Activation
-from moe_jax.kernels.hopper import tiles, views
+from moe_jax.kernels.hopper import rows_by_token, tiles, views
 from moe_jax.kernels.hopper.matmul_config import MOST_ROWS, WGMMA_ROWS, Config
 
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
-def supports(rows: Any, weights: Any, bias: Any, activation: Activation | None, tile_rows: int) -> str | None:
+def supports(
+    rows: Any, weights: Any, bias: Any, activation: Activation | None, tile_rows: int, gather: bool = False
+) -> str | None:
     """Why this kernel cannot run the problem; None if it can. Shapes as in `grouped_matmul`."""
     k = weights.shape[2]
     out = weights.shape[1] // (2 if activation is not None and activation.is_gated else 1)
@@ -86,6 +88,11 @@ def supports(rows: Any, weights: Any, bias: Any, activation: Activation | None, 
             )
     if tile_rows % 8 or not 8 <= tile_rows <= MOST_ROWS:
         return f"tile_rows={tile_rows} must be a multiple of 8 and at most {MOST_ROWS}"
+    if gather and (k % rows_by_token.PIECE or tile_rows % rows_by_token.ROWS):
+        return (
+            f"rows fetched by their tokens: the contracted size={k} must be a multiple of {rows_by_token.PIECE} and "
+            f"tile_rows={tile_rows} of {rows_by_token.ROWS}; gather them first (Config.gather False)"
+        )
     if bias is not None and bias.dtype not in (*_DTYPES, jnp.dtype(jnp.float32)):
         return f"bias {bias.dtype} must be bfloat16, float16 or float32"
     if 0 in rows.shape or 0 in weights.shape:
@@ -105,6 +112,7 @@ def grouped_matmul(
     *,
     config: Config,
     tile_tokens: Int[Array, "tiles"] | None = None,
+    row_tokens: Int[Array, "padded_rows"] | None = None,
     total_rows: int | None = None,
     interpret: Any = None,
     multiprocessors: int | None = None,
@@ -133,7 +141,8 @@ def grouped_matmul(
     n_out = n_weights // 2 if gated else n_weights
     dtype = rows.dtype
     tile_rows, tk, stages = config.tile_rows, config.tile_k, config.stages
-    total_rows = total_rows if shared else rows.shape[0]
+    gathered = row_tokens is not None
+    total_rows = total_rows if shared or gathered else rows.shape[0]
     consumers, halves, depth, block_cols = config.consumers, config.halves, config.depth, config.columns
     wg_cols = block_cols if gated else halves * block_cols  # columns of the output that one consumer makes
     tile_cols = consumers * wg_cols
@@ -143,7 +152,7 @@ def grouped_matmul(
     workers = (multiprocessors or _compat.num_multiprocessors()) // cluster
     n_steps = pl.cdiv(n_tiles, cluster)  # past the last columns TMA reads zeros and stores nothing
     swizzled = tiles.swizzle_bytes(k, dtype) // dtype.itemsize
-    operand = views.Operand(stages, tile_rows, tk, swizzled, dtype, interpret is not None)
+    operand = views.Operand(stages, tile_rows, tk, swizzled, dtype, interpret is not None or gathered)
     staged = views.Staged(consumers, block_cols, n_out, dtype, interpret is not None)
     # A stage holds the weights of one consumer after the other, of each the pieces of K, of each gate then up, or a block of
     # columns then the next.
@@ -172,9 +181,12 @@ def grouped_matmul(
     def body(rows_g, weights_g, group_g, starts_g, sizes_g, count_g, *refs):
         refs = list(refs)
         tokens_g = refs.pop(0) if shared else None
+        row_tokens_g = refs.pop(0) if gathered else None
         bias_g = refs.pop(0) if bias is not None else None
         out_g, rows_s, weights_s, out_s, full, empty = refs[:6]
-        bias_s, bias_full = refs[6:] if bias is not None else (None, None)
+        refs = refs[6:]
+        row_done = refs.pop(0) if gathered and interpret is not None else None
+        bias_s, bias_full = refs if bias is not None else (None, None)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
         m_tiles = count_g[0]
         my_tiles = tiles.share(m_tiles * n_steps, worker, workers)
@@ -272,13 +284,20 @@ def grouped_matmul(
             return lax.broadcast_in_dim(column.astype(jnp.float32), acc.shape, [0])
 
         def produce():
+            by_token = rows_by_token.RowsByToken(rows_g, tile_rows, interpret is not None) if gathered else None
+            turns = my_tiles * k_steps
+
+            def hand_over(turn):
+                by_token.finish()
+                plgpu.barrier_arrive(full.at[lax.rem(turn, stages)])
+
             @pl.loop(0, my_tiles)
             def _tile(i):
                 m, n = tile_at(i)
                 expert, size = group_g[m], rows_of(m)
-                first_row = (
-                    m * 0 if shared else starts_g[m]
-                )  # not known to be 0: there may be fewer rows than are fetched
+                # Not known to be 0 where all rows are meant: there may be fewer than are fetched.
+                first_row = m * 0 if shared else starts_g[m]
+                tokens = by_token.tokens(row_tokens_g, first_row, size) if gathered else None
 
                 @pl.loop(0, k_steps)
                 def _step(step):
@@ -294,6 +313,12 @@ def grouped_matmul(
                         source = weights_g.at[expert, pl.ds(n * tile_cols + row, rows_a_copy), ks]
                         plgpu.copy_gmem_to_smem(source, weights_s.at[slot, pl.ds(at, rows_a_copy)], full.at[slot])
 
+                    if gathered:
+                        tile = [operand.eights(rows_s).at[slot, piece] for piece in range(operand.pieces)]
+                        pl.when(turn > 0)(lambda: hand_over(turn - 1))
+                        by_token.start(tokens, tile, step * tk, row_done)
+                        return
+
                     def load_rows(count, below):
                         del below
 
@@ -306,9 +331,10 @@ def grouped_matmul(
 
                     for_row_count(size, load_rows)
 
-            # Every phase of every barrier is observed before the kernel ends.
-            turns = my_tiles * k_steps
+            if gathered:
+                pl.when(turns > 0)(lambda: hand_over(turns - 1))
 
+            # Every phase of every barrier is observed before the kernel ends.
             @pl.loop(jnp.maximum(turns - stages, 0), turns)
             def _drain(turn):
                 plgpu.barrier_wait(empty.at[lax.rem(turn, stages)])
@@ -316,29 +342,35 @@ def grouped_matmul(
         @pl.when(wg < consumers)
         def _():
             if consumers == 2:
-                plgpu.set_max_registers(240, action="increase")
+                plgpu.set_max_registers(224 if gathered else 240, action="increase")
             pl.loop(0, my_tiles)(consume)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == consumers)
         def _():
             if consumers == 2:
-                plgpu.set_max_registers(24, action="decrease")
-            plgpu.warp_map(lambda warp: pl.when(warp == 0)(produce))
+                plgpu.set_max_registers(64 if gathered else 24, action="decrease")
+            if gathered:
+                produce()
+            else:
+                plgpu.warp_map(lambda warp: pl.when(warp == 0)(produce))
 
     body.__name__ = f"grouped_matmul_{'up' if activation is not None else 'down'}"
     operands = [rows, weights, tile_group, tile_starts, tile_sizes, num_tiles]
     operands += [tile_tokens] if shared else []
+    operands += [row_tokens] if gathered else []
     operands += [bias] if bias is not None else []
     scratch = [
         operand.scratch,
         plgpu.SMEM((stages, config.stage_rows, tk // depth), dtype, transforms=tiles.transforms(k, dtype)),
         staged.scratch,
-        plgpu.Barrier(num_arrivals=operand.pieces + len(pieces), num_barriers=stages),
+        plgpu.Barrier(num_arrivals=(1 if gathered else operand.pieces) + len(pieces), num_barriers=stages),
         plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
         if cluster == 1
         else plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=consumers, num_barriers=stages),
     ]
+    if gathered and interpret is not None:
+        scratch += [plgpu.Barrier(num_arrivals=1)]
     if bias is not None:
         scratch += [
             plgpu.SMEM((consumers, halves * WGMMA_ROWS), bias.dtype),

@@ -29,6 +29,7 @@ class Config:
     band: int = 8  # row tiles walked together before the next weight columns: what L2 holds at a time
     cluster: int = 1  # neighbouring blocks of weight columns that fetch their rows once and together
     columns: int = 64  # of the output that a block of 64 weight rows makes: 64, 32 or 16
+    gather: bool = False  # rows are fetched by their tokens from the hidden states, by a warpgroup instead of TMA
     overlap: bool = True  # products of a step run while the next are issued; its stage is handed back after that
 
     @property

@@ -52,7 +52,9 @@ class OneToken:
             plgpu.SMEM((self._padded,), jnp.int32),  # places
             plgpu.SMEM((ROWS, COLUMNS), jnp.int32),  # experts, a row a slot
             plgpu.SMEM((ROWS, COLUMNS), jnp.float32),  # their scores
-            plgpu.SMEM((3 * self._top_k + 1, ROWS), jnp.int32),  # ids, local experts without repetition, rows; the number of tiles
+            plgpu.SMEM(
+                (3 * self._top_k + 1, ROWS), jnp.int32
+            ),  # ids, local experts without repetition, rows; the number of tiles
             plgpu.SMEM((self._top_k, ROWS), jnp.float32),  # weights
         ]
 
@@ -91,7 +93,13 @@ class OneToken:
         return slots(experts_s), slots(values_s)
 
     def write(
-        self, ids: list[Any], weights: list[Any], locals_: list[Any], num_local: int, targets: list[Any], refs: list[Any]
+        self,
+        ids: list[Any],
+        weights: list[Any],
+        locals_: list[Any],
+        num_local: int,
+        targets: list[Any],
+        refs: list[Any],
     ) -> None:
         """Writes what routing and grouping give.
 

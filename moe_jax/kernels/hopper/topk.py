@@ -217,9 +217,7 @@ def topk(
                 pick = functools.partial(single.pick, refs=single_s)
                 ids, weights, _ = select(logits, biases, experts, top_k, rule, pick)
                 targets = [ids_g, weights_g, *groups_g]
-                single.write(
-                    ids, weights, local_experts(ids, first), grouping.num_local_experts, targets, single_s
-                )
+                single.write(ids, weights, local_experts(ids, first), grouping.num_local_experts, targets, single_s)
                 return before
             parts = [plgpu.load(p.at[wg, buffer], layout=LAYOUT, optimized=False) for p in logits_s]
             raw = Scores([part.astype(jnp.float32) for part in parts], starts)
