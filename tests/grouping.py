@@ -57,6 +57,10 @@ def check_groups(groups: Groups, ids, num_experts, num_local=None, expert_map=No
         actual = np.asarray(getattr(groups, name))
         assert actual.dtype == np.int32 and actual.shape == array.shape, (name, actual.dtype, actual.shape, array.shape)
         np.testing.assert_array_equal(actual, array, err_msg=name)
+    if groups.row_tokens is not None:
+        expected, total = token_of_rows(groups), int(np.asarray(groups.group_sizes).sum())
+        np.testing.assert_array_equal(np.asarray(groups.row_tokens)[:total], expected[:total], err_msg="row_tokens")
+        assert groups.row_tokens.shape[0] >= groups.num_rows + groups.tile_rows
 
 
 def check_shared_groups(groups: Groups, ids, num_experts, num_local=None, expert_map=None) -> None:

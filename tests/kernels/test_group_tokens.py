@@ -98,10 +98,12 @@ def test_many_blocks(expert_map):
         num_local_experts=num_local,
         tile_rows=4,
         max_tiles=max_tiles(ids.size, num_local, 4),
+        row_tokens=True,
         config=config,
         interpret=_compat.interpret_params(),
     )
-    groups = Groups(*found, tile_rows=4)
+    groups = Groups.of(found, 4)
+    assert groups.row_tokens is not None
     check_groups(groups, ids, 5, num_local, expert_map)
     check_invariants(groups, ids)
 

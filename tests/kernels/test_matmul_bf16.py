@@ -17,7 +17,7 @@ from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.ops.route_groups import route_groups
 from tests.contracts import check_grouped_matmul, groups_of, groups_with_sizes, rows_of
 from tests.layers import normal, quick_jit
-from tests.lowering import assert_lowers_to_kernels, like
+from tests.lowering import assert_lowers_to_kernels, like, mosaic_code
 from tests.util import check_close
 
 
@@ -133,6 +133,73 @@ def test_tokens_as_rows(num_tokens):
     for one, other in zip(mine, right, strict=True):
         assert np.asarray(other, np.float32).any()
         check_close(one, other, 1e-2)
+
+
+def groups_by_token(seed, num_tokens, top_k, num_experts, tile_rows, dropped=()):
+    """Groups that say the token of each row; NaN where no group has a row."""
+    ids = np.stack([np.random.default_rng([seed, t]).permutation(num_experts)[:top_k] for t in range(num_tokens)])
+    ids = np.where(np.isin(ids, dropped), -1, ids)
+    where = dict(num_experts=num_experts, tile_rows=tile_rows, row_tokens=True)
+    return group_tokens(jnp.asarray(ids, jnp.int32), implementation="mosaic_interpret", **where)
+
+
+@pytest.mark.parametrize(
+    ("tile_rows", "sizes", "activation", "dtype"),
+    [
+        (64, (192, 160), "silu", "bfloat16"),
+        (64, (64, 144), None, "float16"),
+        (128, (320, 96), "swigluoai", "bfloat16"),
+        (160, (128, 272), "gelu_tanh_no_mul", "bfloat16"),
+    ],
+)
+def test_rows_fetched_by_their_tokens(tile_rows, sizes, activation, dtype):
+    """Groups of none, of a few and of several tiles; K ends within a stage; the same bits as after a gather."""
+    groups = groups_by_token(15, 2 * tile_rows + 9, 2, 4, tile_rows, dropped=(2,))
+    assert groups.group_sizes.tolist()[2] == 0 and max(groups.group_sizes.tolist()) > tile_rows
+    x = normal(15, 2 * tile_rows + 9, sizes[0], dtype=dtype)
+    weights = normal([15, 1], 4, sizes[1], sizes[0], dtype=dtype, scale=sizes[0] ** -0.5)
+    layer = None if activation is None else MoEConfig(1, 1, 8, 8, activation=activation)
+    act, bias = None if layer is None else layer.act, normal(16, 4, sizes[1])
+    config = matmul_config.default_config(tile_rows, act is not None and act.is_gated, sizes[1] // 2, 9)
+    config = dataclasses.replace(config, gather=True)
+    run = functools.partial(grouped_matmul, weights=weights, groups=groups, bias=bias, activation=act)
+    run = functools.partial(run, implementation="mosaic_interpret", config=config)
+    rows = plain_gather(x, groups.positions)
+    out, gathered_before = run(x, tokens_as_rows=True), run(rows)
+    check_grouped_matmul(out, rows, weights, groups, bias, layer, 0)
+    total = int(np.asarray(groups.group_sizes).sum())
+    np.testing.assert_array_equal(out[:total], gathered_before[:total])
+    with pytest.raises(AssertionError):  # rows of other tokens
+        others = dataclasses.replace(groups, row_tokens=jnp.roll(groups.row_tokens, 1))
+        check_grouped_matmul(run(x, groups=others, tokens_as_rows=True), rows, weights, groups, bias, layer, 0)
+
+
+def test_rows_that_cannot_be_fetched_by_their_tokens():
+    groups = groups_by_token(16, 9, 2, 3, 64)
+    with pytest.raises(ValueError, match="contracted size=80 must be a multiple of 64"):
+        grouped_matmul(
+            jnp.ones((9, 80), jnp.bfloat16),
+            jnp.ones((3, 16, 80), jnp.bfloat16),
+            groups,
+            tokens_as_rows=True,
+            implementation="mosaic_interpret",
+        )
+
+
+@pytest.mark.parametrize("tile_rows", [64, 160])
+def test_rows_fetched_by_their_tokens_lower_for_cuda(tile_rows):
+    act, k = MoEConfig(1, 1, 8, 8).act, 2880  # K ends within a stage of 128
+    config = dataclasses.replace(matmul_config.default_config(tile_rows, True, 144, 8), gather=True)
+
+    def call(x, weights, ids):
+        groups = group_tokens(ids, num_experts=8, tile_rows=tile_rows, row_tokens=True, implementation="mosaic")
+        run = functools.partial(grouped_matmul, activation=act, config=config, implementation="mosaic")
+        return run(x, weights, groups, tokens_as_rows=True)
+
+    operands = like("bfloat16", 300, k), like("bfloat16", 8, 288, k), like("int32", 300, 2)
+    assert_lowers_to_kernels(call, *operands)
+    code = mosaic_code(call, *operands)
+    assert "cp.async.cg.shared.global" in code and "fence.proxy.async" in code
 
 
 def test_tokens_are_no_rows_of_other_groups():

@@ -1,5 +1,6 @@
 """Routing and grouping in one pass, interpreted: the groups are those of the experts chosen; and lowered for CUDA."""
 
+import dataclasses
 import functools
 import re
 
@@ -35,6 +36,11 @@ def run(logits, config, expert_map=None, num_local=None, **kwargs):
     return np.asarray(found.ids), groups
 
 
+def of_other_tokens(groups):
+    """Rows of another token than theirs."""
+    return dataclasses.replace(groups, row_tokens=jnp.roll(groups.row_tokens, 1))
+
+
 def with_holes(logits):
     """A token without an expert, and one with a single one."""
     logits = np.array(logits)
@@ -47,12 +53,15 @@ def with_holes(logits):
 )
 def test_groups_of_the_experts_chosen(num_tokens, top_k, expert_map):
     config, num_local = config_of("renormalize", top_k, 8), None if expert_map is None else 3
-    ids, groups = run(with_holes(logits_of(0, num_tokens, 8)), config, expert_map, num_local, tile_rows=8)
+    logits = with_holes(logits_of(0, num_tokens, 8))
+    ids, groups = run(logits, config, expert_map, num_local, tile_rows=8, row_tokens=True)
     check_groups(groups, ids, 8, num_local, expert_map)
     if expert_map is None:
         check_invariants(groups, ids)
     with pytest.raises(AssertionError):
         check_groups(groups, np.roll(ids, 1, axis=0), 8, num_local, expert_map)
+    with pytest.raises(AssertionError):
+        check_groups(of_other_tokens(groups), ids, 8, num_local, expert_map)
 
 
 @pytest.mark.parametrize(("num_tokens", "top_k", "expert_map"), [(1, 1, None), (8, 3, MAP), (9, 2, None), (16, 8, MAP)])

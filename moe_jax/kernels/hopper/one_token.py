@@ -52,9 +52,7 @@ class OneToken:
             plgpu.SMEM((self._padded,), jnp.int32),  # places
             plgpu.SMEM((ROWS, COLUMNS), jnp.int32),  # experts, a row a slot
             plgpu.SMEM((ROWS, COLUMNS), jnp.float32),  # their scores
-            plgpu.SMEM(
-                (3 * self._top_k + 1, ROWS), jnp.int32
-            ),  # ids, local experts without repetition, rows; the number of tiles
+            plgpu.SMEM((3 * self._top_k + 1, ROWS), jnp.int32),  # ids, local experts once, rows; number of tiles
             plgpu.SMEM((self._top_k, ROWS), jnp.float32),  # weights
         ]
 
