@@ -349,7 +349,7 @@ def grouped_matmul(
         @pl.when(wg == consumers)
         def _():
             if consumers == 2:
-                plgpu.set_max_registers(64 if gathered else 24, action="decrease")
+                plgpu.set_max_registers(56 if gathered else 24, action="decrease")
             if gathered:
                 produce()
             else:
