@@ -287,8 +287,8 @@ def grouped_matmul(
             by_token = rows_by_token.RowsByToken(rows_g, tile_rows, interpret is not None) if gathered else None
             turns = my_tiles * k_steps
 
-            def hand_over(turn):
-                by_token.finish()
+            def hand_over(turn, under_way):
+                by_token.finish(under_way)
                 plgpu.barrier_arrive(full.at[lax.rem(turn, stages)])
 
             @pl.loop(0, my_tiles)
@@ -315,8 +315,8 @@ def grouped_matmul(
 
                     if gathered:
                         tile = [operand.eights(rows_s).at[slot, piece] for piece in range(operand.pieces)]
-                        pl.when(turn > 0)(lambda: hand_over(turn - 1))
                         by_token.start(tokens, tile, step * tk, row_done)
+                        pl.when(turn > 0)(lambda: hand_over(turn - 1, 1))
                         return
 
                     def load_rows(count, below):
@@ -332,7 +332,7 @@ def grouped_matmul(
                     for_row_count(size, load_rows)
 
             if gathered:
-                pl.when(turns > 0)(lambda: hand_over(turns - 1))
+                pl.when(turns > 0)(lambda: hand_over(turns - 1, 0))
 
             # Every phase of every barrier is observed before the kernel ends.
             @pl.loop(jnp.maximum(turns - stages, 0), turns)

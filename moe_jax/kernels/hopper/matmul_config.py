@@ -82,11 +82,11 @@ def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -
         return Config(up_to(_MOST), stages=3, cluster=2 if tile_rows % 16 == 0 else 1)
     if tile_rows > _SOME[-1]:
         return Config(up_to(_MANY), stages=4)
-    # Where steps wait for memory, a stage that is handed back only when the next has come is one less on its way. (A
-    # conclusion, not timed yet.)
+    # Where steps wait for memory, a stage that is handed back only when the next has come is one less on its way: 0.2 to 1 %
+    # of a layer of 128 or 1024 tokens (2026-11-25-h200-variants.txt). With a handful of rows it is the other way round.
     if tile_rows > _FEW[-1]:
         return Config(up_to(_SOME), stages=4, overlap=False)
-    few = Config(up_to(_FEW), consumers=1, halves=2, tile_k=128, stages=4, overlap=False)
+    few = Config(up_to(_FEW), consumers=1, halves=2, tile_k=128, stages=4, overlap=tile_rows <= 16)
     multiprocessors = _compat.num_multiprocessors()
     if not gated and likely_tiles * pl.cdiv(n_out, 2 * WGMMA_ROWS) < multiprocessors:
         few = dataclasses.replace(few, halves=1, stages=6)

@@ -56,9 +56,9 @@ class OneToken:
             plgpu.SMEM((self._top_k, ROWS), jnp.float32),  # weights
         ]
 
-    def load(self, logits_s: Any) -> Any:
+    def load(self, logits: Any) -> Any:
         """The logits ``[E]`` of the token in every row of a tile."""
-        return repeat(plgpu.load(logits_s, layout=LAYOUT.reduce(0)), ROWS)
+        return repeat(plgpu.load(logits, layout=LAYOUT.reduce(0), optimized=False), ROWS)
 
     def pick(self, selection: Scores, scores: Scores, refs: list[Any]) -> tuple[list[Any], list[Any]]:
         """The experts of the slots and their `scores`, best first; see `selection.rounds`."""

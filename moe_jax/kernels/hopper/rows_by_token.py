@@ -67,12 +67,15 @@ class RowsByToken:
                 _compat.copy_rows(x, tile, tokens, at, there)
 
             copy(self._x, piece, tokens, jnp.minimum(column + i * PIECE, width - PIECE), bytes_there)
+        _ptx("cp.async.commit_group;")
 
-    def finish(self) -> None:
-        """Waits until the copies begun before are done; after that wgmma may read them."""
+    def finish(self, under_way: int) -> None:
+        """Waits until all copies are done but those of the last `under_way` calls of `start`; then wgmma may read them."""
         if not self._interpret:
-            _ptx("cp.async.wait_all;")
-            _ptx("fence.proxy.async.shared::cta;")
+            _ptx(f"cp.async.wait_group {under_way};")
+            import os  # noqa
+            if not os.environ.get("NOFENCE"):
+                _ptx("fence.proxy.async.shared::cta;")
 
 
 def _ptx(code: str) -> None:

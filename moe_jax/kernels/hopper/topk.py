@@ -159,7 +159,10 @@ def topk(
                 buffer = lax.rem(chunk, 2)
                 plgpu.copy_gmem_to_smem(source, logits_s[i].at[wg, buffer], loaded.at[wg * 2 + buffer])
 
-        fetch(0)
+        # A single row is loaded straight into registers, where no columns past its end are needed.
+        straight = single is not None and experts == widths[0]
+        if not straight:
+            fetch(0)
 
         @pl.when(wg == 0)
         def _():
@@ -210,10 +213,12 @@ def topk(
             pl.when(chunk + 1 < mine)(lambda: fetch(chunk + 1))
             first = first_token(chunk)
             buffer = lax.rem(chunk, 2)
-            plgpu.barrier_wait(loaded.at[wg * 2 + buffer])
+            if not straight:
+                plgpu.barrier_wait(loaded.at[wg * 2 + buffer])
             biases = _row(columns_s[0], widths, starts) if biased else None
             if single is not None:
-                logits = Scores([single.load(logits_s[0].at[wg, buffer, 0]).astype(jnp.float32)], starts)
+                row = logits_g.at[0] if straight else logits_s[0].at[wg, buffer, 0]
+                logits = Scores([single.load(row).astype(jnp.float32)], starts)
                 pick = functools.partial(single.pick, refs=single_s)
                 ids, weights, _ = select(logits, biases, experts, top_k, rule, pick)
                 targets = [ids_g, weights_g, *groups_g]
