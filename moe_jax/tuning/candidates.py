@@ -20,10 +20,12 @@ _FEW_ROWS: tuple[dict[str, Any], ...] = (
     {"halves": 1},
     {"halves": 2},
     {"halves": 1, "consumers": 2},
-    {"cluster": 2},
+    {"cluster": 2, "gather": False},
     {"overlap": True},
     {"columns": 64, "tile_k": 128},
     {"columns": 32, "tile_k": 256},
+    {"gather": True},
+    {"gather": False},
 )
 # With many, what is fetched again from L2 counts too: the order of the tiles, and what neighbours fetch together.
 _MANY_ROWS: tuple[dict[str, Any], ...] = (
@@ -31,8 +33,10 @@ _MANY_ROWS: tuple[dict[str, Any], ...] = (
     {"overlap": False},
     {"band": 4},
     {"band": 16},
-    {"cluster": 2},
-    {"cluster": 2, "band": 16},
+    {"cluster": 2, "gather": False},
+    {"cluster": 2, "gather": False, "band": 16},
+    {"cluster": 1, "gather": True},
+    {"gather": False},
 )
 
 
@@ -61,19 +65,19 @@ def candidates(shape: LayerShape) -> list[LayerPlan]:
     plans = [default_plan(shape)]
     for tile_rows in row_tiles(shape):
         base = default_plan(shape, tile_rows)
-        ups = _variants(base.up, shape.gated, shape.dtype)
-        downs = _variants(base.down, False, shape.dtype)
+        ups = _variants(base.up, shape.gated, shape.dtype, up=True)
+        downs = _variants(base.down, False, shape.dtype, up=False)
         for up, down in itertools.zip_longest(ups, downs):
             plans.append(LayerPlan(tile_rows, up or ups[0], down or downs[0]))
     return [plan for plan in dict.fromkeys(plans) if misfit(shape, plan) is None]
 
 
-def _variants(base: Config, gated: bool, dtype: str) -> list[Config]:
+def _variants(base: Config, gated: bool, dtype: str, up: bool) -> list[Config]:
     """`base`, then its changes, each with as many stages as shared memory holds."""
     found = [base]
     for change in _FEW_ROWS if base.tile_rows <= 64 else _MANY_ROWS:
         config = dataclasses.replace(base, **change)
-        if not splits(base.tile_rows, config):
+        if not splits(base.tile_rows, config) or (config.gather and not up):
             continue
         config = dataclasses.replace(config, row_counts=tuple(c for c in config.row_counts if splits(c, config)))
         deepest = (dataclasses.replace(config, stages=stages) for stages in range(MOST_STAGES, 1, -1))

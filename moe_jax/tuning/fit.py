@@ -106,6 +106,8 @@ def misfit(shape: LayerShape, plan: LayerPlan) -> str | None:
     w2 = like(experts, hidden, inner)
     activation = get_activation("silu") if shape.gated else None
     for name, config, weights, act in (("up", plan.up, w13, activation), ("down", plan.down, w2, None)):
+        if name == "down" and config.gather:
+            return "down: gather=True is for an up-projection: the rows of this one are not those of tokens"
         rows = like(plan.tile_rows, weights.shape[2])
         reason = supports(rows, weights, None, act, plan.tile_rows, config.gather)
         reason = reason or config_misfit(config, act is not None, shape.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from moe_jax.config import MoEConfig
-from moe_jax.kernels.hopper.matmul_config import Config, default_config, tile_rows_for
+from moe_jax.kernels.hopper.matmul_config import Config, default_config, fetches_by_token, tile_rows_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,8 @@ class LayerPlan:
     def for_tile_rows(self, tile_rows: int) -> LayerPlan:
         """The same plan for smaller tiles: more stages in the same memory; no row counts and clusters that these cannot have.
 
-        Tiles of a few tokens hand their stages back late (`Config.overlap`): 1 us of a layer of one token, 0.5 % of 16.
+        They hold all of a few tokens, which need not be fetched one by one, and hand their stages back late
+        (`Config.overlap`): 1 us of a layer of one token, 0.5 % of 16.
 
         Example:
             >>> plan = LayerPlan(64, Config((8, 16, 64)), Config((16, 64), cluster=2))
@@ -105,7 +106,7 @@ class LayerPlan:
         def smaller(config: Config) -> Config:
             counts = (*(c for c in config.row_counts if c < tile_rows), tile_rows)
             cluster = config.cluster if splits(tile_rows, config) else 1
-            small = dataclasses.replace(config, row_counts=counts, cluster=cluster, overlap=True)
+            small = dataclasses.replace(config, row_counts=counts, cluster=cluster, gather=False, overlap=True)
             return dataclasses.replace(small, stages=config.stages * config.stage_size // small.stage_size)
 
         return LayerPlan(tile_rows, smaller(self.up), smaller(self.down))
@@ -132,11 +133,14 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
         >>> default_plan(LayerShape(128, 32768, 2048, 768, gated=True, dtype="bfloat16")).tile_rows
         160
     """
-    tile_rows = tile_rows or tile_rows_for(shape.mean_rows, shape.num_pairs)
+    gather = fetches_by_token(shape.mean_rows, shape.hidden_size, shape.intermediate_size)
+    if tile_rows is None:
+        tile_rows = tile_rows_for(shape.mean_rows, shape.num_pairs, gather)
     tiles = min(shape.num_pairs, shape.num_local_experts)
+    up = default_config(tile_rows, shape.gated, shape.intermediate_size, tiles)
     return LayerPlan(
         tile_rows,
-        up=default_config(tile_rows, shape.gated, shape.intermediate_size, tiles),
+        up=dataclasses.replace(up, gather=gather and up.cluster == 1 and tile_rows % 16 == 0),
         down=default_config(tile_rows, False, shape.hidden_size, tiles),
     )
 

@@ -36,7 +36,7 @@ from tests.oracles import RULES, bias_of, config_of, python_route, special_logit
 pytestmark = pytest.mark.gpu
 
 route = jax.jit(topk, static_argnames=("top_k", "rule", "implementation"))
-STATIC = ("num_experts", "num_local_experts", "tile_rows", "implementation")
+STATIC = ("num_experts", "num_local_experts", "tile_rows", "row_tokens", "implementation")
 group = jax.jit(group_tokens, static_argnames=STATIC)
 matmul = jax.jit(
     functools.partial(grouped_matmul, implementation="mosaic"), static_argnames=("activation", "group_offset")
@@ -123,6 +123,7 @@ def test_groups_counted_while_routing(shape):
             rule=config.routing.rule,
             num_local_experts=num_local,
             share_rows=True,
+            row_tokens=True,
             implementation="mosaic",
         )
     )
@@ -274,6 +275,38 @@ def test_neighbours_fetch_their_rows_together(name):
     where = occupied_rows(groups)
     assert np.asarray(bits[0][where], np.float32).any()
     np.testing.assert_array_equal(*(b[where].view(np.int16) for b in bits))
+
+
+@pytest.mark.parametrize(
+    ("tile_rows", "k", "n", "activation", "dtype"),
+    [
+        (160, 2048, 1536, "silu", "bfloat16"),
+        (128, 4096, 3072, "swigluoai", "float16"),
+        (64, 2880, 5760, "silu", "bfloat16"),
+        (64, 320, 1056, None, "bfloat16"),
+    ],
+    ids=str,
+)
+def test_rows_fetched_by_their_tokens(tile_rows, k, n, activation, dtype):
+    """The same bits as after a gather, whatever lies in rows of no group; memory behind the last row is never read."""
+    rng = np.random.default_rng(13)
+    ids = np.stack([rng.permutation(16)[:4] for _ in range(777)])
+    ids[:, 3] = np.where(rng.random(777) < 0.5, -1, ids[:, 3])
+    groups = group(
+        jnp.asarray(ids, jnp.int32), num_experts=16, tile_rows=tile_rows, row_tokens=True, implementation="mosaic"
+    )
+    x = normal(13, 777, k, dtype=dtype).at[5].set(jnp.nan)
+    weights, bias = normal(14, 16, n, k, dtype=dtype, scale=k**-0.5), normal(15, 16, n)
+    act = None if activation is None else MoEConfig(1, 1, 8, 8, activation=activation).act
+    config = default_config(tile_rows, activation is not None, n // 2 if act else n, 16)
+    config = dataclasses.replace(config, gather=True)
+    run = functools.partial(grouped_matmul, groups=groups, bias=bias, activation=act, config=config)
+    fetched = jax.jit(functools.partial(run, tokens_as_rows=True))(x, weights)
+    before = jax.jit(run)(gather(x, groups, implementation="xla"), weights)
+    where = occupied_rows(groups)
+    bits = [np.asarray(out[where]) for out in (fetched, before)]
+    assert np.isfinite(bits[0].astype(np.float32)).any(axis=1).sum() == len(where) - (ids[5] >= 0).sum()
+    np.testing.assert_array_equal(bits[0].view(np.int16), bits[1].view(np.int16))
 
 
 def test_the_bits_of_a_row_do_not_depend_on_the_tile():

@@ -180,7 +180,7 @@ def test_kind(name):
 
 def test_it_lowers_to_kernels_alone():
     layer, (x, logits) = small_layer(), inputs(SMALL, 64)
-    assert num_kernels(without_strings(layer.jitted.lower(x, layer.weights, logits).as_text())) == 6
+    assert num_kernels(without_strings(layer.jitted.lower(x, layer.weights, logits).as_text())) == 5
 
 
 def test_ranks_of_a_split_add_up():

@@ -18,9 +18,10 @@ from tests.tuning.plans import FEW, MANY, entry_of, pairs
 def test_the_rule_is_that_of_the_kernel(num_pairs, tile_rows):
     shape = pairs(MANY, num_pairs)
     tiles = min(num_pairs, 128)
+    up = matmul_config.default_config(tile_rows, True, 768, tiles)
     assert default_plan(shape) == LayerPlan(
         tile_rows,
-        up=matmul_config.default_config(tile_rows, True, 768, tiles),
+        up=dataclasses.replace(up, gather=tile_rows > 8 and matmul_config.fetches_by_token(num_pairs / 128, 2048, 768)),
         down=matmul_config.default_config(tile_rows, False, 2048, tiles),
     )
     assert plan_for(shape) == default_plan(shape)
@@ -46,7 +47,7 @@ def test_both_projections_have_the_row_tile_of_the_plan():
 @pytest.mark.parametrize("tile_rows", [8, 16])
 def test_a_plan_for_smaller_tiles_still_runs(tile_rows, cluster):
     base = default_plan(FEW)
-    clustered = dataclasses.replace(base.up, cluster=cluster, tile_k=64, row_counts=(16, 32, 64))
+    clustered = dataclasses.replace(base.up, cluster=cluster, gather=False, tile_k=64, row_counts=(16, 32, 64))
     plan = dataclasses.replace(base, up=clustered).for_tile_rows(tile_rows)
     assert plan.up.row_counts == (tile_rows,)
     assert plan.up.cluster == (cluster if tile_rows == 16 else 1)

@@ -113,7 +113,7 @@ def test_few_tokens_run_under_any_tuned_plan(folders, tokens):
     """They may share tiles of fewer rows than the plan's."""
     shape = LayerShape.of(CONFIG, tokens)
     rule = default_plan(shape, 64)
-    up = dataclasses.replace(rule.up, cluster=2, tile_k=64, row_counts=(16, 32, 64))
+    up = dataclasses.replace(rule.up, cluster=2, gather=False, tile_k=64, row_counts=(16, 32, 64))
     cache.save(folders[0], entry_of(shape)._replace(plan=dataclasses.replace(rule, up=up)))
     lower(lambda *arrays: moe(*arrays, CONFIG, implementation="mosaic"), *operands(tokens=tokens))
     softmax = dataclasses.replace(CONFIG, routing=RoutingConfig("hash"))

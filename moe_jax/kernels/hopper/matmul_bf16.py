@@ -342,6 +342,7 @@ def grouped_matmul(
         @pl.when(wg < consumers)
         def _():
             if consumers == 2:
+                # In all what the launch gave the block, 168 a thread: with more the kernel waits for them for ever.
                 plgpu.set_max_registers(224 if gathered else 240, action="increase")
             pl.loop(0, my_tiles)(consume)
             plgpu.wait_smem_to_gmem(0)

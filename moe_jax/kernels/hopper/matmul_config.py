@@ -29,7 +29,7 @@ class Config:
     band: int = 8  # row tiles walked together before the next weight columns: what L2 holds at a time
     cluster: int = 1  # neighbouring blocks of weight columns that fetch their rows once and together
     columns: int = 64  # of the output that a block of 64 weight rows makes: 64, 32 or 16
-    gather: bool = False  # rows are fetched by their tokens from the hidden states, by a warpgroup instead of TMA
+    gather: bool = False  # rows of an up-projection are fetched by their tokens from the hidden states: `rows_by_token`
     overlap: bool = True  # products of a step run while the next are issued; its stage is handed back after that
 
     @property
@@ -53,13 +53,29 @@ class Config:
         return self.row_counts[-1]
 
 
-def tile_rows_for(mean_rows: float, num_pairs: int) -> int:
-    """The row tile for a mean number of rows per expert, of so many in all."""
+def tile_rows_for(mean_rows: float, num_pairs: int, gather: bool = False) -> int:
+    """The row tile for a mean number of rows per expert, of so many in all; `gather` as in `Config`."""
     if num_pairs <= 8:
         return 8
     if mean_rows <= 96:
         return _FEW[-1] if mean_rows <= 48 else _SOME[-1]
-    return _MANY[-1] if mean_rows < 512 else _MOST[-1]
+    return _MANY[-1] if gather or mean_rows < 512 else _MOST[-1]
+
+
+def fetches_by_token(mean_rows: float, hidden_size: int, intermediate_size: int) -> bool:
+    """Whether the up-projection of a layer fetches its rows by their tokens, instead of a kernel before it.
+
+    What that saves, writing and reading all rows once, is the smaller a part of the layer the larger I is. A wide tile of three
+    stages has none to spare for rows that are handed over late, and 16 to 96 rows an expert, where each step waits for memory,
+    none at all: layers took 0.5 to 2 % longer (2026-11-25-h200-variants.txt).
+
+    Example:
+        >>> [fetches_by_token(mean, 2048, 768) for mean in (8.0, 32.0, 256.0, 512.0, 1024.0)]
+        [True, False, True, False, True]
+    """
+    if hidden_size % 64 or intermediate_size > 2048:
+        return False
+    return mean_rows <= 16 or 48 < mean_rows < 512 or mean_rows >= 768
 
 
 def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -> Config:

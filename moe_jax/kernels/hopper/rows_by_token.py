@@ -73,9 +73,7 @@ class RowsByToken:
         """Waits until all copies are done but those of the last `under_way` calls of `start`; then wgmma may read them."""
         if not self._interpret:
             _ptx(f"cp.async.wait_group {under_way};")
-            import os  # noqa
-            if not os.environ.get("NOFENCE"):
-                _ptx("fence.proxy.async.shared::cta;")
+            _ptx("fence.proxy.async.shared::cta;")
 
 
 def _ptx(code: str) -> None:
