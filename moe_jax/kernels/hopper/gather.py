@@ -4,6 +4,8 @@ Seen from the rows it is a gather, but done from the tokens' side: one bulk copy
 copies write it to the rows that its slots were given. Padding is not touched. On an H200, 4096 tokens of 2048 bf16 elements go
 to 8 rows each in 38 us (3.5 TB/s written); a copy per row, eight rows a store, took 60 (benchmarks/results/2026-11-22-h200-*).
 
+An up-projection can do without (`rows_by_token`, with the figures of both).
+
 A row of H elements is seen as (H / c, c) with c at most 256, TMA's limit per dimension. Where no such c has whole multiples of
 128 bytes, a row takes one copy per 256 columns: TMA fills past the end with zeros, and the last store is cut to what is left
 (a store that is contiguous in memory is a plain bulk copy, which nothing cuts at the end of a row).

@@ -1,7 +1,7 @@
 """Grouped matmul of 16-bit floats on Hopper: rows of one group times the weights of its expert, activation in the epilogue.
 
 A persistent, warp-specialised kernel. One producer warp brings tiles of weights and rows into a ring of shared-memory stages
-with TMA; consumer warpgroups multiply them with wgmma and accumulate in float32. Every multiprocessor walks over the tiles that
+with TMA (a producer warpgroup where rows are fetched one by one: `rows_by_token`); consumer warpgroups multiply them with wgmma and accumulate in float32. Every multiprocessor walks over the tiles that
 hold rows (their number is read on the GPU), so empty experts cost nothing.
 
 The operands are swapped: weights stand on the M side of wgmma (64 at a time, no other choice), rows on the N side, which comes
@@ -44,12 +44,14 @@ Learned on an H200 (benchmarks/results/2026-11-22-h200-matmul-variants.txt; qwen
 - The loop over K has to stay in uniform registers, where a warp computes an address once. A tile's row and size loaded before
   the loop, and its ragged edge stored by branches for 16, 8, 4, 2 and 1 rows, pushed the counters into vector registers (52
   vector instructions a step instead of 16, for 160 rows: 2026-11-24-machine-code.txt): layers of 16384 tokens took 8 to 15 %
-  longer than in the run before, 2661 instead of 2346 us for qwen3-30b-a3b, vLLM 1 to 6 % (2026-11-24-h200-packed-rows.json,
-  -bf16-layer.json). Hence the loads behind the loop and the loops in `views.Staged.store_first`; what they bring is not timed
-  yet. `benchmarks/machine_code.py` counts.
+  longer, 2661 instead of 2360 us for qwen3-30b-a3b (2026-11-24-h200-packed-rows.json, 2026-11-25-h200-variants.txt). Hence the
+  loads behind the loop and the loops in `views.Staged.store_first`. `benchmarks/machine_code.py` counts.
+- Rows fetched by their tokens (`Config.gather`): no kernel before it, no rows written and read again. Layers of 16384 and 4096
+  tokens took 5 and 3 % less for qwen3-30b-a3b, 4096 tokens of qwen3-235b 1 to 6 % less; 16384 of gpt-oss-120b 5 to 13 % more, for
+  which four tiles of 128 rows are worse than three of 176 (2026-11-25-h200-variants.txt).
 - Programmatic dependent launch: no difference under XLA (208.0 and 207.7 us for a layer of 16 tokens).
-- Long runs lower the clock: the sum of a layer's kernels, each measured alone, is up to 16 % below the layer's own time
-  (2026-11-22-h200-bf16-layer.json).
+- Long runs lower the clock: the sum of a layer's kernels, each measured alone, is up to 17 % below the layer's own time with
+  4096 tokens and more. What saves traffic saves power there, and time beyond its own.
 """
 
 from __future__ import annotations
@@ -130,7 +132,8 @@ def grouped_matmul(
         activation: gated or not; None for none.
         config: how the work is tiled.
         tile_tokens: the tokens that have a row in each tile, a bit each.
-        total_rows: R, with `tile_tokens`.
+        row_tokens: the token of each row, and a tile more; rows are then fetched from those of all tokens.
+        total_rows: R, with `tile_tokens` or `row_tokens`.
         interpret: for the interpreter.
         multiprocessors: of the device, by default.
     """

@@ -6,6 +6,8 @@ sixteenth of them, for all experts at once, and the counts are added up. Which e
 the same, bit for bit: comparisons round nothing, and the arithmetic is `selection`'s own.
 
 The tiles need no scan either: a pair's row is the number of smaller experts among a handful.
+
+On an H200, 8 of 128 experts: 3.0 us, 4.9 in rounds (benchmarks/results/2026-11-25-h200-variants.txt).
 """
 
 from __future__ import annotations
