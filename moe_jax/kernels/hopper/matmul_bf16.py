@@ -1,8 +1,9 @@
 """Grouped matmul of 16-bit floats on Hopper: rows of one group times the weights of its expert, activation in the epilogue.
 
-A persistent, warp-specialised kernel. One producer warp brings tiles of weights and rows into a ring of shared-memory stages
-with TMA (a producer warpgroup where rows are fetched one by one: `rows_by_token`); consumer warpgroups multiply them with wgmma and accumulate in float32. Every multiprocessor walks over the tiles that
-hold rows (their number is read on the GPU), so empty experts cost nothing.
+A persistent, warp-specialised kernel. One producer warp (a warpgroup where rows are fetched one by one: `rows_by_token`) brings
+tiles of weights and rows into a ring of shared-memory stages with TMA; consumer warpgroups multiply them with wgmma and
+accumulate in float32. Every multiprocessor walks over the tiles that hold rows (their number is read on the GPU), so empty
+experts cost nothing.
 
 The operands are swapped: weights stand on the M side of wgmma (64 at a time, no other choice), rows on the N side, which comes
 in multiples of 8. A tile with few rows therefore multiplies, reads and writes few rows: there is one copy of the inner loop for
