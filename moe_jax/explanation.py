@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from moe_jax.config import MoEConfig
 from moe_jax.ops.implementation import platform_reason
 from moe_jax.tuning.cache import device_kind, find_tuned
-from moe_jax.tuning.plan import LayerShape, default_plan, plan_for
+from moe_jax.tuning.plan import LayerPlan, LayerShape, default_plan, plan_for
 
 
 class Explanation(NamedTuple):
@@ -73,14 +73,18 @@ def explain_plan(
     shape = LayerShape.of(config, num_tokens, num_local_experts)
     tuned = find_tuned(shape)
     if tuned is not None:
-        return f"{what} tuned with {tuned.shape.num_pairs} pairs, tile_rows={tuned.plan.tile_rows} ({tuned.path})"
+        return f"{what} tuned with {tuned.shape.num_pairs} pairs, {_words(tuned.plan)} ({tuned.path})"
     if platform_reason() is None:
         why = (
             f"nothing is tuned for this shape near {shape.num_pairs} pairs on {device_kind()}; `moe-jax tune` does that"
         )
     else:
         why = "tuned plans are looked up by the kind of GPU, and there is none here"
-    return f"{what} the default rule, tile_rows={default_plan(shape).tile_rows} ({why})"
+    return f"{what} the default rule, {_words(default_plan(shape))} ({why})"
+
+
+def _words(plan: LayerPlan) -> str:
+    return f"tile_rows={plan.tile_rows}{', rows fetched by their tokens' if plan.up.gather else ''}"
 
 
 def _kernel_reasons(config: MoEConfig, num_tokens: int, num_local: int) -> list[tuple[str, str | None]]:
