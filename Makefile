@@ -46,7 +46,7 @@ notebooks: $(INSTALLED)
 	$(VENV)/bin/python notebooks/execute.py
 
 # README's tables and the pictures, of these result files of moe-jax bench.
-RESULTS ?= benchmarks/results/2026-11-24-h200-packed-rows.json
+RESULTS ?= benchmarks/results/2026-11-25-h200-bf16-layer.json
 results: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/table.py $(RESULTS)
 
