@@ -1,7 +1,5 @@
 """One token routed by counting, interpreted: what it gets is what it gets among others, bit for bit."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +11,18 @@ from moe_jax.ops.route_groups import route_groups
 from tests.contracts import check_topk
 from tests.grouping import check_shared_groups
 from tests.lowering import like, lower, num_kernels
-from tests.oracles import RULES, bias_of, config_of, logits_of, special_logits
+from tests.oracles import bias_of, config_of, logits_of, special_logits
 
-_FEWER_SLOTS = ("llama4", "deepseek_v3_one_group_of_eight")  # one, at most two
+# One of each way to score, weigh and select: the rest is `selection`'s.
+RULES = (
+    "default",
+    "renormalize",
+    "topk",
+    "sigmoid_renorm",
+    "deepseek_v2_grouped",
+    "deepseek_v3_grouped",
+    "deepseek_v4",
+)
 MAP = [1, -1, 0, 7, 2, -1, 2, 1]  # two experts share a local one, another's is out of range
 
 
@@ -55,11 +62,9 @@ def check_alone(logits, config, bias=None, expert_map=None, num_local=None):
         )
 
 
-@pytest.mark.parametrize("name", [n for n in RULES if n not in _FEWER_SLOTS])
+@pytest.mark.parametrize("name", RULES)
 def test_rules(name):
     config = config_of(name)
-    if not one_token.applies(1, config.num_experts, config.top_k):
-        config = dataclasses.replace(config, top_k=4)
     check_alone(logits_of(11, 2, config.num_experts), config, bias_of(11, config))
 
 
@@ -67,8 +72,7 @@ def test_rules(name):
 def test_special_logits(name):
     """NaN, infinities, equal ones, fewer finite ones than slots."""
     config = config_of(name)
-    config = dataclasses.replace(config, top_k=max(4, config.top_k))
-    check_alone(special_logits(), config, bias_of(12, config))
+    check_alone(special_logits()[:: 1 + (name == "deepseek_v3")], config, bias_of(12, config))
 
 
 def test_equal_logits_go_to_the_lowest_expert():

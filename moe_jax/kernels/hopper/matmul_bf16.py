@@ -30,18 +30,17 @@ Learned on an H200 (benchmarks/results/2026-11-22-h200-matmul-variants.txt; qwen
 - Rows on the M side, tiles of 128 x 256: 388 + 209 us. Skipping the 64-row halves that are padding did not change that:
   what the multiprocessors fetch from L2 and the stages they have for it bind, not the products.
 - Clusters of two row tiles that share their weights by multicast: 369 + 213 us, four stages up; slower with three.
-- Swapped, up to 192 rows, three stages: 356 + 201 us. Up to 160 rows, outputs stored in blocks of 32 rows, which leaves room
-  for a fourth stage: 318 + 178 us (649 and 580 TFLOP/s). 128 rows and four stages: 352 + 190, more groups are split.
+- Swapped, up to 192 rows, three stages: 356 + 201 us. Up to 160 rows, stored by 32, which leaves room for a fourth stage: 318 +
+  178 us (649 and 580 TFLOP/s). 128 rows and four stages: 352 + 190, more groups are split.
 - Few rows (16 and 128 tokens): 128 weight rows x 128 of K a stage, four stages, one consumer reads weights at 4.0 to 4.3 TB/s;
   256 x 64 at 3.8 to 4.1; 128 x 256 with two stages at 3.8 to 3.9.
 - Pairs of blocks of columns that fetch their rows together (`Config.cluster`), 192 rows and three stages, 16384 tokens, against
-  160 rows and four stages alone: 2334 us a layer instead of 2381 for qwen3-30b-a3b, 6082 instead of 6111 for gpt-oss-120b, 8771
-  instead of 8708 for qwen3-235b. With fewer rows they cost: mixtral-8x7b with 1024 tokens 1367 instead of 1304, qwen3-235b with
-  4096 2530 instead of 2403 (2026-11-24-h200-plans-and-glue.txt).
+  160 rows and four stages alone: 6082 us a layer instead of 6111 for gpt-oss-120b, 8771 instead of 8708 for qwen3-235b. With
+  fewer rows they cost: qwen3-235b with 4096 2530 instead of 2403 (2026-11-24-h200-plans-and-glue.txt).
 - Narrow tiles, one token: 32.7 us a layer for a rank of DeepSeek-V3 and 59.9 for gpt-oss-120b (2026-11-24-h200-packed-rows.json),
   42.0 and 61.8 with 64 columns (2026-11-24-h200-packing-variants.txt). Cutting only the last round's tiles into narrow parts
-  leaves too few bytes on their way: slower.
-- Asking for the next kernel's first weights ahead (L2 prefetch): 0 to 3 % slower (the same file).
+  leaves too few bytes on their way.
+- Asking for the next kernel's first weights ahead (L2 prefetch): 0 to 3 % slower. Programmatic dependent launch: no difference.
 - The loop over K has to stay in uniform registers, where a warp computes an address once. A tile's row and size loaded before
   the loop, and its ragged edge stored by branches for 16, 8, 4, 2 and 1 rows, pushed the counters into vector registers (52
   vector instructions a step instead of 16, for 160 rows: 2026-11-24-machine-code.txt): layers of 16384 tokens took 8 to 15 %
@@ -50,7 +49,6 @@ Learned on an H200 (benchmarks/results/2026-11-22-h200-matmul-variants.txt; qwen
 - Rows fetched by their tokens (`Config.gather`): no kernel before it, no rows written and read again. Layers of 16384 and 4096
   tokens took 5 and 3 % less for qwen3-30b-a3b, 4096 tokens of qwen3-235b 1 to 6 % less; 16384 of gpt-oss-120b 5 to 13 % more, for
   which four tiles of 128 rows are worse than three of 176 (2026-11-25-h200-variants.txt).
-- Programmatic dependent launch: no difference under XLA (208.0 and 207.7 us for a layer of 16 tokens).
 - Long runs lower the clock: the sum of a layer's kernels, each measured alone, is up to 17 % below the layer's own time with
   4096 tokens and more. What saves traffic saves power there, and time beyond its own.
 """
@@ -196,15 +194,14 @@ def grouped_matmul(
         my_tiles = tiles.share(m_tiles * n_steps, worker, workers)
 
         def tile_at(i):
-            m, n = tiles.visit(worker + i * workers, m_tiles, n_steps, config.band)
+            m, n = tiles.visit(worker + i * workers, m_tiles, n_steps, config.band, config.runs)
             return m, n if cluster == 1 else n * cluster + lax.axis_index("cta")
 
         def next_slot(slot):
             """The stage after this one; a remainder by three is a dozen instructions."""
             return jnp.where(slot < stages - 1, slot + 1, 0)
 
-        def rows_of(m):
-            """Rows that are multiplied."""
+        def rows_of(m):  # that are multiplied
             return jnp.int32(rows.shape[0]) if shared else sizes_g[m]
 
         def consume(i):
@@ -295,10 +292,16 @@ def grouped_matmul(
                 by_token.finish(under_way)
                 plgpu.barrier_arrive(full.at[lax.rem(turn, stages)])
 
-            @pl.loop(0, my_tiles)
-            def _tile(i):
+            def group_of(i):
+                return group_g[jnp.minimum(tile_at(i)[0], tile_group.shape[0] - 1)]
+
+            # Where a tile's row does not depend on their number, its group is asked for before that is known.
+            early = config.band == 1 and config.runs == 1
+
+            def tile(i, expert):
+                following = group_of(i + 1) if early else expert
                 m, n = tile_at(i)
-                expert, size = group_g[m], rows_of(m)
+                expert, size = expert if early else group_g[m], rows_of(m)
                 # Not known to be 0 where all rows are meant: there may be fewer than are fetched.
                 first_row = m * 0 if shared else starts_g[m]
                 tokens = by_token.tokens(row_tokens_g, first_row, size) if gathered else None
@@ -318,29 +321,29 @@ def grouped_matmul(
                         plgpu.copy_gmem_to_smem(source, weights_s.at[slot, pl.ds(at, rows_a_copy)], full.at[slot])
 
                     if gathered:
-                        tile = [operand.eights(rows_s).at[slot, piece] for piece in range(operand.pieces)]
-                        by_token.start(tokens, tile, step * tk, row_done)
+                        places = [operand.eights(rows_s).at[slot, piece] for piece in range(operand.pieces)]
+                        by_token.start(tokens, places, step * tk, row_done)
                         pl.when(turn > 0)(lambda: hand_over(turn - 1, 1))
                         return
 
-                    def load_rows(count, below):
-                        del below
-
+                    def load_rows(count, _below):
                         # The interpreter has no multicast: there every CTA fetches all of its rows.
                         together = dict(collective_axes="cta") if cluster > 1 and interpret is None else {}
                         for piece in range(operand.pieces):
                             source = rows_g.at[pl.ds(first_row, count), pl.ds(step * tk + piece * swizzled, swizzled)]
-                            tile = operand.singles(rows_s).at[slot, piece, pl.ds(0, count)]
-                            plgpu.copy_gmem_to_smem(source, tile, full.at[slot], **together)
+                            place = operand.singles(rows_s).at[slot, piece, pl.ds(0, count)]
+                            plgpu.copy_gmem_to_smem(source, place, full.at[slot], **together)
 
                     for_row_count(size, load_rows)
 
+                return following
+
+            lax.fori_loop(0, my_tiles, tile, group_of(0) if early else jnp.int32(0))
             if gathered:
                 pl.when(turns > 0)(lambda: hand_over(turns - 1, 0))
 
-            # Every phase of every barrier is observed before the kernel ends.
             @pl.loop(jnp.maximum(turns - stages, 0), turns)
-            def _drain(turn):
+            def _drain(turn):  # every phase of every barrier is observed before the kernel ends
                 plgpu.barrier_wait(empty.at[lax.rem(turn, stages)])
 
         @pl.when(wg < consumers)
