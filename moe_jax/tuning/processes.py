@@ -125,14 +125,14 @@ class SharedLayer:
         for worker in range(len(pool)):
             pool.receive(worker)
 
-    def build(self, plans: Sequence[LayerPlan]) -> dict[LayerPlan, str]:
+    def build(self, plans: Sequence[LayerPlan], stacks: bool = False) -> dict[LayerPlan, str]:
         """As `TimedLayer.build`, all processes at the same time."""
         shares: dict[int, list[LayerPlan]] = {}
         for plan in dict.fromkeys(plans):
             worker = self._where.setdefault(plan, len(self._where) % self._number)
             shares.setdefault(worker, []).append(plan)
         for worker, share in shares.items():
-            self._pool.send(worker, "build", share)
+            self._pool.send(worker, "build", share, stacks)
         return {plan: reason for worker in shares for plan, reason in self._pool.receive(worker).items()}
 
     def fingerprint(self, plan: LayerPlan) -> str:

@@ -25,8 +25,8 @@ Say = Callable[[str], Any]
 class Layer(Protocol):
     """What a search measures: see `timed_layer.TimedLayer`."""
 
-    def build(self, plans: Sequence[LayerPlan]) -> dict[LayerPlan, str]:
-        """Compiles; gives those plans that cannot be compiled, with the reason."""
+    def build(self, plans: Sequence[LayerPlan], stacks: bool = False) -> dict[LayerPlan, str]:
+        """Compiles; gives those plans that cannot be compiled, with the reason. With `stacks` also what `layer_us` runs."""
 
     def fingerprint(self, plan: LayerPlan) -> str:
         """What the bits of the layer's output under a plan that was built come to."""
@@ -65,7 +65,7 @@ def search(shape: LayerShape, layer: Layer, say: Say = lambda message: None) -> 
         up = min(plans, key=lambda plan: times[plan][0]).up
         down = min(plans, key=lambda plan: times[plan][1]).down
         finalists.append(LayerPlan(tile_rows, up, down))
-    finalists = _right(layer, list(dict.fromkeys(finalists)), default, say)
+    finalists = _right(layer, list(dict.fromkeys(finalists)), default, say, stacks=True)
     turns = [[layer.layer_us(plan) for plan in finalists] for _ in range(ROUNDS)]
     layer_us = {plan: statistics.median(turn[i] for turn in turns) for i, plan in enumerate(finalists)}
     best = min(finalists, key=layer_us.__getitem__)
@@ -74,9 +74,9 @@ def search(shape: LayerShape, layer: Layer, say: Say = lambda message: None) -> 
     return TunedEntry(shape, best, layer_us[default], layer_us[best])
 
 
-def _right(layer: Layer, plans: list[LayerPlan], default: LayerPlan, say: Say) -> list[LayerPlan]:
+def _right(layer: Layer, plans: list[LayerPlan], default: LayerPlan, say: Say, stacks: bool = False) -> list[LayerPlan]:
     """Those of the plans that can be built and whose output is that of the default plan."""
-    refused = layer.build(plans)
+    refused = layer.build(plans, stacks)
     if default in refused:
         raise RuntimeError(f"the default rule's plan: {refused[default]}")
     expected = layer.fingerprint(default)

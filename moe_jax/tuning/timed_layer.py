@@ -37,26 +37,33 @@ class TimedLayer:
         logits = np.random.default_rng(tokens).standard_normal((tokens, config.num_experts), np.float32)
         return jax.block_until_ready((x, _weights(config), jnp.asarray(logits)))
 
-    def build(self, plans: Sequence[LayerPlan]) -> dict[LayerPlan, str]:
-        """Compiles the layer under each plan, from shapes alone; gives those that cannot be compiled, with the reason."""
+    def build(self, plans: Sequence[LayerPlan], stacks: bool = False) -> dict[LayerPlan, str]:
+        """Compiles the layer under each plan, from shapes alone; gives those that cannot be compiled, with the reason.
+
+        Args:
+            plans: what to compile; not again what is there already.
+            stacks: also the stack that `layer_us` runs.
+        """
         config, tokens = self._config, self._tokens
         x = jax.ShapeDtypeStruct((tokens, config.hidden_size), config.dtype)
         logits = jax.ShapeDtypeStruct((tokens, config.num_experts), jnp.float32)
         operands = x, jax.eval_shape(lambda: _weights.__wrapped__(config)), logits
 
         def compile_one(plan: LayerPlan) -> str | None:
-            layer = functools.partial(moe, config=self._config, plan=plan)
+            built = self._built.get(plan) or Layer(functools.partial(moe, config=config, plan=plan))
             try:
-                built = Layer(layer)
-                built.compiled[self._tokens] = built.jitted.lower(*operands).compile()
+                if tokens not in built.compiled:
+                    built.compiled[tokens] = built.jitted.lower(*operands).compile()
+                if stacks and tokens not in built.compiled_stacks:
+                    stacked = built.stacked.lower(*operands[:2], stack_logits(operands[2]))
+                    built.compiled_stacks[tokens] = stacked.compile()
                 self._built[plan] = built
             except Exception as error:  # a configuration that the compiler refuses is not the end of a search
                 return f"cannot be built: {type(error).__name__}: {error}"[:300]
             return None
 
-        new = [plan for plan in dict.fromkeys(plans) if plan not in self._built]
-        reasons = [compile_one(plan) for plan in new]
-        return {plan: reason for plan, reason in zip(new, reasons, strict=True) if reason is not None}
+        reasons = {plan: compile_one(plan) for plan in dict.fromkeys(plans)}
+        return {plan: reason for plan, reason in reasons.items() if reason is not None}
 
     def fingerprint(self, plan: LayerPlan) -> str:
         """Of the bits of the output ``[T, H]``, under a plan that was built."""
@@ -73,7 +80,7 @@ class TimedLayer:
 
     def layer_us(self, plan: LayerPlan) -> float:
         """Microseconds of the layer, as one of a stack."""
-        stack = self._built[plan].stacked  # compiled when first called: only the finalists are
+        stack = self._built[plan].stack_at(self._tokens)
         x, weights, logits = self._operands
         return call_time(lambda: stack(x, weights, stack_logits(logits))) / CALLS
 

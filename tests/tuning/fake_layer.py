@@ -23,10 +23,12 @@ class FakeLayer:
     ):
         self.up, self.down, self.refused, self.wrong = up, down, refused, wrong
         self.raises, self.overhead = raises, overhead
-        self.built, self.timed = set(), []
+        self.built, self.stacks, self.timed = set(), set(), []
 
-    def build(self, plans):
+    def build(self, plans, stacks=False):
         self.built |= set(plans)
+        if stacks:
+            self.stacks |= set(plans)
         return {plan: "cannot be built: too wide" for plan in plans if self.refused(plan)}
 
     def fingerprint(self, plan):
@@ -40,6 +42,6 @@ class FakeLayer:
         return self.up(plan.up), self.down(plan.down)
 
     def layer_us(self, plan):
-        assert plan in self.built
+        assert plan in self.stacks
         self.timed.append(plan)
         return self.up(plan.up) + self.down(plan.down) + self.overhead(plan)
