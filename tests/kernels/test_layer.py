@@ -55,6 +55,7 @@ def test_no_tokens():
     assert out.shape == (0, 80) and out.dtype == jnp.bfloat16
 
 
+@pytest.mark.once
 def test_ranks_of_a_split():
     """Two ranks, one of which owns the experts in another order; logits that are not finite; jit."""
     config = CONFIGS["qwen3"]
@@ -73,6 +74,7 @@ def test_ranks_of_a_split():
     assert not np.asarray(total)[2].any()
 
 
+@pytest.mark.once
 def test_slots_without_an_expert_and_tokens_that_are_not_finite():
     config = CONFIGS["qwen3"]
     experts, topk = experts_of(2, config), topk_of(2, config, 9)
@@ -89,6 +91,7 @@ def test_slots_without_an_expert_and_tokens_that_are_not_finite():
     check_close(np.asarray(out)[~bad], np.asarray(expected)[~bad], 6e-3)
 
 
+@pytest.mark.once
 def test_two_runs_give_the_same_bits_and_so_does_a_token_alone():
     config = dataclasses.replace(CONFIGS["qwen3"], num_experts=4)
     x, experts, logits = x_of(3, config, 18), experts_of(3, config), logits_of(3, config, 18)
@@ -98,6 +101,7 @@ def test_two_runs_give_the_same_bits_and_so_does_a_token_alone():
     np.testing.assert_array_equal(layer(x[17:], experts, logits[17:], config)[0], first[17])
 
 
+@pytest.mark.once
 def test_gradients_are_those_of_the_reference():
     """What the kernels leave undefined (NaN in the interpreter) reaches no gradient."""
     config = MoEConfig(4, 2, 48, 32, has_bias=True)
