@@ -129,9 +129,6 @@ def copy_rows(source: Any, tile: Any, rows: Any, column: Any, count: Any) -> Non
     def c(value: int) -> Any:
         return arith.constant(i32, value)
 
-    def plus(a: Any, b: Any) -> Any:
-        return arith.addi(a, b)
-
     chunk = arith.andi(utils.thread_idx(), c(7))
     first = arith.addi(arith.muli(column.registers.flat[0], c(2)), arith.muli(chunk, c(16)))
     base = arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(source)), arith.extui(i64, first))
@@ -140,7 +137,7 @@ def copy_rows(source: Any, tile: Any, rows: Any, column: Any, count: Any) -> Non
         row = arith.index_cast(i32, row) if isinstance(row.type, ir.IndexType) else row
         wanted = llvm.extractelement(wanted, c(0)) if isinstance(wanted.type, ir.VectorType) else wanted
         swizzled = arith.muli(arith.xori(chunk, arith.andi(row, c(7))), c(16))
-        to = plus(target, plus(arith.muli(row, c(128)), swizzled))
+        to = arith.addi(target, arith.addi(arith.muli(row, c(128)), swizzled))
         start = arith.muli(arith.extsi(i64, wanted), arith.constant(i64, row_bytes))
         llvm.inline_asm(
             ir.Type.parse("!llvm.void"),

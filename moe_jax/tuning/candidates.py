@@ -22,7 +22,6 @@ _FEW_ROWS: tuple[dict[str, Any], ...] = (
     {"halves": 1, "consumers": 2},
     {"cluster": 2, "gather": False},
     {"overlap": True},
-    {"band": 1},
     {"columns": 64, "tile_k": 128},
     {"columns": 32, "tile_k": 256},
     {"gather": True},

@@ -49,7 +49,7 @@ Learned on an H200 (benchmarks/results/2026-11-22-h200-matmul-variants.txt; qwen
 - Rows fetched by their tokens (`Config.gather`): no kernel before it, no rows written and read again. Layers of 16384 and 4096
   tokens took 5 and 3 % less for qwen3-30b-a3b, 4096 tokens of qwen3-235b 1 to 6 % less; 16384 of gpt-oss-120b 5 to 13 % more, for
   which four tiles of 128 rows are worse than three of 176 (2026-11-25-h200-variants.txt).
-- Long runs lower the clock: the sum of a layer's kernels, each measured alone, is up to 17 % below the layer's own time with
+- Long runs lower the clock: the sum of a layer's kernels, each measured alone, is up to 18 % below the layer's own time with
   4096 tokens and more. What saves traffic saves power there, and time beyond its own.
 """
 
@@ -194,14 +194,15 @@ def grouped_matmul(
         my_tiles = tiles.share(m_tiles * n_steps, worker, workers)
 
         def tile_at(i):
-            m, n = tiles.visit(worker + i * workers, m_tiles, n_steps, config.band, config.runs)
+            m, n = tiles.visit(worker + i * workers, m_tiles, n_steps, config.band)
             return m, n if cluster == 1 else n * cluster + lax.axis_index("cta")
 
         def next_slot(slot):
             """The stage after this one; a remainder by three is a dozen instructions."""
             return jnp.where(slot < stages - 1, slot + 1, 0)
 
-        def rows_of(m):  # that are multiplied
+        def rows_of(m):
+            """Rows that are multiplied."""
             return jnp.int32(rows.shape[0]) if shared else sizes_g[m]
 
         def consume(i):
@@ -292,16 +293,10 @@ def grouped_matmul(
                 by_token.finish(under_way)
                 plgpu.barrier_arrive(full.at[lax.rem(turn, stages)])
 
-            def group_of(i):
-                return group_g[jnp.minimum(tile_at(i)[0], tile_group.shape[0] - 1)]
-
-            # Where a tile's row does not depend on their number, its group is asked for before that is known.
-            early = config.band == 1 and config.runs == 1
-
-            def tile(i, expert):
-                following = group_of(i + 1) if early else expert
+            @pl.loop(0, my_tiles)
+            def _tile(i):
                 m, n = tile_at(i)
-                expert, size = expert if early else group_g[m], rows_of(m)
+                expert, size = group_g[m], rows_of(m)
                 # Not known to be 0 where all rows are meant: there may be fewer than are fetched.
                 first_row = m * 0 if shared else starts_g[m]
                 tokens = by_token.tokens(row_tokens_g, first_row, size) if gathered else None
@@ -321,29 +316,29 @@ def grouped_matmul(
                         plgpu.copy_gmem_to_smem(source, weights_s.at[slot, pl.ds(at, rows_a_copy)], full.at[slot])
 
                     if gathered:
-                        places = [operand.eights(rows_s).at[slot, piece] for piece in range(operand.pieces)]
-                        by_token.start(tokens, places, step * tk, row_done)
+                        tile = [operand.eights(rows_s).at[slot, piece] for piece in range(operand.pieces)]
+                        by_token.start(tokens, tile, step * tk, row_done)
                         pl.when(turn > 0)(lambda: hand_over(turn - 1, 1))
                         return
 
-                    def load_rows(count, _below):
+                    def load_rows(count, below):
+                        del below
+
                         # The interpreter has no multicast: there every CTA fetches all of its rows.
                         together = dict(collective_axes="cta") if cluster > 1 and interpret is None else {}
                         for piece in range(operand.pieces):
                             source = rows_g.at[pl.ds(first_row, count), pl.ds(step * tk + piece * swizzled, swizzled)]
-                            place = operand.singles(rows_s).at[slot, piece, pl.ds(0, count)]
-                            plgpu.copy_gmem_to_smem(source, place, full.at[slot], **together)
+                            tile = operand.singles(rows_s).at[slot, piece, pl.ds(0, count)]
+                            plgpu.copy_gmem_to_smem(source, tile, full.at[slot], **together)
 
                     for_row_count(size, load_rows)
 
-                return following
-
-            lax.fori_loop(0, my_tiles, tile, group_of(0) if early else jnp.int32(0))
             if gathered:
                 pl.when(turns > 0)(lambda: hand_over(turns - 1, 0))
 
+            # Every phase of every barrier is observed before the kernel ends.
             @pl.loop(jnp.maximum(turns - stages, 0), turns)
-            def _drain(turn):  # every phase of every barrier is observed before the kernel ends
+            def _drain(turn):
                 plgpu.barrier_wait(empty.at[lax.rem(turn, stages)])
 
         @pl.when(wg < consumers)

@@ -26,32 +26,18 @@ def transforms(minor: int, dtype) -> tuple[plgpu.TilingTransform, plgpu.SwizzleT
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
 
 
-def visit(
-    index: jax.Array, m_tiles: jax.Array, n_tiles: int, group_m: int, runs: int = 1
-) -> tuple[jax.Array, jax.Array]:
+def visit(index: jax.Array, m_tiles: jax.Array, n_tiles: int, group_m: int) -> tuple[jax.Array, jax.Array]:
     """The (m, n) tile with number `index`: bands of `group_m` row tiles, walked column by column.
 
     The multiprocessors at work at one time then share few row tiles and few weight tiles, and both stay in L2. The last
     band may be lower. `m_tiles` lives on the GPU: only tiles that hold rows are visited.
-
-    With several `runs` a band takes its row tiles from so many places, evenly spread: large groups, which multiply, and small
-    ones, which wait for weights, are then under way at the same time. With `group_m` 1 and one run a tile's row does not depend
-    on `m_tiles`.
     """
-    if group_m == 1 and runs == 1:
-        return lax.div(index, n_tiles), lax.rem(index, n_tiles)
     band_tiles = group_m * n_tiles
     band = lax.div(index, band_tiles)
     first = band * group_m
     height = jnp.minimum(group_m, m_tiles - first)
     within = index - band * band_tiles
-    m, n = first + lax.rem(within, height), lax.div(within, height)
-    if (
-        runs > 1
-    ):  # number m is the (m // runs)-th of run m % runs; the first runs are one longer where they do not divide
-        run, place = lax.rem(m, runs), lax.div(m, runs)
-        m = place + run * lax.div(m_tiles, runs) + jnp.minimum(run, lax.rem(m_tiles, runs))
-    return m, n
+    return first + lax.rem(within, height), lax.div(within, height)
 
 
 def share(total: jax.Array | int, worker: jax.Array, workers: int) -> jax.Array:
