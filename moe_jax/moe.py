@@ -152,8 +152,7 @@ def _run_experts(
         weights = None
     plan = plan if plan is None else plan.for_tile_rows(groups.tile_rows)
     rows = gather(x, groups, implementation=implementation)
-    rows = expert_mlp(rows, experts, groups, config, plan=plan, implementation=implementation)
-    return combine(rows, groups.positions, weights, implementation=implementation)
+    return expert_mlp(rows, experts, groups, weights, config, plan=plan, implementation=implementation)
 
 
 def shared_expert(x: Float[Array, "T H"], shared: SharedExpertWeights, config: MoEConfig) -> Float[Array, "T H"]:

@@ -194,7 +194,7 @@ def grouped_matmul(
         my_tiles = tiles.share(m_tiles * n_steps, worker, workers)
 
         def tile_at(i):
-            m, n = tiles.visit(worker + i * workers, m_tiles, n_steps, config.band)
+            m, n = tiles.visit(worker + i * workers, m_tiles, n_steps, config.band, config.runs)
             return m, n if cluster == 1 else n * cluster + lax.axis_index("cta")
 
         def next_slot(slot):
