@@ -11,11 +11,10 @@ import jax.numpy as jnp
 from moe_jax.activations import get_activation
 from moe_jax.kernels.hopper.matmul_bf16 import supports
 from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
-from moe_jax.kernels.hopper.views import COLUMNS, STORED
+from moe_jax.kernels.hopper.views import ALIGNED, COLUMNS, STORED
 from moe_jax.tuning.plan import LayerPlan, LayerShape, splits
 
 SHARED_MEMORY = 227 * 1024  # bytes that one block may have on a Hopper GPU
-_ALIGNED = 1024  # where a buffer of shared memory may begin
 
 
 def shared_memory_bytes(config: Config, dtype: str) -> int:
@@ -35,8 +34,9 @@ def shared_memory_bytes(config: Config, dtype: str) -> int:
         config.consumers * 2 * STORED * COLUMNS * item,
         weight_rows * 4,
         (2 * config.stages + config.consumers) * 8,
+        ALIGNED if config.gather else 0,  # set aside for reductions
     )
-    return sum(math.ceil(size / _ALIGNED) * _ALIGNED for size in buffers)
+    return sum(math.ceil(size / ALIGNED) * ALIGNED for size in buffers)
 
 
 def config_misfit(config: Config, gated: bool, dtype: str) -> str | None:

@@ -23,8 +23,9 @@ from moe_jax.kernels.hopper import tiles, views
 from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS
 
 _ROWS = 8  # the least that wgmma multiplies
+_CONSUMERS = 2  # that take turns with the experts
 _PIECE = 128  # columns of K that lie side by side in a stage
-_RING = 200 * 1024  # bytes of shared memory for stages
+_RING = 192 * 1024  # bytes of shared memory for stages
 _MOST_STAGES = 8
 _MOST_SLOTS = 16
 
@@ -93,85 +94,104 @@ def down_combine(
     k_steps = pl.cdiv(size, tile_k)
     n_tiles = pl.cdiv(n_out, columns)
     stage_rows = 2 * WGMMA_ROWS - columns  # wgmma reads on into the rows after a piece: `matmul_bf16`, narrow tiles
-    stages = min(_MOST_STAGES, _RING // ((stage_rows * _PIECE + _ROWS * tile_k) * dtype.itemsize))
+    # Each consumer has a ring of its own: it has to see every phase of the barriers that it waits at.
+    stages = min(_MOST_STAGES, _RING // _CONSUMERS // ((stage_rows * _PIECE + _ROWS * tile_k) * dtype.itemsize))
     swizzled = 128 // dtype.itemsize
-    operand = views.Operand(stages, _ROWS, tile_k, swizzled, dtype, interpret is not None)
+    operand = views.Operand(_CONSUMERS * stages, _ROWS, tile_k, swizzled, dtype, interpret is not None)
     staged = views.Staged(1, columns, n_out, dtype, interpret is not None)
 
     def body(hidden_g, weights_g, group_g, count_g, positions_g, *refs):
         refs = list(refs)
         scales_g = refs.pop(0) if scales is not None else None
         bias_g = refs.pop(0) if bias is not None else None
-        out_g, rows_s, weights_s, made_s, out_s, full, empty = refs[:7]
-        bias_s, bias_full = refs[7:] if bias is not None else (None, None)
+        out_g, rows_s, weights_s, made_s, out_s, full, empty, made = refs[:8]
+        bias_s, bias_full = refs[8:] if bias is not None else (None, None)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
         experts = count_g[0]
         my_tiles = tiles.share(n_tiles, worker, workers)
-        turns = my_tiles * experts * k_steps
 
-        def next_slot(slot):
-            return jnp.where(slot < stages - 1, slot + 1, 0)
+        def turns_before(consumer, i, rows):
+            """Stages that a consumer takes before row number `rows` of its own in tile number `i`."""
+            return (i * tiles.share(experts, consumer, _CONSUMERS) + rows) * k_steps
 
-        def multiply(tile, row, slot):
-            """Row `row` of the token for a tile of columns; returns the next stage."""
+        def stage(consumer, turn):
+            return consumer * stages + lax.rem(turn, stages)
+
+        def multiply(tile, row, first_turn, buffer):
+            """Row `row` of the token for a tile of columns."""
             if bias is not None:
                 source = bias_g.at[group_g[row], pl.ds(tile * columns, WGMMA_ROWS)]
-                plgpu.copy_gmem_to_smem(source, bias_s, bias_full)
+                plgpu.copy_gmem_to_smem(source, bias_s.at[wg], bias_full.at[wg])
 
             def accumulate(acc):
-                def step(_, slot):
+                def multiply_step(step):
+                    slot = stage(wg, first_turn + step)
                     plgpu.barrier_wait(full.at[slot])
                     for piece in range(operand.pieces):
                         side, at = divmod(piece * swizzled, _PIECE)
                         side_rows = pl.ds(side * columns, WGMMA_ROWS)
                         a = weights_s.at[slot, side_rows, pl.ds(at, swizzled)]
                         plgpu.wgmma(acc, a, operand.eights(rows_s).at[slot, piece].T)
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(empty.at[slot])
-                    return next_slot(slot)
+                    plgpu.wgmma_wait(operand.pieces)  # those of the step before are done
 
-                slot_after = lax.fori_loop(0, k_steps, step, slot)
-                return acc[...], slot_after
+                    pl.when(step > 0)(lambda: plgpu.barrier_arrive(empty.at[stage(wg, first_turn + step - 1)]))
 
-            made, slot = pl.run_scoped(accumulate, plgpu.ACC((WGMMA_ROWS, _ROWS)))
+                pl.loop(0, k_steps)(multiply_step)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(empty.at[stage(wg, first_turn + k_steps - 1)])
+                return acc[...]
+
+            acc = pl.run_scoped(accumulate, plgpu.ACC((WGMMA_ROWS, _ROWS)))
             if bias is not None:
-                plgpu.barrier_wait(bias_full)
-                column = plgpu.load(bias_s, layout=plgpu.Layout.WGMMA.reduce(1)).astype(jnp.float32)
-                made = made + lax.broadcast_in_dim(column, made.shape, [0])
-            _compat.store_scattered(made_s.at[row], made.astype(dtype))
-            return slot
+                plgpu.barrier_wait(bias_full.at[wg])
+                column = plgpu.load(bias_s.at[wg], layout=plgpu.Layout.WGMMA.reduce(1)).astype(jnp.float32)
+                acc = acc + lax.broadcast_in_dim(column, acc.shape, [0])
+                plgpu.commit_smem()  # every warp has its bias before the next one comes
+            _compat.store_scattered(made_s.at[buffer, row], acc.astype(dtype))
 
-        def add_up():
+        def add_up(buffer, found):
             """The weighted sum in slot order, of one column of each block that counts: the token's."""
             total = None if slots <= 8 else 0.0  # as `combine` begins
-            for slot in range(slots):
-                row = positions_g[0, slot]
-                scale = scales_g[0, slot] if scales is not None else jnp.float32(1)
-                made = plgpu.load(made_s.at[jnp.maximum(row, 0)], layout=plgpu.Layout.WGMMA, optimized=False)
-                term = jnp.where(row < 0, 0.0, made.astype(jnp.float32)) * jnp.where(row < 0, jnp.float32(0), scale)
+            for row, scale in found:
+                block = plgpu.load(made_s.at[buffer, jnp.maximum(row, 0)], layout=plgpu.Layout.WGMMA, optimized=False)
+                term = jnp.where(row < 0, 0.0, block.astype(jnp.float32)) * scale
                 total = term if total is None else total + term
             return total
 
-        @pl.when(wg == 0)
+        @pl.when(wg < _CONSUMERS)
         def _consumer():
-            def tile(i, slot):
-                n = worker + i * workers
-                slot = lax.fori_loop(0, experts, lambda row, slot: multiply(n, row, slot), slot)
-                plgpu.commit_smem()
-                block = plgpu.layout_cast(add_up().astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                staged.fill(out_s, 0, 0, block)
-                plgpu.commit_smem()
-                staged.store(out_s, 0, 0, 0, 1, out_g, 0, n * columns)
-                plgpu.commit_smem_to_gmem_group()
-                return slot
+            found = []  # row and weight of each slot, asked for before there is anything to add up
+            for slot in range(slots):
+                row, scale = positions_g[0, slot], scales_g[0, slot] if scales is not None else jnp.float32(1)
+                found.append((row, jnp.where(row < 0, jnp.float32(0), scale)))
 
-            lax.fori_loop(0, my_tiles, tile, jnp.int32(0))
+            @pl.loop(0, my_tiles)
+            def _tile(i):
+                n = worker + i * workers
+                buffer = lax.rem(i, 2)  # the first consumer may still add up what the tile before made
+
+                @pl.loop(0, tiles.share(experts, wg, _CONSUMERS))
+                def _row(j):
+                    row = j * _CONSUMERS + wg
+                    multiply(n, row, turns_before(wg, i, j), buffer)
+
+                plgpu.barrier_arrive(made)
+                plgpu.barrier_wait(made)
+
+                @pl.when(wg == 0)
+                def _():
+                    block = plgpu.layout_cast(add_up(buffer, found).astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    staged.fill(out_s, 0, 0, block)
+                    plgpu.commit_smem()
+                    staged.store(out_s, 0, 0, 0, 1, out_g, 0, n * columns)
+                    plgpu.commit_smem_to_gmem_group()
+
             plgpu.wait_smem_to_gmem(0)
 
         def produce():
-            def fetch(turn, n, row, expert, step):
-                slot = lax.rem(turn, stages)
+            def fetch(consumer, turn, n, row, expert, step):
+                slot = stage(consumer, turn)
                 pl.when(turn >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
                 for piece in range(depth):
                     ks = pl.ds(step * tile_k + piece * _PIECE, _PIECE)
@@ -186,19 +206,22 @@ def down_combine(
                 def of_row(row, expert):
                     # The next row's expert is asked for before the stages of this one are waited for.
                     following = group_g[jnp.minimum(row + 1, experts - 1)]
-                    first = (i * experts + row) * k_steps
-                    pl.loop(0, k_steps)(lambda step: fetch(first + step, worker + i * workers, row, expert, step))
+                    consumer = lax.rem(row, _CONSUMERS)
+                    first, n = turns_before(consumer, i, lax.div(row, _CONSUMERS)), worker + i * workers
+                    pl.loop(0, k_steps)(lambda step: fetch(consumer, first + step, n, row, expert, step))
                     return following
 
                 lax.fori_loop(0, experts, of_row, group_g[0])
 
             pl.loop(0, my_tiles)(of_tile)
+            for consumer in range(_CONSUMERS):  # every phase of every barrier is observed before the kernel ends
+                turns = turns_before(consumer, my_tiles, 0)
 
-            @pl.loop(jnp.maximum(turns - stages, 0), turns)
-            def _drain(turn):
-                plgpu.barrier_wait(empty.at[lax.rem(turn, stages)])
+                @pl.loop(jnp.maximum(turns - stages, 0), turns)
+                def _drain(turn, consumer=consumer):
+                    plgpu.barrier_wait(empty.at[stage(consumer, turn)])
 
-        @pl.when(wg == 1)
+        @pl.when(wg == _CONSUMERS)
         def _producer():
             plgpu.warp_map(lambda warp: pl.when(warp == 0)(produce))
 
@@ -208,20 +231,24 @@ def down_combine(
     operands += [bias] if bias is not None else []
     scratch = [
         operand.scratch,
-        plgpu.SMEM((stages, stage_rows, _PIECE), dtype, transforms=tiles.transforms(size, dtype)),
-        plgpu.SMEM((slots, WGMMA_ROWS, _ROWS), dtype),
+        plgpu.SMEM((_CONSUMERS * stages, stage_rows, _PIECE), dtype, transforms=tiles.transforms(size, dtype)),
+        plgpu.SMEM((2, slots, WGMMA_ROWS, _ROWS), dtype),
         staged.scratch,
-        plgpu.Barrier(num_arrivals=depth + operand.pieces, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=depth + operand.pieces, num_barriers=_CONSUMERS * stages),
+        plgpu.Barrier(num_arrivals=1, num_barriers=_CONSUMERS * stages),
+        plgpu.Barrier(num_arrivals=_CONSUMERS),
     ]
     if bias is not None:
-        scratch += [plgpu.SMEM((WGMMA_ROWS,), bias.dtype), plgpu.Barrier(num_arrivals=1)]
+        scratch += [
+            plgpu.SMEM((_CONSUMERS, WGMMA_ROWS), bias.dtype),
+            plgpu.Barrier(num_arrivals=1, num_barriers=_CONSUMERS),
+        ]
     return _compat.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((1, n_out), dtype),
         grid=(workers,),
         grid_names=("sm",),
-        num_threads=2,
+        num_threads=_CONSUMERS + 1,
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=_compat.LANE),

@@ -194,7 +194,11 @@ def grouped_matmul(
         my_tiles = tiles.share(m_tiles * n_steps, worker, workers)
 
         def tile_at(i):
-            m, n = tiles.visit(worker + i * workers, m_tiles, n_steps, config.band, config.runs)
+            index = worker + i * workers
+            if config.ends == 2:
+                half = lax.div(index, 2)
+                index = jnp.where(lax.rem(index, 2) == 0, half, m_tiles * n_steps - 1 - half)
+            m, n = tiles.visit(index, m_tiles, n_steps, config.band)
             return m, n if cluster == 1 else n * cluster + lax.axis_index("cta")
 
         def next_slot(slot):
@@ -389,7 +393,10 @@ def grouped_matmul(
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=_compat.LANE
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=_compat.LANE,
+            reduction_scratch_bytes=views.ALIGNED,  # none is needed: rows are numbered within a warp
         ),
         interpret=interpret,
     )(*operands)

@@ -26,30 +26,21 @@ def transforms(minor: int, dtype) -> tuple[plgpu.TilingTransform, plgpu.SwizzleT
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
 
 
-def visit(
-    index: jax.Array, m_tiles: jax.Array, n_tiles: int, group_m: int, runs: int = 1
-) -> tuple[jax.Array, jax.Array]:
+def visit(index: jax.Array, m_tiles: jax.Array, n_tiles: int, group_m: int) -> tuple[jax.Array, jax.Array]:
     """The (m, n) tile with number `index`: bands of `group_m` row tiles, walked column by column.
 
     The multiprocessors at work at one time then share few row tiles and few weight tiles, and both stay in L2. The last
     band may be lower. `m_tiles` lives on the GPU: only tiles that hold rows are visited.
-
-    A band takes its row tiles from `runs` places. Tiles of a crowded expert, which multiply, and of others, which wait for their
-    weights, are then at work at the same time.
     """
     band_tiles = group_m * n_tiles
     band = lax.div(index, band_tiles)
     first = band * group_m
     height = jnp.minimum(group_m, m_tiles - first)
     within = index - band * band_tiles
-    m, n = first + lax.rem(within, height), lax.div(within, height)
-    if runs == 1:
-        return m, n
-    run = lax.rem(m, runs)
-    return run * lax.div(m_tiles, runs) + jnp.minimum(run, lax.rem(m_tiles, runs)) + lax.div(m, runs), n
+    return first + lax.rem(within, height), lax.div(within, height)
 
 
-def share(total: jax.Array | int, worker: jax.Array, workers: int) -> jax.Array:
+def share(total: jax.Array | int, worker: jax.Array | int, workers: int) -> jax.Array:
     """How many of `total` items worker number `worker` takes when it takes every `workers`-th."""
     return lax.div(total - worker + (workers - 1), workers)
 

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe_jax import _compat
 
 COLUMNS = 64  # of a staged block: as many rows of weights as one wgmma takes
+ALIGNED = 1024  # bytes: where a buffer of shared memory may begin
 STORED = 32  # rows of an output that leave shared memory together: two such buffers a consumer are enough
 
 
