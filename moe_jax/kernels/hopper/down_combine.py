@@ -23,10 +23,9 @@ from moe_jax.kernels.hopper import tiles, views
 from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS
 
 _ROWS = 8  # the least that wgmma multiplies
-_CONSUMERS = 2  # that take turns with the experts
-_PIECE = 128  # columns of K that lie side by side in a stage
-_RING = 192 * 1024  # bytes of shared memory for stages
-_MOST_STAGES = 8
+_PIECES = (128, 64)  # columns of K that lie side by side in a stage
+_RING = 200 * 1024  # bytes of shared memory for stages
+_MOST_STAGES = 12
 _MOST_SLOTS = 16
 
 
@@ -90,111 +89,99 @@ def down_combine(
     workers = multiprocessors or _compat.num_multiprocessors()
     columns = columns_for(n_out, slots, workers) or 16
     depth = WGMMA_ROWS // columns
-    tile_k = _PIECE * depth
+    piece_k = _PIECES[0]
+    tile_k = piece_k * depth
     k_steps = pl.cdiv(size, tile_k)
     n_tiles = pl.cdiv(n_out, columns)
     stage_rows = 2 * WGMMA_ROWS - columns  # wgmma reads on into the rows after a piece: `matmul_bf16`, narrow tiles
-    # Each consumer has a ring of its own: it has to see every phase of the barriers that it waits at.
-    stages = min(_MOST_STAGES, _RING // _CONSUMERS // ((stage_rows * _PIECE + _ROWS * tile_k) * dtype.itemsize))
+    stages = min(_MOST_STAGES, _RING // ((stage_rows * piece_k + _ROWS * tile_k) * dtype.itemsize))
     swizzled = 128 // dtype.itemsize
-    operand = views.Operand(_CONSUMERS * stages, _ROWS, tile_k, swizzled, dtype, interpret is not None)
+    operand = views.Operand(stages, _ROWS, tile_k, swizzled, dtype, interpret is not None)
     staged = views.Staged(1, columns, n_out, dtype, interpret is not None)
 
     def body(hidden_g, weights_g, group_g, count_g, positions_g, *refs):
         refs = list(refs)
         scales_g = refs.pop(0) if scales is not None else None
         bias_g = refs.pop(0) if bias is not None else None
-        out_g, rows_s, weights_s, made_s, out_s, full, empty, made = refs[:8]
-        bias_s, bias_full = refs[8:] if bias is not None else (None, None)
+        out_g, rows_s, weights_s, made_s, out_s, full, empty = refs[:7]
+        bias_s, bias_full = refs[7:] if bias is not None else (None, None)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
         experts = count_g[0]
         my_tiles = tiles.share(n_tiles, worker, workers)
+        turns = my_tiles * experts * k_steps
 
-        def turns_before(consumer, i, rows):
-            """Stages that a consumer takes before row number `rows` of its own in tile number `i`."""
-            return (i * tiles.share(experts, consumer, _CONSUMERS) + rows) * k_steps
+        def next_slot(slot):
+            return jnp.where(slot < stages - 1, slot + 1, 0)
 
-        def stage(consumer, turn):
-            return consumer * stages + lax.rem(turn, stages)
-
-        def multiply(tile, row, first_turn, buffer):
-            """Row `row` of the token for a tile of columns."""
+        def multiply(tile, row, slot):
+            """Row `row` of the token for a tile of columns; returns the next stage."""
             if bias is not None:
                 source = bias_g.at[group_g[row], pl.ds(tile * columns, WGMMA_ROWS)]
-                plgpu.copy_gmem_to_smem(source, bias_s.at[wg], bias_full.at[wg])
+                plgpu.copy_gmem_to_smem(source, bias_s, bias_full)
 
             def accumulate(acc):
-                def multiply_step(step):
-                    slot = stage(wg, first_turn + step)
+                def step(step, slot):
                     plgpu.barrier_wait(full.at[slot])
                     for piece in range(operand.pieces):
-                        side, at = divmod(piece * swizzled, _PIECE)
+                        side, at = divmod(piece * swizzled, piece_k)
                         side_rows = pl.ds(side * columns, WGMMA_ROWS)
                         a = weights_s.at[slot, side_rows, pl.ds(at, swizzled)]
                         plgpu.wgmma(acc, a, operand.eights(rows_s).at[slot, piece].T)
                     plgpu.wgmma_wait(operand.pieces)  # those of the step before are done
+                    pl.when(step > 0)(lambda: plgpu.barrier_arrive(empty.at[jnp.where(slot > 0, slot, stages) - 1]))
+                    return next_slot(slot)
 
-                    pl.when(step > 0)(lambda: plgpu.barrier_arrive(empty.at[stage(wg, first_turn + step - 1)]))
-
-                pl.loop(0, k_steps)(multiply_step)
+                slot_after = lax.fori_loop(0, k_steps, step, slot)
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(empty.at[stage(wg, first_turn + k_steps - 1)])
-                return acc[...]
+                plgpu.barrier_arrive(empty.at[jnp.where(slot_after > 0, slot_after, stages) - 1])
+                return acc[...], slot_after
 
-            acc = pl.run_scoped(accumulate, plgpu.ACC((WGMMA_ROWS, _ROWS)))
+            made, slot = pl.run_scoped(accumulate, plgpu.ACC((WGMMA_ROWS, _ROWS)))
             if bias is not None:
-                plgpu.barrier_wait(bias_full.at[wg])
-                column = plgpu.load(bias_s.at[wg], layout=plgpu.Layout.WGMMA.reduce(1)).astype(jnp.float32)
-                acc = acc + lax.broadcast_in_dim(column, acc.shape, [0])
+                plgpu.barrier_wait(bias_full)
+                column = plgpu.load(bias_s, layout=plgpu.Layout.WGMMA.reduce(1)).astype(jnp.float32)
+                made = made + lax.broadcast_in_dim(column, made.shape, [0])
                 plgpu.commit_smem()  # every warp has its bias before the next one comes
-            _compat.store_scattered(made_s.at[buffer, row], acc.astype(dtype))
+            _compat.store_scattered(made_s.at[row], made.astype(dtype))
+            return slot
 
-        def add_up(buffer, found):
+        def add_up(found):
             """The weighted sum in slot order, of one column of each block that counts: the token's."""
             total = None if slots <= 8 else 0.0  # as `combine` begins
             for row, scale in found:
-                block = plgpu.load(made_s.at[buffer, jnp.maximum(row, 0)], layout=plgpu.Layout.WGMMA, optimized=False)
+                block = plgpu.load(made_s.at[jnp.maximum(row, 0)], layout=plgpu.Layout.WGMMA, optimized=False)
                 term = jnp.where(row < 0, 0.0, block.astype(jnp.float32)) * scale
                 total = term if total is None else total + term
             return total
 
-        @pl.when(wg < _CONSUMERS)
+        @pl.when(wg == 0)
         def _consumer():
             found = []  # row and weight of each slot, asked for before there is anything to add up
             for slot in range(slots):
                 row, scale = positions_g[0, slot], scales_g[0, slot] if scales is not None else jnp.float32(1)
                 found.append((row, jnp.where(row < 0, jnp.float32(0), scale)))
 
-            @pl.loop(0, my_tiles)
-            def _tile(i):
+            def tile(i, slot):
                 n = worker + i * workers
-                buffer = lax.rem(i, 2)  # the first consumer may still add up what the tile before made
+                slot = lax.fori_loop(0, experts, lambda row, slot: multiply(n, row, slot), slot)
+                plgpu.commit_smem()
+                block = plgpu.layout_cast(add_up(found).astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                staged.fill(out_s, 0, 0, block)
+                plgpu.commit_smem()
+                staged.store(out_s, 0, 0, 0, 1, out_g, 0, n * columns)
+                plgpu.commit_smem_to_gmem_group()
+                return slot
 
-                @pl.loop(0, tiles.share(experts, wg, _CONSUMERS))
-                def _row(j):
-                    row = j * _CONSUMERS + wg
-                    multiply(n, row, turns_before(wg, i, j), buffer)
-
-                plgpu.barrier_arrive(made)
-                plgpu.barrier_wait(made)
-
-                @pl.when(wg == 0)
-                def _():
-                    block = plgpu.layout_cast(add_up(buffer, found).astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    staged.fill(out_s, 0, 0, block)
-                    plgpu.commit_smem()
-                    staged.store(out_s, 0, 0, 0, 1, out_g, 0, n * columns)
-                    plgpu.commit_smem_to_gmem_group()
-
+            lax.fori_loop(0, my_tiles, tile, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
         def produce():
-            def fetch(consumer, turn, n, row, expert, step):
-                slot = stage(consumer, turn)
+            def fetch(turn, n, row, expert, step):
+                slot = lax.rem(turn, stages)
                 pl.when(turn >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
                 for piece in range(depth):
-                    ks = pl.ds(step * tile_k + piece * _PIECE, _PIECE)
+                    ks = pl.ds(step * tile_k + piece * piece_k, piece_k)
                     source = weights_g.at[expert, pl.ds(n * columns, columns), ks]
                     plgpu.copy_gmem_to_smem(source, weights_s.at[slot, pl.ds(piece * columns, columns)], full.at[slot])
                 for piece in range(operand.pieces):
@@ -206,22 +193,19 @@ def down_combine(
                 def of_row(row, expert):
                     # The next row's expert is asked for before the stages of this one are waited for.
                     following = group_g[jnp.minimum(row + 1, experts - 1)]
-                    consumer = lax.rem(row, _CONSUMERS)
-                    first, n = turns_before(consumer, i, lax.div(row, _CONSUMERS)), worker + i * workers
-                    pl.loop(0, k_steps)(lambda step: fetch(consumer, first + step, n, row, expert, step))
+                    first = (i * experts + row) * k_steps
+                    pl.loop(0, k_steps)(lambda step: fetch(first + step, worker + i * workers, row, expert, step))
                     return following
 
                 lax.fori_loop(0, experts, of_row, group_g[0])
 
             pl.loop(0, my_tiles)(of_tile)
-            for consumer in range(_CONSUMERS):  # every phase of every barrier is observed before the kernel ends
-                turns = turns_before(consumer, my_tiles, 0)
 
-                @pl.loop(jnp.maximum(turns - stages, 0), turns)
-                def _drain(turn, consumer=consumer):
-                    plgpu.barrier_wait(empty.at[stage(consumer, turn)])
+            @pl.loop(jnp.maximum(turns - stages, 0), turns)
+            def _drain(turn):
+                plgpu.barrier_wait(empty.at[lax.rem(turn, stages)])
 
-        @pl.when(wg == _CONSUMERS)
+        @pl.when(wg == 1)
         def _producer():
             plgpu.warp_map(lambda warp: pl.when(warp == 0)(produce))
 
@@ -231,24 +215,20 @@ def down_combine(
     operands += [bias] if bias is not None else []
     scratch = [
         operand.scratch,
-        plgpu.SMEM((_CONSUMERS * stages, stage_rows, _PIECE), dtype, transforms=tiles.transforms(size, dtype)),
-        plgpu.SMEM((2, slots, WGMMA_ROWS, _ROWS), dtype),
+        plgpu.SMEM((stages, stage_rows, piece_k), dtype, transforms=tiles.transforms(size, dtype)),
+        plgpu.SMEM((slots, WGMMA_ROWS, _ROWS), dtype),
         staged.scratch,
-        plgpu.Barrier(num_arrivals=depth + operand.pieces, num_barriers=_CONSUMERS * stages),
-        plgpu.Barrier(num_arrivals=1, num_barriers=_CONSUMERS * stages),
-        plgpu.Barrier(num_arrivals=_CONSUMERS),
+        plgpu.Barrier(num_arrivals=depth + operand.pieces, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=1, num_barriers=stages),
     ]
     if bias is not None:
-        scratch += [
-            plgpu.SMEM((_CONSUMERS, WGMMA_ROWS), bias.dtype),
-            plgpu.Barrier(num_arrivals=1, num_barriers=_CONSUMERS),
-        ]
+        scratch += [plgpu.SMEM((WGMMA_ROWS,), bias.dtype), plgpu.Barrier(num_arrivals=1)]
     return _compat.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((1, n_out), dtype),
         grid=(workers,),
         grid_names=("sm",),
-        num_threads=_CONSUMERS + 1,
+        num_threads=2,
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=_compat.LANE),

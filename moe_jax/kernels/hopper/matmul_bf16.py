@@ -68,7 +68,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax import _compat
 from moe_jax.activations import Activation
 from moe_jax.kernels.hopper import rows_by_token, tiles, views
-from moe_jax.kernels.hopper.matmul_config import MOST_ROWS, WGMMA_ROWS, Config
+from moe_jax.kernels.hopper.matmul_config import MOST_ROWS, WGMMA_ROWS, Config, crowded_tiles
 
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -150,6 +150,7 @@ def grouped_matmul(
     tile_cols = consumers * wg_cols
     n_tiles = pl.cdiv(n_out, tile_cols)
     k_steps = pl.cdiv(k, tk)
+    crowded = crowded_tiles(total_rows, weights.shape[0], tile_rows)
     cluster = config.cluster
     workers = (multiprocessors or _compat.num_multiprocessors()) // cluster
     n_steps = pl.cdiv(n_tiles, cluster)  # past the last columns TMA reads zeros and stores nothing
@@ -196,8 +197,8 @@ def grouped_matmul(
         def tile_at(i):
             index = worker + i * workers
             if config.ends == 2:
-                half = lax.div(index, 2)
-                index = jnp.where(lax.rem(index, 2) == 0, half, m_tiles * n_steps - 1 - half)
+                both = tiles.from_both_ends(index, m_tiles * n_steps, workers)
+                index = jnp.where(m_tiles > crowded, both, index)
             m, n = tiles.visit(index, m_tiles, n_steps, config.band)
             return m, n if cluster == 1 else n * cluster + lax.axis_index("cta")
 
