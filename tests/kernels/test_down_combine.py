@@ -32,7 +32,9 @@ def problem(seed, slots, inner, hidden, experts=8, dtype="bfloat16", bias=None, 
         implementation="mosaic_interpret",
     )
     weights = normal([seed, 1], local, hidden, inner, dtype=dtype, scale=inner**-0.5)
-    rows = jnp.where((jnp.arange(slots) < groups.num_tiles)[:, None], normal([seed, 2], slots, inner, dtype=dtype), jnp.nan)
+    rows = jnp.where(
+        (jnp.arange(slots) < groups.num_tiles)[:, None], normal([seed, 2], slots, inner, dtype=dtype), jnp.nan
+    )
     bias = None if bias is None else normal([seed, 3], local, hidden, dtype=bias)
     return rows, weights, groups, topk.weights, bias
 
