@@ -25,7 +25,7 @@ REFERENCE_TOKENS = 48  # compared with the reference, which is slow
 # Largest relative error that is rounding: inputs, hidden rows and outputs are rounded once each.
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 # Of the floating-point operations and of the weights.
-MATMUL_SHARES = {"grouped_matmul_up": 2 / 3, "grouped_matmul_down": 1 / 3}
+MATMUL_SHARES = {"grouped_matmul_up": 2 / 3, "grouped_matmul_down": 1 / 3, "down_combine": 1 / 3}
 SMALL_BUFFERS = 2**20  # that routing may take beside the rows
 
 

@@ -71,10 +71,11 @@ class TimedLayer:
         return hashlib.sha256(np.ascontiguousarray(output).view(np.uint8)).hexdigest()
 
     def kernel_us(self, plan: LayerPlan) -> tuple[float, float]:
-        """Microseconds of the up- and of the down-projection's kernel."""
+        """Microseconds of the up- and of the down-projection's kernel, which may also be that of the sum."""
         times = kernel_times(self._built[plan].at(self._tokens), *self._operands)
+        down = "down_combine" if "down_combine" in times else "grouped_matmul_down"
         try:
-            return times["grouped_matmul_up"], times["grouped_matmul_down"]
+            return times["grouped_matmul_up"], times[down]
         except KeyError as error:
             raise RuntimeError(f"no kernel {error} among those of the layer: {', '.join(times)}") from error
 

@@ -1,20 +1,18 @@
 """The down-projection of one token with its sum, interpreted: the bits of the two kernels that it stands for."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import MoEConfig, _compat, moe
+from moe_jax import _compat
 from moe_jax.kernels.hopper import combine, matmul_bf16
 from moe_jax.kernels.hopper import down_combine as kernel
 from moe_jax.kernels.hopper.matmul_config import default_config
 from moe_jax.ops.down_combine import down_combine
 from moe_jax.ops.route_groups import route_groups
-from tests.layers import experts_of, normal
-from tests.lowering import like, lower, num_kernels
+from tests.layers import normal
+from tests.lowering import like
 from tests.oracles import config_of, logits_of
 from tests.util import assert_discriminates, check_close
 
@@ -136,12 +134,3 @@ def test_what_it_does_not_run():
     assert "2 with 8" in kernel.supports(rows, weights, 2, 8)
     assert "17" in kernel.supports(rows, weights, 1, 17)
     assert "size=48" in kernel.supports(like("bfloat16", 8, 48), like("bfloat16", 8, 2048, 48), 1, 8)
-
-
-@pytest.mark.parametrize(("hidden", "kernels"), [(2048, 3), (2880, 4)])
-def test_a_layer_is_a_kernel_less(monkeypatch, hidden, kernels):
-    monkeypatch.undo()  # as many multiprocessors as a GPU has
-    config = MoEConfig(128, 4, hidden, 512, activation="swigluoai", has_bias=True)
-    layer = functools.partial(moe, config=config, implementation="mosaic")
-    experts = jax.eval_shape(lambda: experts_of(0, config))
-    assert num_kernels(lower(layer, like("bfloat16", 1, hidden), experts, like("float32", 1, 128))) == kernels

@@ -197,8 +197,7 @@ def grouped_matmul(
         def tile_at(i):
             index = worker + i * workers
             if config.ends == 2:
-                both = tiles.from_both_ends(index, m_tiles * n_steps, workers)
-                index = jnp.where(m_tiles > crowded, both, index)
+                index = jnp.where(m_tiles > crowded, tiles.from_both_ends(index, m_tiles * n_steps, workers), index)
             m, n = tiles.visit(index, m_tiles, n_steps, config.band)
             return m, n if cluster == 1 else n * cluster + lax.axis_index("cta")
 
@@ -311,9 +310,7 @@ def grouped_matmul(
                     turn = i * k_steps + step
                     slot = lax.rem(turn, stages)
 
-                    @pl.when(turn >= stages)
-                    def _():
-                        plgpu.barrier_wait(empty.at[slot])
+                    pl.when(turn >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
 
                     for at, row, column in pieces:
                         ks = pl.ds(step * tk + column, tk // depth)
