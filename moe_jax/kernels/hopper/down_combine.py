@@ -23,7 +23,7 @@ from moe_jax.kernels.hopper import tiles, views
 from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS
 
 _ROWS = 8  # the least that wgmma multiplies
-_PIECES = (128, 64)  # columns of K that lie side by side in a stage
+_PIECE = 64  # columns of K that lie side by side in a stage: a swizzled row of 16-bit floats
 _RING = 200 * 1024  # bytes of shared memory for stages
 _MOST_STAGES = 12
 _MOST_SLOTS = 16
@@ -89,14 +89,12 @@ def down_combine(
     workers = multiprocessors or _compat.num_multiprocessors()
     columns = columns_for(n_out, slots, workers) or 16
     depth = WGMMA_ROWS // columns
-    piece_k = _PIECES[0]
-    tile_k = piece_k * depth
+    tile_k = _PIECE * depth
     k_steps = pl.cdiv(size, tile_k)
     n_tiles = pl.cdiv(n_out, columns)
     stage_rows = 2 * WGMMA_ROWS - columns  # wgmma reads on into the rows after a piece: `matmul_bf16`, narrow tiles
-    stages = min(_MOST_STAGES, _RING // ((stage_rows * piece_k + _ROWS * tile_k) * dtype.itemsize))
-    swizzled = 128 // dtype.itemsize
-    operand = views.Operand(stages, _ROWS, tile_k, swizzled, dtype, interpret is not None)
+    stages = min(_MOST_STAGES, _RING // ((stage_rows * _PIECE + _ROWS * tile_k) * dtype.itemsize))
+    operand = views.Operand(stages, _ROWS, tile_k, _PIECE, dtype, interpret is not None)
     staged = views.Staged(1, columns, n_out, dtype, interpret is not None)
 
     def body(hidden_g, weights_g, group_g, count_g, positions_g, *refs):
@@ -122,12 +120,10 @@ def down_combine(
             def accumulate(acc):
                 def step(step, slot):
                     plgpu.barrier_wait(full.at[slot])
-                    for piece in range(operand.pieces):
-                        side, at = divmod(piece * swizzled, piece_k)
-                        side_rows = pl.ds(side * columns, WGMMA_ROWS)
-                        a = weights_s.at[slot, side_rows, pl.ds(at, swizzled)]
+                    for piece in range(depth):
+                        a = weights_s.at[slot, pl.ds(piece * columns, WGMMA_ROWS)]
                         plgpu.wgmma(acc, a, operand.eights(rows_s).at[slot, piece].T)
-                    plgpu.wgmma_wait(operand.pieces)  # those of the step before are done
+                    plgpu.wgmma_wait(depth)  # those of the step before are done
                     pl.when(step > 0)(lambda: plgpu.barrier_arrive(empty.at[jnp.where(slot > 0, slot, stages) - 1]))
                     return next_slot(slot)
 
@@ -181,13 +177,11 @@ def down_combine(
                 slot = lax.rem(turn, stages)
                 pl.when(turn >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
                 for piece in range(depth):
-                    ks = pl.ds(step * tile_k + piece * piece_k, piece_k)
+                    ks = pl.ds(step * tile_k + piece * _PIECE, _PIECE)
                     source = weights_g.at[expert, pl.ds(n * columns, columns), ks]
                     plgpu.copy_gmem_to_smem(source, weights_s.at[slot, pl.ds(piece * columns, columns)], full.at[slot])
-                for piece in range(operand.pieces):
-                    source = hidden_g.at[pl.ds(row, 1), pl.ds(step * tile_k + piece * swizzled, swizzled)]
                     target = operand.singles(rows_s).at[slot, piece, pl.ds(0, 1)]
-                    plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+                    plgpu.copy_gmem_to_smem(hidden_g.at[pl.ds(row, 1), ks], target, full.at[slot])
 
             def of_tile(i):
                 def of_row(row, expert):
@@ -215,10 +209,10 @@ def down_combine(
     operands += [bias] if bias is not None else []
     scratch = [
         operand.scratch,
-        plgpu.SMEM((stages, stage_rows, piece_k), dtype, transforms=tiles.transforms(size, dtype)),
+        plgpu.SMEM((stages, stage_rows, _PIECE), dtype, transforms=tiles.transforms(size, dtype)),
         plgpu.SMEM((slots, WGMMA_ROWS, _ROWS), dtype),
         staged.scratch,
-        plgpu.Barrier(num_arrivals=depth + operand.pieces, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=2 * depth, num_barriers=stages),
         plgpu.Barrier(num_arrivals=1, num_barriers=stages),
     ]
     if bias is not None:

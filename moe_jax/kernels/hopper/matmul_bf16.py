@@ -67,8 +67,8 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import _compat
 from moe_jax.activations import Activation
-from moe_jax.kernels.hopper import rows_by_token, tiles, views
-from moe_jax.kernels.hopper.matmul_config import MOST_ROWS, WGMMA_ROWS, Config, crowded_tiles
+from moe_jax.kernels.hopper import rows_by_token, tiles, views, walk
+from moe_jax.kernels.hopper.matmul_config import MOST_ROWS, WGMMA_ROWS, Config
 
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -114,6 +114,7 @@ def grouped_matmul(
     config: Config,
     tile_tokens: Int[Array, "tiles"] | None = None,
     row_tokens: Int[Array, "padded_rows"] | None = None,
+    order: tuple[Int[Array, "tiles"], Int[Array, "3"]] | None = None,
     total_rows: int | None = None,
     interpret: Any = None,
     multiprocessors: int | None = None,
@@ -132,6 +133,7 @@ def grouped_matmul(
         config: how the work is tiled.
         tile_tokens: the tokens that have a row in each tile, a bit each.
         row_tokens: the token of each row, and a tile more; rows are then fetched from those of all tokens.
+        order: of the tiles, and how crowded experts are (`walk`); with `Config.apart`.
         total_rows: R, with `tile_tokens` or `row_tokens`.
         interpret: for the interpreter.
         multiprocessors: of the device, by default.
@@ -150,7 +152,6 @@ def grouped_matmul(
     tile_cols = consumers * wg_cols
     n_tiles = pl.cdiv(n_out, tile_cols)
     k_steps = pl.cdiv(k, tk)
-    crowded = crowded_tiles(total_rows, weights.shape[0], tile_rows)
     cluster = config.cluster
     workers = (multiprocessors or _compat.num_multiprocessors()) // cluster
     n_steps = pl.cdiv(n_tiles, cluster)  # past the last columns TMA reads zeros and stores nothing
@@ -185,20 +186,21 @@ def grouped_matmul(
         refs = list(refs)
         tokens_g = refs.pop(0) if shared else None
         row_tokens_g = refs.pop(0) if gathered else None
+        order_g, crowded_g = (refs.pop(0), refs.pop(0)) if config.apart else (None, None)
         bias_g = refs.pop(0) if bias is not None else None
         out_g, rows_s, weights_s, out_s, full, empty = refs[:6]
         refs = refs[6:]
         row_done = refs.pop(0) if gathered and interpret is not None else None
         bias_s, bias_full = refs if bias is not None else (None, None)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
-        m_tiles = count_g[0]
-        my_tiles = tiles.share(m_tiles * n_steps, worker, workers)
+
+        def my_walk():  # made anew for each tile: what it keeps would cost the loop over K registers
+            return walk.Walk(worker, workers, count_g[0], n_steps, config.band, order_g, crowded_g)
+
+        my_tiles = my_walk().count
 
         def tile_at(i):
-            index = worker + i * workers
-            if config.ends == 2:
-                index = jnp.where(m_tiles > crowded, tiles.from_both_ends(index, m_tiles * n_steps, workers), index)
-            m, n = tiles.visit(index, m_tiles, n_steps, config.band)
+            m, n = my_walk().tile(i)
             return m, n if cluster == 1 else n * cluster + lax.axis_index("cta")
 
         def next_slot(slot):
@@ -233,10 +235,7 @@ def grouped_matmul(
                             plgpu.wgmma(acc, weights_s.at[slot, weight_rows, pl.ds(at, swizzled)], b.T)
                     if config.overlap:  # the products of the step before are done: its stage may be refilled
                         plgpu.wgmma_wait(halves * operand.pieces)
-
-                        @pl.when(step > 0)
-                        def _():
-                            plgpu.barrier_arrive(empty.at[jnp.where(slot > 0, slot, stages) - 1])
+                        pl.when(step > 0)(lambda: plgpu.barrier_arrive(empty.at[jnp.where(slot > 0, slot, stages) - 1]))
                     else:
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(empty.at[slot])
@@ -364,6 +363,7 @@ def grouped_matmul(
     operands = [rows, weights, tile_group, tile_starts, tile_sizes, num_tiles]
     operands += [tile_tokens] if shared else []
     operands += [row_tokens] if gathered else []
+    operands += [*order] if config.apart else []
     operands += [bias] if bias is not None else []
     scratch = [
         operand.scratch,

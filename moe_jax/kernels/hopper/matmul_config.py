@@ -27,7 +27,7 @@ class Config:
     tile_k: int = 64
     stages: int = 3
     band: int = 8  # row tiles walked together before the next weight columns: what L2 holds at a time
-    ends: int = 1  # 2: tiles are taken from both ends in turn when some experts are crowded
+    apart: bool = False  # tiles of crowded experts have multiprocessors of their own: `walk`
     cluster: int = 1  # neighbouring blocks of weight columns that fetch their rows once and together
     columns: int = 64  # of the output that a block of 64 weight rows makes: 64, 32 or 16
     gather: bool = False  # rows of an up-projection are fetched by their tokens from the hidden states: `rows_by_token`
@@ -61,17 +61,6 @@ def tile_rows_for(mean_rows: float, num_pairs: int, gather: bool = False) -> int
     if mean_rows <= 96:
         return _FEW[-1] if mean_rows <= 48 else _SOME[-1]
     return _MANY[-1] if gather or mean_rows < 512 else _MOST[-1]
-
-
-def crowded_tiles(num_rows: int, experts: int, tile_rows: int) -> int:
-    """More row tiles than this are a sign of crowded experts: an even routing makes a sixth less.
-
-    Example:
-        >>> crowded_tiles(4096, 32, 160)  # 32 tiles for groups of 128 rows, 44 if one group has half of them
-        38
-    """
-    visited = min(num_rows, experts)
-    return visited * pl.cdiv(num_rows, visited * tile_rows) * 6 // 5
 
 
 def fetches_by_token(mean_rows: float, hidden_size: int, intermediate_size: int) -> bool:

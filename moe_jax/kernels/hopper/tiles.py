@@ -40,21 +40,7 @@ def visit(index: jax.Array, m_tiles: jax.Array, n_tiles: int, group_m: int) -> t
     return first + lax.rem(within, height), lax.div(within, height)
 
 
-def from_both_ends(index: jax.Array, total: jax.Array, workers: int) -> jax.Array:
-    """The tile with number `index` when tiles are taken from the first and from the last on in turn.
-
-    A worker, which takes every `workers`-th, comes from the one end in one round and from the other in the next.
-
-    Example:
-        >>> [int(from_both_ends(jnp.int32(i), jnp.int32(7), 2)) for i in range(7)]
-        [0, 6, 5, 1, 2, 4, 3]
-    """
-    half = lax.div(index, 2)
-    from_last = lax.rem(index + lax.div(half, max(1, workers // 2)), 2)
-    return jnp.where(from_last == 1, total - 1 - half, half)
-
-
-def share(total: jax.Array | int, worker: jax.Array | int, workers: int) -> jax.Array:
+def share(total: jax.Array | int, worker: jax.Array | int, workers: jax.Array | int) -> jax.Array:
     """How many of `total` items worker number `worker` takes when it takes every `workers`-th."""
     return lax.div(total - worker + (workers - 1), workers)
 
