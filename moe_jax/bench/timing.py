@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import statistics
 import time
 from collections.abc import Callable
@@ -33,14 +34,14 @@ def kernel_times(
     """
     columns: dict[str, list[float]] = {}
     for run in _compat.measure_kernels(layer, *operands, iterations=max(2, iterations)):
-        if len(run) % layers:
-            raise RuntimeError(f"CUPTI saw {len(run)} kernels in a call of {layers} layers")
-        seen: dict[str, int] = {}
-        for i, (name, milliseconds) in enumerate(run):
-            if i % (len(run) // layers) == 0:
-                seen = {}
-            seen[name] = seen.get(name, 0) + 1
-            key = name.removesuffix("_mosaic_gpu_kernel") + (f"#{seen[name]}" if seen[name] > 1 else "")
+        total, seen = collections.Counter(name for name, _ in run), collections.Counter()
+        if any(number % layers for number in total.values()):
+            raise RuntimeError(f"CUPTI saw {dict(total)} in a call of {layers} layers, not the same kernels in each")
+        for name, milliseconds in run:
+            # By name: the routing of a layer waits for no other layer, and may run before those.
+            nth = seen[name] % (total[name] // layers) + 1
+            seen[name] += 1
+            key = name.removesuffix("_mosaic_gpu_kernel") + (f"#{nth}" if nth > 1 else "")
             columns.setdefault(key, []).append(milliseconds * 1e3)
     if not columns:
         raise RuntimeError(

@@ -48,6 +48,16 @@ def test_kernel_times_are_medians_by_name(monkeypatch):
     assert asked == {"iterations": 11, "aggregate": False}
 
 
+def test_kernel_times_of_layers_whose_routing_comes_first(monkeypatch):
+    run = [("route", 0.001), ("route", 0.003), ("up", 0.1), ("down", 0.2), ("up", 0.3), ("down", 0.4)]
+    monkeypatch.setattr(_compat, "measure_kernels", lambda *arguments, iterations: [run])
+    times = timing.kernel_times(jnp.sin, jnp.ones(3), layers=2)
+    assert times == pytest.approx({"route": 2.0, "up": 200.0, "down": 300.0})
+    assert timing.kernel_times(jnp.sin, jnp.ones(3))["route#2"] == pytest.approx(3.0)
+    with pytest.raises(RuntimeError, match="3 layers"):
+        timing.kernel_times(jnp.sin, jnp.ones(3), layers=3)
+
+
 def test_no_kernel_is_an_error(monkeypatch):
     monkeypatch.setattr(_compat, "measure_kernels", lambda *arguments, iterations: [])
     with pytest.raises(RuntimeError, match="no kernel"):
