@@ -151,7 +151,7 @@ def test_kernel_times_of_a_stack_are_those_of_a_layer(monkeypatch):
     runs = [[("a_mosaic_gpu_kernel", 1e-3 * i), ("b", 2e-3), ("b", 5e-3)] * 2 for i in (1, 2, 3)]
     monkeypatch.setattr(timing._compat, "measure_kernels", lambda *operands, iterations: runs)
     assert timing.kernel_times(print, layers=2) == pytest.approx({"a": 2.0, "b": 2.0, "b#2": 5.0})
-    with pytest.raises(RuntimeError, match="6 kernels in a call of 4 layers"):
+    with pytest.raises(RuntimeError, match="call of 4 layers"):
         timing.kernel_times(print, layers=4)
 
 
