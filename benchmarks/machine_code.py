@@ -147,11 +147,9 @@ def kernel_of(projection: str, tile_rows: int, k: int, n: int, changes: dict[str
     schedule = [like(2 * EXPERTS + ROWS // tile_rows)] * 3 + [like(1)]
 
     def run(rows, weights, *schedule):
-        more = dict(row_tokens=schedule[-1], total_rows=ROWS) if config.gather else {}
-        more |= dict(order=(schedule[4], schedule[5])) if config.apart else {}
-        return grouped_matmul(rows, weights, *schedule[:4], None, activation, config=config, **more)
+        by_token = dict(row_tokens=schedule[-1], total_rows=ROWS) if config.gather else {}
+        return grouped_matmul(rows, weights, *schedule[:4], None, activation, config=config, **by_token)
 
-    schedule += [schedule[0], like(3)] if config.apart else []
     schedule += [like(ROWS + tile_rows)] if config.gather else []
     module = jax.jit(run).trace(*operands, *schedule).lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
     found: list[bytes] = []

@@ -40,7 +40,6 @@ def python_groups(ids, num_experts, num_local, expert_map, tile_rows):
                 positions[token, slot] = row
                 row += 1
             tile += 1
-    several = np.array([group >= 0 and len(members[group]) > tile_rows for group in tile_group], bool)
     return {
         "positions": positions,
         "tile_group": tile_group,
@@ -48,8 +47,6 @@ def python_groups(ids, num_experts, num_local, expert_map, tile_rows):
         "tile_sizes": tile_sizes,
         "group_sizes": np.array([len(pairs) for pairs in members], np.int32),
         "num_tiles": np.array([tile], np.int32),
-        "tile_order": np.array(sorted(range(tiles), key=lambda t: (not several[t], t)), np.int32),
-        "crowded": np.array([several.sum(), tile_sizes[several].sum(), tile_sizes[~several].sum()], np.int32),
     }
 
 

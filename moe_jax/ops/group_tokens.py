@@ -28,8 +28,6 @@ class Groups:
         tile_sizes: int32 ``[tiles]``, rows of each tile; 0 after the last.
         group_sizes: int32 ``[E_local]``, rows of each local expert.
         num_tiles: int32 ``[1]``, tiles that hold rows; they come first.
-        tile_order: None, or int32 ``[tiles]``, all tiles, those of groups that need several first: kernels may walk that way.
-        crowded: None, or int32 ``[3]``: how many these are, their rows, and the rows of the others.
         tile_rows: the most rows of a tile (static).
         tile_tokens: None, or for at most 16 tokens int32 ``[tiles]``, bit t set if token t has a row in the tile: an
             up-projection then takes its rows from the hidden states themselves, and nothing is gathered (see
@@ -45,8 +43,6 @@ class Groups:
     group_sizes: Int[Array, " E_local"]
     num_tiles: Int[Array, "1"]
     tile_rows: int = field(metadata={"static": True})
-    tile_order: Int[Array, " tiles"] | None = None
-    crowded: Int[Array, "3"] | None = None
     tile_tokens: Int[Array, " tiles"] | None = None
     row_tokens: Int[Array, " padded_rows"] | None = None
 
@@ -58,8 +54,7 @@ class Groups:
     @classmethod
     def of(cls, found: tuple[Array, ...], tile_rows: int) -> Groups:
         """What the kernel and plain JAX give, in the order of the attributes, the tokens of the rows last if they are there."""
-        order, crowded, *row_tokens = found[6:]
-        return cls(*found[:6], tile_rows, order, crowded, row_tokens=row_tokens[0] if row_tokens else None)
+        return cls(*found[:6], tile_rows=tile_rows, row_tokens=found[6] if len(found) > 6 else None)
 
     @property
     def num_rows(self) -> int:
@@ -204,9 +199,6 @@ def _xla(topk_ids, expert_map, num_experts, num_local, tile_rows, tiles):
     group = jnp.searchsorted(last_tile, tile, side="right").astype(jnp.int32)
     before = (tile - of_tile(last_tile - group_tiles)) * of_tile(shares)  # rows of the group in its earlier tiles
     tile_sizes = jnp.clip(of_tile(sizes) - before, 0, of_tile(shares))
-    several = group_tiles > 1
-    order = jnp.argsort(jnp.where(there, jnp.where(of_tile(several.astype(jnp.int32)) == 1, 0, 1), 2), stable=True)
-    crowded = [jnp.where(several, group_tiles, 0), jnp.where(several, sizes, 0), jnp.where(several, 0, sizes)]
     return (
         positions,
         jnp.where(there, group, -1),
@@ -214,6 +206,4 @@ def _xla(topk_ids, expert_map, num_experts, num_local, tile_rows, tiles):
         jnp.where(there, tile_sizes, 0),
         sizes,
         num_tiles[None],
-        order.astype(jnp.int32),
-        jnp.stack([jnp.sum(values, dtype=jnp.int32) for values in crowded]),
     )

@@ -81,13 +81,7 @@ def grouped_matmul(
     if not (isinstance(group_offset, int) and group_offset == 0):
         tile_group = tile_group + group_offset
     schedule = (tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles)
-    apart = config is not None and config.apart
-    if apart and groups.crowded is None:
-        raise ValueError(
-            "config.apart=True needs groups.tile_order, which tiles of few tokens do not have; leave it False"
-        )
-    order = (groups.tile_order, groups.crowded) if apart else None
-    tokens = (groups.tile_tokens if tokens_as_rows else None, gathered, order)
+    tokens = (groups.tile_tokens if tokens_as_rows else None, gathered)
     plain = _plain(groups.tile_rows, activation, n_out)
     if tokens_as_rows:
         plain = _of_tokens(plain)
@@ -107,7 +101,6 @@ def grouped_matmul(
             config=config or default_config(groups.tile_rows, gated, n_out, likely_tiles),
             tile_tokens=tokens[0],
             row_tokens=tokens[1],
-            order=tokens[2],
             total_rows=positions.size,
             interpret=impl.interpret_params(chosen),
         )

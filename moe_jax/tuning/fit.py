@@ -52,8 +52,10 @@ def config_misfit(config: Config, gated: bool, dtype: str) -> str | None:
         'halves=1 must be 2: a gated projection keeps gate and up in one tile'
     """
     counts = config.row_counts
-    for name, size in dataclasses.asdict(config).items():
-        if not isinstance(size, bool | tuple) and size < 1:
+    sizes = dataclasses.asdict(dataclasses.replace(config, row_counts=(), overlap=True, gather=True))
+    del sizes["row_counts"]
+    for name, size in sizes.items():
+        if size < 1:
             return f"{name}={size} must be at least 1"
     if not counts or any(c < 8 or c % 8 for c in counts) or list(counts) != sorted(set(counts)):
         return f"row_counts={counts} must be multiples of 8 in ascending order"

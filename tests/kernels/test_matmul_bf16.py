@@ -1,4 +1,4 @@
-"""The grouped matmul kernel of 16-bit floats, interpreted and lowered for CUDA."""
+"""The grouped matmul kernel of 16-bit floats, interpreted and lowered for CUDA; and the order in which it visits tiles."""
 
 import dataclasses
 import functools
@@ -10,14 +10,13 @@ import pytest
 
 from moe_jax import _compat
 from moe_jax.config import MoEConfig, RoutingConfig
-from moe_jax.kernels.hopper import matmul_config
-from moe_jax.kernels.hopper.walk import divide_workers
+from moe_jax.kernels.hopper import matmul_config, tiles
 from moe_jax.ops.gather import plain_gather
 from moe_jax.ops.group_tokens import default_tile_rows, group_tokens, max_tiles
 from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.ops.route_groups import route_groups
 from tests.contracts import check_grouped_matmul, groups_of, groups_with_sizes, rows_of
-from tests.layers import normal
+from tests.layers import normal, quick_jit
 from tests.lowering import assert_lowers_to_kernels, like, mosaic_code
 from tests.util import check_close
 
@@ -111,38 +110,6 @@ def test_neighbours_fetch_their_rows_together(tile_rows, n):
     config = pairs_of_blocks(tile_rows, gated=False)
     out = grouped_matmul(rows, weights, groups, config=config, implementation="mosaic_interpret")
     check_grouped_matmul(out, rows, weights, groups, None, None, 0)
-
-
-@pytest.mark.parametrize(("gated", "gather"), [(False, False), (True, True)])
-def test_crowded_groups_have_multiprocessors_of_their_own(monkeypatch, gated, gather):
-    monkeypatch.setattr(_compat, "num_multiprocessors", lambda: 3)
-    ids = np.repeat([0, 2, 3, 4], [3, 20, 168, 5])[:, None]
-    ids = jnp.asarray(np.random.default_rng(14).permutation(ids), jnp.int32)
-    groups = group_tokens(ids, num_experts=5, tile_rows=64, row_tokens=True, implementation="mosaic_interpret")
-    assert groups.crowded.tolist() == [3, 168, 28]
-    assert divide_workers(groups.crowded, groups.num_tiles[0], 2, 3).workers == 2
-    weights = normal(14, 5, 160, 128, dtype="bfloat16", scale=128**-0.5)
-    rows, layer = normal(15, len(ids), 128, dtype="bfloat16"), MoEConfig(1, 1, 8, 8) if gated else None
-    if not gather:
-        rows = plain_gather(rows, groups.positions)
-    config = dataclasses.replace(matmul_config.default_config(64, gated, 80, 4), gather=gather)
-    run = functools.partial(
-        grouped_matmul, rows, weights, groups, tokens_as_rows=gather, activation=layer and layer.act
-    )
-    out = run(config=dataclasses.replace(config, apart=True), implementation="mosaic_interpret")
-    check_grouped_matmul(
-        out, rows if not gather else plain_gather(rows, groups.positions), weights, groups, None, layer, 0
-    )
-
-
-def test_shared_tiles_have_no_crowded_groups():
-    _, groups = route_groups(
-        normal(12, 3, 4), 2, RoutingConfig().rule, share_rows=True, implementation="mosaic_interpret"
-    )
-    config = dataclasses.replace(matmul_config.default_config(groups.tile_rows, False, 80, 4), apart=True)
-    rows, weights = normal(12, 6, 80, dtype="bfloat16"), normal(13, 4, 80, 80, dtype="bfloat16")
-    with pytest.raises(ValueError, match="apart=True"):
-        grouped_matmul(rows, weights, groups, config=config, implementation="mosaic_interpret")
 
 
 @pytest.mark.parametrize("num_tokens", [1, pytest.param(11, marks=pytest.mark.once), 16])
@@ -288,6 +255,21 @@ def test_a_row_does_not_see_the_others():
         outputs.append(np.asarray(out[num_tokens - 1], np.float32))
     assert np.abs(outputs[0]).max() > 0.1
     np.testing.assert_array_equal(*outputs)
+
+
+@pytest.mark.parametrize(("n_tiles", "band"), [(1, 16), (3, 16), (5, 1), (12, 7)])
+def test_every_tile_is_visited_once(n_tiles, band):
+    visit = quick_jit(lambda m_tiles: tiles.visit(jnp.arange(40 * n_tiles), m_tiles, n_tiles, band))
+    for m_tiles in range(1, 41):
+        m, n = (np.asarray(axis)[: m_tiles * n_tiles].tolist() for axis in visit(jnp.int32(m_tiles)))
+        assert set(zip(m, n, strict=True)) == {(i, j) for i in range(m_tiles) for j in range(n_tiles)}
+
+
+@pytest.mark.parametrize("workers", [1, 3, 132])
+def test_workers_share_all_items(workers):
+    for total in (0, 1, 131, 132, 1000):
+        shares = [int(tiles.share(jnp.int32(total), jnp.int32(worker), workers)) for worker in range(workers)]
+        assert sum(shares) == total and max(shares) - min(shares) <= 1
 
 
 LOWERED = {

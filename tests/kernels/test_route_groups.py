@@ -106,7 +106,7 @@ def test_several_tiles_of_a_block(monkeypatch, many, num_tokens, warpgroups):
         config=group_tokens.Config(warpgroups=2),
         interpret=interpret,
     )
-    groups = Groups.of((positions.reshape(num_tokens, 2), *rest), tile_rows=8)
+    groups = Groups(positions.reshape(num_tokens, 2), *rest, tile_rows=8)
     check_groups(groups, ids, 8)
     check_invariants(groups, ids)
 

@@ -37,7 +37,6 @@ from moe_jax.kernels.hopper.selection import LAYOUT, row_numbers
 _WARPS = 4  # warps of a warpgroup
 _TOGETHER = 4  # pairs that a warp places at a time, so that their loads and divisions overlap
 _BOX = 256  # TMA's limit per dimension
-_SINGLES = 2 * MAX_EXPERTS  # more than there are groups of one tile
 _ROWS = 32  # tokens of a tile of `count_pairs`: their ids are whole multiples of 128 bytes
 
 
@@ -180,7 +179,7 @@ def place_pairs(
     config: Config = Config(),
     interpret: Any = None,
 ) -> tuple[Array, ...]:
-    """The arrays of `moe_jax.ops.group_tokens.Groups` from `positions` to `crowded`, in their order.
+    """(positions, tile_group, tile_starts, tile_sizes, group_sizes, num_tiles) as `moe_jax.ops.group_tokens` defines them.
 
     With `row_tokens` also the token of each row, int32 [R + MOST_ROWS]; undefined behind the last row of a group.
 
@@ -208,9 +207,9 @@ def place_pairs(
     ahead = 8  # loads of other blocks' counts under way at a time
 
     def place_pairs(tickets_g, counts_g, *refs):
-        positions_g, group_g, tile_starts_g, tile_sizes_g, sizes_g, num_tiles_g, order_g, crowded_g, *refs = refs
+        positions_g, group_g, tile_starts_g, tile_sizes_g, sizes_g, num_tiles_g, *refs = refs
         row_tokens_g = refs.pop(0) if row_tokens else None
-        tickets_s, partial_s, base_s, sizes_s, shares_s, starts_s, tiles_s, rows_s, scan_s, loaded, summed, based = refs
+        tickets_s, partial_s, base_s, sizes_s, shares_s, starts_s, first_tile_s, scan_s, loaded, summed, based = refs
         block, wg = lax.axis_index("block"), lax.axis_index("wg")
         first = block * per_block
         counts_row = lax.div(block, splits)
@@ -248,13 +247,9 @@ def place_pairs(
             shares_s[...] = jnp.minimum(lax.div(even + 7, jnp.full_like(even, 8)) * 8, tile_rows)
             sizes_s[...] = total
             plgpu.commit_smem()  # the first scan has been read
-            # Tiles of groups of several, and groups of one tile, in one number: a scan for both.
-            tiles = jnp.where(num_tiles > 1, num_tiles * _SINGLES, num_tiles)
-            all_tiles, _ = ranks.scan(tiles, scan_s, num_local)
-            tiles_s[pl.ds(0, width)] = all_tiles - tiles
-            tiles_s[pl.ds(width, width)] = all_tiles
-            plgpu.commit_smem()  # the second one too
-            rows_s[...], _ = ranks.scan(jnp.where(num_tiles > 1, total, 0), scan_s, num_local)
+            tiles, _ = ranks.scan(num_tiles, scan_s, num_local)
+            first_tile_s[pl.ds(0, width)] = tiles - num_tiles
+            first_tile_s[pl.ds(width, width)] = tiles
             plgpu.commit_smem()
             plgpu.barrier_arrive(based)
 
@@ -285,26 +280,19 @@ def place_pairs(
             # The tile schedule: an expert a warp.
             workers = blocks * splits * warps
             worker = block * warps + row
-            several, single = (
-                lax.div(tiles_s[width + num_local - 1], _SINGLES),
-                lax.rem(tiles_s[width + num_local - 1], _SINGLES),
-            )
-            all_tiles = several + single
+            all_tiles = first_tile_s[width + num_local - 1]
 
             @pl.loop(0, lax.div(num_local - worker + (workers - 1), workers))
             def _(i):
                 expert = worker + i * workers
                 size = sizes_s[expert]
-                several_before, single_before = lax.div(tiles_s[expert], _SINGLES), lax.rem(tiles_s[expert], _SINGLES)
-                first_tile = several_before + single_before
-                visited = jnp.where(size > tile_rows, several_before, several + single_before)
+                first_tile = first_tile_s[expert]
                 share = shares_s[expert]
                 start = starts_s[expert]
                 sizes_g[expert] = size
 
                 @pl.loop(0, lax.div(size + (tile_rows - 1), tile_rows))
                 def _(t):
-                    order_g[visited + t] = first_tile + t
                     group_g[first_tile + t] = expert
                     tile_starts_g[first_tile + t] = start + t * share
                     tile_sizes_g[first_tile + t] = jnp.clip(size - t * share, 0, share)
@@ -312,19 +300,13 @@ def place_pairs(
             # Tiles without rows.
             @pl.loop(0, lax.div(max_tiles - all_tiles - worker + (workers - 1), workers))
             def _(i):
-                tile = all_tiles + worker + i * workers
-                group_g[tile] = -1
-                tile_starts_g[tile] = 0
-                tile_sizes_g[tile] = 0
-                order_g[tile] = tile
+                group_g[all_tiles + worker + i * workers] = -1
+                tile_starts_g[all_tiles + worker + i * workers] = 0
+                tile_sizes_g[all_tiles + worker + i * workers] = 0
 
             @pl.when(worker == 0)
             def _():
                 num_tiles_g[0] = all_tiles
-                crowded_g[0] = several
-                last = num_local - 1
-                crowded_g[1] = rows_s[last]
-                crowded_g[2] = starts_s[last] + sizes_s[last] - rows_s[last]
 
     def i32(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -332,7 +314,7 @@ def place_pairs(
     return _compat.kernel(
         place_pairs,
         out_type=(
-            *(i32(n) for n in (num_pairs, *[max_tiles] * 3, num_local, 1, max_tiles, 3)),
+            *(i32(n) for n in (num_pairs, max_tiles, max_tiles, max_tiles, num_local, 1)),
             *([i32(num_pairs + MOST_ROWS)] if row_tokens else []),
         ),
         grid=(blocks * splits,),
@@ -347,7 +329,6 @@ def place_pairs(
             plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((2 * width,), jnp.int32),
-            plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((2, 2 * width), jnp.int32),
             plgpu.Barrier(num_arrivals=len(boxes)),
             plgpu.Barrier(num_arrivals=warpgroups),

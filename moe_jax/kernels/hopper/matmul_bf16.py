@@ -67,7 +67,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import _compat
 from moe_jax.activations import Activation
-from moe_jax.kernels.hopper import rows_by_token, tiles, views, walk
+from moe_jax.kernels.hopper import rows_by_token, tiles, views
 from moe_jax.kernels.hopper.matmul_config import MOST_ROWS, WGMMA_ROWS, Config
 
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
@@ -114,7 +114,6 @@ def grouped_matmul(
     config: Config,
     tile_tokens: Int[Array, "tiles"] | None = None,
     row_tokens: Int[Array, "padded_rows"] | None = None,
-    order: tuple[Int[Array, "tiles"], Int[Array, "3"]] | None = None,
     total_rows: int | None = None,
     interpret: Any = None,
     multiprocessors: int | None = None,
@@ -133,7 +132,6 @@ def grouped_matmul(
         config: how the work is tiled.
         tile_tokens: the tokens that have a row in each tile, a bit each.
         row_tokens: the token of each row, and a tile more; rows are then fetched from those of all tokens.
-        order: of the tiles, and how crowded experts are (`walk`); with `Config.apart`.
         total_rows: R, with `tile_tokens` or `row_tokens`.
         interpret: for the interpreter.
         multiprocessors: of the device, by default.
@@ -186,21 +184,17 @@ def grouped_matmul(
         refs = list(refs)
         tokens_g = refs.pop(0) if shared else None
         row_tokens_g = refs.pop(0) if gathered else None
-        order_g, crowded_g = (refs.pop(0), refs.pop(0)) if config.apart else (None, None)
         bias_g = refs.pop(0) if bias is not None else None
         out_g, rows_s, weights_s, out_s, full, empty = refs[:6]
         refs = refs[6:]
         row_done = refs.pop(0) if gathered and interpret is not None else None
         bias_s, bias_full = refs if bias is not None else (None, None)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
-
-        def my_walk():  # made anew for each tile: what it keeps would cost the loop over K registers
-            return walk.Walk(worker, workers, count_g[0], n_steps, config.band, order_g, crowded_g)
-
-        my_tiles = my_walk().count
+        m_tiles = count_g[0]
+        my_tiles = tiles.share(m_tiles * n_steps, worker, workers)
 
         def tile_at(i):
-            m, n = my_walk().tile(i)
+            m, n = tiles.visit(worker + i * workers, m_tiles, n_steps, config.band)
             return m, n if cluster == 1 else n * cluster + lax.axis_index("cta")
 
         def next_slot(slot):
@@ -363,7 +357,6 @@ def grouped_matmul(
     operands = [rows, weights, tile_group, tile_starts, tile_sizes, num_tiles]
     operands += [tile_tokens] if shared else []
     operands += [row_tokens] if gathered else []
-    operands += [*order] if config.apart else []
     operands += [bias] if bias is not None else []
     scratch = [
         operand.scratch,

@@ -27,7 +27,6 @@ class Config:
     tile_k: int = 64
     stages: int = 3
     band: int = 8  # row tiles walked together before the next weight columns: what L2 holds at a time
-    apart: bool = False  # tiles of crowded experts have multiprocessors of their own: `walk`
     cluster: int = 1  # neighbouring blocks of weight columns that fetch their rows once and together
     columns: int = 64  # of the output that a block of 64 weight rows makes: 64, 32 or 16
     gather: bool = False  # rows of an up-projection are fetched by their tokens from the hidden states: `rows_by_token`

@@ -40,7 +40,7 @@ def visit(index: jax.Array, m_tiles: jax.Array, n_tiles: int, group_m: int) -> t
     return first + lax.rem(within, height), lax.div(within, height)
 
 
-def share(total: jax.Array | int, worker: jax.Array | int, workers: jax.Array | int) -> jax.Array:
+def share(total: jax.Array | int, worker: jax.Array | int, workers: int) -> jax.Array:
     """How many of `total` items worker number `worker` takes when it takes every `workers`-th."""
     return lax.div(total - worker + (workers - 1), workers)
 
