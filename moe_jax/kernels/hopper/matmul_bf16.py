@@ -49,6 +49,10 @@ Learned on an H200 (benchmarks/results/2026-11-22-h200-matmul-variants.txt; qwen
 - Rows fetched by their tokens (`Config.gather`): no kernel before it, no rows written and read again. Layers of 16384 and 4096
   tokens took 5 and 3 % less for qwen3-30b-a3b, 4096 tokens of qwen3-235b 1 to 6 % less; 16384 of gpt-oss-120b 5 to 13 % more, for
   which four tiles of 128 rows are worse than three of 176 (2026-11-25-h200-variants.txt).
+- Crowded experts beside nearly empty ones: a rank of DeepSeek-V3 with 4096 tokens, half of them on one expert, takes 1.2 times
+  as long as with even ones: full tiles wait for the tensor cores, those of a few rows for memory, one after the other. Tiles
+  taken from both ends in turn, or multiprocessors apart for the tiles of full groups, so that both are busy at the same time,
+  made it 4 to 9 % slower still (2026-11-25-h200-variants.txt).
 - Long runs lower the clock: the sum of a layer's kernels, each measured alone, is up to 18 % below the layer's own time with
   4096 tokens and more. What saves traffic saves power there, and time beyond its own.
 """
