@@ -28,10 +28,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
-# The kernels in the interpreter, with the newest JAX that pyproject.toml allows.
+# The kernels in the interpreter, with the newest JAX that pyproject.toml allows: every test with the first of its parameters.
 test-newest-jax: $(NEWEST)/.installed
 	$(NEWEST)/bin/python -c 'import jax; print("jax", jax.__version__)'
-	$(NEWEST)/bin/python -m pytest tests/kernels -m "not once" $(PYTEST_ARGS)
+	$(NEWEST)/bin/python -m pytest tests/kernels -m "not once" --one-of-each $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -43,7 +43,16 @@ def has_cuda_device() -> bool:
         return False
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--one-of-each", action="store_true", help="every test once, with the first of its parameters")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--one-of-each"):
+        first = {item.nodeid.split("[")[0]: item for item in reversed(items)}.values()
+        others = [item for item in items if item not in first]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items and not has_cuda_device():
         for item in gpu_items:
