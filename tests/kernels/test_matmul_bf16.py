@@ -223,7 +223,7 @@ def test_narrow_tiles(columns, gated, halves, consumers):
 def test_a_single_token_takes_narrow_tiles(monkeypatch):
     """Where that keeps more multiprocessors at work: the shapes of qwen3-30b-a3b and DeepSeek-V3's ranks."""
     monkeypatch.setattr(_compat, "num_multiprocessors", lambda: 132)
-    assert [matmul_config.default_config(8, True, *shape).columns for shape in ((768, 8), (2048, 1))] == [16, 16]
+    assert [matmul_config.default_config(8, True, *shape).columns for shape in ((768, 8), (2048, 1))] == [64, 16]
     assert matmul_config.default_config(64, True, 768, 128).columns == 64
 
 

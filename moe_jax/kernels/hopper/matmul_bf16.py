@@ -38,7 +38,8 @@ Learned on an H200 (benchmarks/results/2026-11-22-h200-matmul-variants.txt; qwen
   160 rows and four stages alone: 6082 us a layer instead of 6111 for gpt-oss-120b, 8771 instead of 8708 for qwen3-235b. With
   fewer rows they cost: qwen3-235b with 4096 2530 instead of 2403 (2026-11-24-h200-plans-and-glue.txt).
 - Narrow tiles, one token: 32.7 us a layer for a rank of DeepSeek-V3 and 59.9 for gpt-oss-120b (2026-11-24-h200-packed-rows.json),
-  42.0 and 61.8 with 64 columns (2026-11-24-h200-packing-variants.txt). Cutting only the last round's tiles into narrow parts
+  42.0 and 61.8 with 64 columns (2026-11-24-h200-packing-variants.txt). Three rounds of tiles of 16 columns are slower than one of
+  64, though: 29.7 instead of 27.8 us for qwen3-30b-a3b (tuning/configs). Cutting only the last round's tiles into narrow parts
   leaves too few bytes on their way.
 - Asking for the next kernel's first weights ahead (L2 prefetch): 0 to 3 % slower. Programmatic dependent launch: no difference.
 - The loop over K has to stay in uniform registers, where a warp computes an address once. A tile's row and size loaded before

@@ -15,6 +15,7 @@ _MANY = (16, 32, 64, 96, 112, 120, 128, 136, 144, 152, 160)
 # As many as the registers hold; three stages, two blocks together.
 _MOST = (16, 32, 64, 96, 112, 128, 144, 160, 176, 192)
 MOST_ROWS = _MOST[-1]
+_BETWEEN = 8  # columns that a multiprocessor could make in the time from one tile to the next, with one token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +110,15 @@ def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -
     if tile_rows > 8:
         return few
 
-    def narrow(columns):
-        return dataclasses.replace(few, columns=columns, tile_k=128 * WGMMA_ROWS // columns)
-
-    def work(config):  # of the busiest multiprocessor
-        return pl.cdiv(likely_tiles * pl.cdiv(n_out, config.columns), multiprocessors) * config.columns
-
     if not gated and few.halves == 2:
         return few
-    best = min((narrow(columns) for columns in (64, 32, 16)), key=work)  # the widest of equal ones
-    return best if work(best) <= 0.9 * work(few) else few
+
+    def narrow(columns):
+        stages = 5 if gated and columns == WGMMA_ROWS else few.stages
+        return dataclasses.replace(few, columns=columns, tile_k=128 * WGMMA_ROWS // columns, stages=stages)
+
+    def work(config):  # of the busiest multiprocessor
+        rounds = pl.cdiv(likely_tiles * pl.cdiv(n_out, config.columns), multiprocessors)
+        return rounds * (config.columns + _BETWEEN)
+
+    return min((narrow(columns) for columns in (64, 32, 16)), key=work)  # the widest of equal ones
