@@ -2,7 +2,8 @@
 
 Of the elements that share a scale, all in float32:
 
-- ``amax`` is their largest magnitude; an infinity counts as the largest finite float32.
+- ``amax`` is their largest magnitude; an infinity counts as the largest finite float32 (and becomes the
+  largest code).
 - ``scale = amax * fl(1 / 448)`` for FP8, where amax is at least 1e-10, and ``amax * fl(1 / 127)`` for int8; fl rounds to float32.
   int4 takes the smallest scale that clips nothing, ``max(max(x) * fl(1 / 7), max(-x) * fl(1 / 8))``; with a zero point
   ``(max(x, 0) + max(-x, 0)) * fl(1 / 15)`` and ``zero = round(max(-x, 0) * r)``. A scale below the smallest normal float32 is
@@ -22,8 +23,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Shaped
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float
 
 from moe_jax.quantization.array import QuantizedArray
 from moe_jax.quantization.blocks import Blocks
@@ -44,7 +45,7 @@ def quantize(
     x: Float[Array | np.ndarray, "*B rows columns"],
     spec: Spec,
     *,
-    scales: Shaped[Array | np.ndarray, "..."] | float | None = None,
+    scales: ArrayLike | None = None,
     valid: Bool[Array | np.ndarray, "*B rows"] | None = None,
     halves: int = 1,
 ) -> QuantizedArray:
@@ -83,7 +84,7 @@ def quantize(
     return _quantize(jnp.asarray(x), scales, None if valid is None else jnp.asarray(valid), spec, halves)
 
 
-def _given_scales(scales: Array | np.ndarray | float, spec: Spec, shape: tuple[int, ...]) -> Array:
+def _given_scales(scales: ArrayLike, spec: Spec, shape: tuple[int, ...]) -> Array:
     if spec.asymmetric:
         raise ValueError(f"{spec} has zero points, which given scales alone do not determine; leave scales None")
     scales = jnp.asarray(scales)
@@ -175,7 +176,7 @@ def fake_quantize_activations(
     x: Float[Array, "*B rows columns"],
     spec: Spec | QuantFormat | str,
     *,
-    scales: Shaped[Array | np.ndarray, "..."] | float | None = None,
+    scales: ArrayLike | None = None,
     valid: Bool[Array | np.ndarray, "*B rows"] | None = None,
 ) -> Float[Array, "*B rows columns"]:
     """Activations as a quantized matmul sees them: quantized and dequantized, in the dtype they came in.

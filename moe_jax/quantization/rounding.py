@@ -98,8 +98,10 @@ def to_e8m0(scale: Float[Array, "*S"]) -> Shaped[Array, "*S"]:
         >>> to_e8m0(jnp.array([1.0, 1.1, 0.25])).astype(jnp.float32).tolist()
         [1.0, 2.0, 0.25]
     """
-    exponent = ((_bits(scale) & 0x7FFFFFFF) + 0x7FFFFF) >> 23
-    return lax.bitcast_convert_type(jnp.minimum(exponent, 0xFF).astype(jnp.uint8), jnp.float8_e8m0fnu)
+    magnitude = jnp.minimum(
+        _bits(scale) & 0x7FFFFFFF, 0x7F800000
+    )  # NaN like infinity, whose exponent is the code of NaN
+    return lax.bitcast_convert_type(((magnitude + 0x7FFFFF) >> 23).astype(jnp.uint8), jnp.float8_e8m0fnu)
 
 
 def scale_to_float32(scale: Shaped[Array, "*S"]) -> Float[Array, "*S"]:
