@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import reference
 from moe_jax.config import MoEConfig
+from moe_jax.quantization.array import QuantizedArray
 from moe_jax.quantization.formats import QuantFormat, quant_format
 from moe_jax.quantization.quantize import dequantize, fake_quantize_activations
 from moe_jax.types import ExpertWeights, TopK
@@ -72,7 +73,7 @@ def apply_experts(
             return jnp.where((local >= 0)[:, None], rows, 0).astype(jnp.float32)
         return fake_quantize_activations(rows.astype(jnp.float32), spec, scales=given, valid=local >= 0)
 
-    def project(rows: Array, matrices: Array, bias: Array | None) -> Array:
+    def project(rows: Array, matrices: QuantizedArray | Array, bias: Array | None) -> Array:
         """Each row times the matrix of its expert."""
         out = jnp.zeros((rows.shape[0], matrices.shape[1]), jnp.float32)
         for expert in range(matrices.shape[0]):

@@ -166,7 +166,8 @@ def join_halves(gate: QuantizedArray, up: QuantizedArray) -> QuantizedArray:
         >>> w13.shape, w13.scales.shape, w13.halves
         ((4, 16, 16), (4, 2), 2)
     """
-    if (gate.shape, gate.spec, gate.halves, gate.columns) != (up.shape, up.spec, 1, up.columns):
+    parts_of = [(half.shape, half.spec, half.columns, half.halves) for half in (gate, up)]
+    if parts_of[0] != parts_of[1] or gate.halves != 1:
         raise ValueError(
             f"gate {gate.shape} of {gate.spec} in {gate.halves} halves and up {up.shape} of {up.spec} in {up.halves} halves "
             "must agree, one half each; quantize them alike"

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from moe_jax.quantization import QuantizedArray, Spec, pad_columns, quantize
+from moe_jax import quantization
+from moe_jax.quantization import QuantizedArray, Spec, pad_columns
 from moe_jax.types import ExpertWeights
 from tests.quantization import oracle
-from tests.quantization.cases import SPECS, normal
+from tests.quantization.cases import SPECS, normal, quantize, value
 
 SOME = ["fp8 tensor", "fp8 block ue8m0", "int8 channel", "int4 group zp"]
 NUM, ROWS, COLUMNS = 3, 10, 37
@@ -50,10 +51,10 @@ def test_shapes_and_sizes(name, scales, values, nbytes):
 @pytest.mark.parametrize("name", SOME)
 def test_experts_go_with_their_scales(name):
     array = array_of(name)
-    whole = np.asarray(array.dequantize())
+    whole = np.asarray(value(array))
     for index in (1, -1, slice(1, 3), np.array([2, 0]), jnp.array([1, 1]), np.int64(2)):
         part = array[index].validate()
-        np.testing.assert_array_equal(part.dequantize(), whole[index])
+        np.testing.assert_array_equal(value(part), whole[index])
     assert [expert.shape for expert in array] == [(10, 37)] * 3
     traced = jax.jit(lambda a, i: a[i].dequantize())(array, 2)
     np.testing.assert_array_equal(traced, whole[2])
@@ -100,8 +101,8 @@ def test_formats_tell_structures_apart():
 def test_vmap_over_experts(name):
     array, x = array_of(name), normal(1, NUM, 4, COLUMNS)
     product = jax.vmap(lambda a, x: x @ a.dequantize().T)(array, x)
-    np.testing.assert_allclose(product, x @ np.swapaxes(array.dequantize(), 1, 2), rtol=1e-5)
-    made = jax.vmap(lambda w: quantize(w, SPECS[name], halves=2))(normal(0, NUM, ROWS, COLUMNS))
+    np.testing.assert_allclose(product, x @ np.swapaxes(value(array), 1, 2), rtol=1e-5)
+    made = jax.vmap(lambda w: quantization.quantize(w, SPECS[name], halves=2))(normal(0, NUM, ROWS, COLUMNS))
     assert_same(made, array)
 
 
@@ -111,9 +112,9 @@ def test_shard_map_and_scan_over_experts(name):
     mesh = jax.make_mesh((1,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = PartitionSpec("expert")
     back = jax.jit(jax.shard_map(lambda a: a.dequantize(), mesh=mesh, in_specs=spec, out_specs=spec))(array)
-    np.testing.assert_array_equal(back, array.dequantize())
+    np.testing.assert_array_equal(back, value(array))
     _, stacked = jax.lax.scan(lambda carry, expert: (carry, expert.dequantize()), None, array)
-    np.testing.assert_array_equal(stacked, array.dequantize())
+    np.testing.assert_array_equal(stacked, value(array))
 
 
 def test_other_things_in_the_places_of_arrays():
@@ -130,7 +131,7 @@ def test_padded_storage_does_not_count():
         array = array_of(name)
         padded = pad_columns(array, 16).validate()
         assert padded.shape == array.shape and padded.values.shape[-1] == 48 // SPECS[name].codes_per_value
-        np.testing.assert_array_equal(padded.dequantize(), array.dequantize())
+        np.testing.assert_array_equal(value(padded), value(array))
         np.testing.assert_array_equal(oracle.bits(padded.codes()), oracle.bits(array.codes()))
         # The codes that fill up stand for zero with any scale of their row.
         everything = dataclasses.replace(padded, columns=None)
