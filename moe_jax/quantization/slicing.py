@@ -10,6 +10,7 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Shaped
 
 from moe_jax.quantization.array import QuantizedArray
@@ -82,11 +83,11 @@ def slice_rows(array: QuantizedArray, start: int, stop: int) -> QuantizedArray:
 
     def cut(leaf: Array | None, where: slice, axis: int) -> Array | None:
         """That part of each half of an axis."""
-        if leaf is None or (where == slice(None)):
+        if leaf is None or where == slice(None):
             return leaf
-        leaf = jnp.moveaxis(leaf, axis, -1)
-        leaf = leaf.reshape(*leaf.shape[:-1], array.halves, leaf.shape[-1] // array.halves)[..., where]
-        return jnp.moveaxis(leaf.reshape(*leaf.shape[:-2], -1 if leaf.size else 0), -1, axis)
+        size = leaf.shape[axis] // array.halves
+        index = np.arange(array.halves * size).reshape(array.halves, size)[:, where].reshape(-1)
+        return jnp.take(leaf, index, axis=axis, unique_indices=True, indices_are_sorted=True)
 
     axis = -1 if array.spec.block is None else -2
     scales, zero_points = (cut(leaf, pieces, axis) for leaf in (array.scales, array.zero_points))

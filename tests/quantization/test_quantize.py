@@ -49,14 +49,13 @@ def test_every_bit(name):
     check_bits(quantize(x, SPECS[name]), x, SPECS[name])
 
 
-@pytest.mark.parametrize("shape", [(16, 32), (1, 1)], ids=str)
-@pytest.mark.parametrize("name", SOME)
-def test_whole_blocks_and_a_single_element(name, shape):
-    x = of_sizes(2, *shape)
+@pytest.mark.parametrize("name", ["fp8 block", "int4 group zp"])
+def test_whole_blocks(name):
+    x = of_sizes(2, 16, 32)
     check_bits(quantize(x, SPECS[name]), x, SPECS[name])
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [*SOME, "int8 block"])
 def test_halves_share_no_scale(name):
     """Halves of 13 rows, which blocks of 8 do not divide: the second half begins with a block of its own."""
     x, spec = normal(3, 2 * ROWS, COLUMNS), SPECS[name]
@@ -79,7 +78,7 @@ def test_stacks_and_other_dtypes(name, dtype):
 
 
 @pytest.mark.parametrize("name", SOME)
-@pytest.mark.parametrize("shape", [(0, 32), (16, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 37), (13, 0)], ids=str)
 def test_nothing_at_all(name, shape):
     spec = SPECS[name]
     array = quantize(np.zeros(shape, np.float32), spec).validate()
@@ -139,7 +138,7 @@ def test_a_nan_spoils_what_shares_its_scale_in_integers(name):
     np.testing.assert_array_equal(np.isnan(dequantize(array)), spoiled)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [*SOME, "fp8 group", "int8 tensor"])
 def test_invalid_rows_are_zero_and_seen_by_nobody(name):
     spec = SPECS[name]
     x = normal(9, *SHAPE)
@@ -214,7 +213,7 @@ def test_scales_that_are_given_wrongly():
         quantization.quantize(x, SPECS["fp8 tensor"], halves=3)
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", ["fp8 block ue8m0", "int4 group zp"])
 def test_alone_and_within_a_larger_function(name):
     """The same bits when XLA optimizes as it likes, and fuses what comes before and after."""
     x, spec = normal(15, *SHAPE), SPECS[name]
