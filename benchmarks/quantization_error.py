@@ -77,9 +77,13 @@ class Layer:
 
 
 def measure(
-    names: list[str], shape: tuple[int, int] = WEIGHTS, config: MoEConfig = CONFIG, tokens: int = TOKENS
+    names: list[str],
+    shape: tuple[int, int] = WEIGHTS,
+    config: MoEConfig = CONFIG,
+    tokens: int = TOKENS,
+    tails: tuple[str, ...] = TAILS,
 ) -> dict:
-    layers = {tail: Layer(config, tokens, tail) for tail in TAILS}
+    layers = {tail: Layer(config, tokens, tail) for tail in tails}
     rows = []
     for name in names:
         row = {"format": name, "bits_per_weight": round(weights_error(FORMATS[name], shape)[1], 3)}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, Integer, UInt8
@@ -12,6 +13,7 @@ CODES_PER_WORD = 8
 IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
 
 
+@jax.jit
 def pack_int4(codes: Integer[Array | np.ndarray, "*B K"]) -> UInt8[Array, "*B packed"]:
     """Codes 0 to 15, two a byte along the last axis, the even one in the low nibble; an odd K gets a code 0 more.
 
@@ -25,6 +27,7 @@ def pack_int4(codes: Integer[Array | np.ndarray, "*B K"]) -> UInt8[Array, "*B pa
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
+@functools.partial(jax.jit, static_argnames="columns")
 def unpack_int4(packed: UInt8[Array | np.ndarray, "*B packed"], columns: int | None = None) -> UInt8[Array, "*B K"]:
     """The codes, 0 to 15, that `pack_int4` packed.
 
@@ -41,8 +44,9 @@ def unpack_int4(packed: UInt8[Array | np.ndarray, "*B packed"], columns: int | N
     return codes if columns is None else codes[..., :columns]
 
 
+@functools.partial(jax.jit, static_argnames=("axis", "order"))
 def pack_words(
-    codes: Integer[Array | np.ndarray, "*S"], axis: int, order: Sequence[int] = IN_ORDER
+    codes: Integer[Array | np.ndarray, "*S"], axis: int, order: tuple[int, ...] = IN_ORDER
 ) -> Int32[Array, "*P"]:
     """Codes 0 to 15, eight an int32 along `axis`, which is filled up with zeros to a multiple of eight.
 
@@ -65,8 +69,9 @@ def pack_words(
     return jnp.moveaxis(words.view(jnp.int32), -1, axis)
 
 
+@functools.partial(jax.jit, static_argnames=("axis", "order", "size"))
 def unpack_words(
-    words: Integer[Array | np.ndarray, "*P"], axis: int, order: Sequence[int] = IN_ORDER, size: int | None = None
+    words: Integer[Array | np.ndarray, "*P"], axis: int, order: tuple[int, ...] = IN_ORDER, size: int | None = None
 ) -> UInt8[Array, "*S"]:
     """The codes, 0 to 15, that `pack_words` packed.
 

@@ -143,19 +143,20 @@ def _scales(x: Array, spec: Spec) -> Array:
     nan = jnp.isnan(x)
     x = jnp.clip(jnp.where(nan, 0.0, x), -F32_MAX, F32_MAX)
 
-    def largest(values: Array) -> Array:
-        return jnp.max(values, axis=_WITHIN_A_BLOCK, initial=0.0)
-
     if spec.dtype == "float8_e4m3fn":
-        return jnp.maximum(largest(jnp.abs(x)), FP8_AMAX_FLOOR) * _inverse(448)
+        return jnp.maximum(_largest(jnp.abs(x)), FP8_AMAX_FLOOR) * _inverse(448)
     if spec.dtype == "int8":
-        scales = largest(jnp.abs(x)) * _inverse(127)
+        scales = _largest(jnp.abs(x)) * _inverse(127)
     elif spec.asymmetric:
-        scales = jnp.minimum(largest(x) + largest(-x), F32_MAX) * _inverse(15)
+        scales = jnp.minimum(_largest(x) + _largest(-x), F32_MAX) * _inverse(15)
     else:
-        scales = jnp.maximum(largest(x) * _inverse(7), largest(-x) * _inverse(8))
+        scales = jnp.maximum(_largest(x) * _inverse(7), _largest(-x) * _inverse(8))
     scales = jnp.where(scales < _TINY, 0.0, scales)
     return jnp.where(jnp.any(nan, axis=_WITHIN_A_BLOCK), jnp.nan, scales)
+
+
+def _largest(values: Array) -> Array:
+    return jnp.max(values, axis=_WITHIN_A_BLOCK, initial=0.0)
 
 
 def dequantize(

@@ -43,18 +43,22 @@ def refine_blocks(array: QuantizedArray, block: tuple[int, int]) -> QuantizedArr
     if old[0] % block[0] or old[1] % block[1]:
         raise ValueError(f"block={block} does not divide block={old} of the array; a scale is that of whole blocks")
     new = dataclasses.replace(array, spec=dataclasses.replace(array.spec, block=block))
-    halves, rows, columns = new.blocks.grid
+    leaves = (_refined(leaf, array, new) for leaf in (array.scales, array.zero_points))
+    return _with(new, new.values, *leaves)
 
-    def repeat(per_block: Array) -> Array:
-        batch = per_block.shape[:-2]
-        grid = per_block.reshape(*batch, *array.blocks.grid)
-        grid = jnp.repeat(grid, old[0] // block[0], axis=-2)[..., :rows, :]
-        grid = jnp.repeat(grid, old[1] // block[1], axis=-1)[..., :columns]
-        return grid.reshape(*batch, halves * rows, columns)
 
-    return _with(
-        new, new.values, *(None if leaf is None else repeat(leaf) for leaf in (array.scales, array.zero_points))
-    )
+def _refined(leaf: Array | None, old: QuantizedArray, new: QuantizedArray) -> Array | None:
+    """Scales or zero points, each repeated for the new blocks within an old one."""
+    if leaf is None:
+        return None
+    batch, (halves, rows, columns) = leaf.shape[:-2], new.blocks.grid
+    times = [a // b for a, b in zip(old.spec.block, new.spec.block, strict=True)]
+    grid = leaf.reshape(*batch, *old.blocks.grid)
+    if times[0] > 1:
+        grid = jnp.repeat(grid, times[0], axis=-2)[..., :rows, :]
+    if times[1] > 1:
+        grid = jnp.repeat(grid, times[1], axis=-1)[..., :columns]
+    return grid.reshape(*batch, halves * rows, columns)
 
 
 def slice_rows(array: QuantizedArray, start: int, stop: int) -> QuantizedArray:
@@ -81,17 +85,18 @@ def slice_rows(array: QuantizedArray, start: int, stop: int) -> QuantizedArray:
     else:
         pieces = slice(start // array.spec.block[0], -(-stop // array.spec.block[0]))
 
-    def cut(leaf: Array | None, where: slice, axis: int) -> Array | None:
-        """That part of each half of an axis."""
-        if leaf is None or where == slice(None):
-            return leaf
-        size = leaf.shape[axis] // array.halves
-        index = np.arange(array.halves * size).reshape(array.halves, size)[:, where].reshape(-1)
-        return jnp.take(leaf, index, axis=axis, unique_indices=True, indices_are_sorted=True)
-
     axis = -1 if array.spec.block is None else -2
-    scales, zero_points = (cut(leaf, pieces, axis) for leaf in (array.scales, array.zero_points))
-    return _with(array, cut(array.values, slice(start, stop), -2), scales, zero_points)
+    scales, zero_points = (_of_halves(leaf, pieces, axis, array.halves) for leaf in (array.scales, array.zero_points))
+    return _with(array, _of_halves(array.values, slice(start, stop), -2, array.halves), scales, zero_points)
+
+
+def _of_halves(leaf: Array | None, where: slice, axis: int, halves: int) -> Array | None:
+    """That part of each half of an axis."""
+    if leaf is None or where == slice(None):
+        return leaf
+    size = leaf.shape[axis] // halves
+    index = np.arange(halves * size).reshape(halves, size)[:, where].reshape(-1)
+    return jnp.take(leaf, index, axis=axis, unique_indices=True, indices_are_sorted=True)
 
 
 def slice_columns(array: QuantizedArray, start: int, stop: int) -> QuantizedArray:
