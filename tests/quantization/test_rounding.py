@@ -25,17 +25,9 @@ def any_floats(seed, count) -> np.ndarray:
 
 
 def test_reciprocals_are_correctly_rounded():
-    x = np.concatenate(
-        [any_floats(0, 400_000), np.float32([0.0, -0.0, np.inf, -np.inf, 2.0**126, 2.0**127, 1e-45, 1e-38])]
-    )
-    x = np.concatenate(
-        [
-            x,
-            np.float32(2.0) ** np.arange(-126, 127),
-            np.nextafter(np.float32(2.0) ** np.arange(-120, 120), np.float32(0)),
-        ]
-    )
-    x = x.astype(np.float32)
+    powers = np.ldexp(np.float32(1), np.arange(-126, 127))
+    special = np.float32([0.0, -0.0, np.inf, -np.inf, 2.0**126, 2.0**127, 1e-45, 1e-38])
+    x = np.concatenate([any_floats(0, 400_000), special, powers, np.nextafter(powers[1:], np.float32(0))])
     expected, actual = oracle.reciprocal(x), np.asarray(reciprocal(x))
     nan = np.isnan(expected)
     np.testing.assert_array_equal(np.isnan(actual), nan)
