@@ -213,6 +213,22 @@ def test_scales_that_are_given_wrongly():
         quantization.quantize(x, SPECS["fp8 tensor"], halves=3)
 
 
+@pytest.mark.parametrize("name", ["fp8 token", "int8 channel"])
+def test_elements_are_multiplied_by_the_reciprocal_not_divided(name):
+    """Rows of an amax and an element beside a tie, where x * (1 / scale) and x / scale are rounded to different codes."""
+    spec, random = SPECS[name], np.random.default_rng(20)
+    amax = random.uniform(1, 2, 4000).astype(np.float32)
+    scale = amax * (np.float32(1) / np.float32(spec.largest))
+    tie = random.integers(8, 16, 4000) * 2 + 1 if spec.is_float else random.integers(0, 126, 4000) + 0.5
+    x = (tie * scale).astype(np.float32)
+    rows = np.stack([amax, x], axis=1)
+    divided = x / scale
+    divided = oracle.fp8_codes(divided) if spec.is_float else np.rint(divided).astype(np.int8)
+    codes = oracle.quantize(rows, spec)[0][:, 1]
+    assert (codes != divided).mean() > 0.05, "the rows do not tell the two apart"
+    check_bits(quantize(rows, spec), rows, spec)
+
+
 @pytest.mark.parametrize("name", ["fp8 block ue8m0", "int4 group zp"])
 def test_alone_and_within_a_larger_function(name):
     """The same bits when XLA optimizes as it likes, and fuses what comes before and after."""
