@@ -7,6 +7,11 @@ from moe_jax.explanation import explain as explain
 from moe_jax.moe import apply_experts as apply_experts
 from moe_jax.moe import moe as moe
 from moe_jax.moe import moe_block as moe_block
+from moe_jax.quantization import QuantFormat as QuantFormat
+from moe_jax.quantization import QuantizedArray as QuantizedArray
+from moe_jax.quantization import dequantize_experts as dequantize_experts
+from moe_jax.quantization import quant_format as quant_format
+from moe_jax.quantization import quantize_experts as quantize_experts
 from moe_jax.routing import route as route
 from moe_jax.routing_methods import RoutingMethod as RoutingMethod
 from moe_jax.types import ExpertWeights as ExpertWeights

@@ -1,0 +1,156 @@
+"""The arithmetic of quantization once more, in NumPy: element by element where it can be, with tables for the grids."""
+
+import ml_dtypes
+import numpy as np
+
+from moe_jax.quantization import Spec
+
+F32_MAX = np.finfo(np.float32).max
+TINY = np.finfo(np.float32).tiny
+
+
+def fp8_value(code: int) -> float:
+    """What an e4m3 code stands for, from its bits: sign, four bits of exponent, three of fraction; no infinity, two NaNs."""
+    sign = -1.0 if code & 0x80 else 1.0
+    exponent, fraction = (code >> 3) & 0xF, code & 7
+    if exponent == 15 and fraction == 7:
+        return float("nan")
+    if exponent == 0:
+        return sign * fraction * 2.0**-9
+    return sign * (8 + fraction) * 2.0 ** (exponent - 10)
+
+
+FP8_VALUES = np.array([fp8_value(code) for code in range(256)])
+_POSITIVE = FP8_VALUES[:127]  # ascending: 0 to 448
+
+
+def fp8_codes(values: np.ndarray) -> np.ndarray:
+    """Codes of the nearest e4m3 values, by search in the table: ties to the even code, saturating; NaN is 0x7f."""
+    with np.errstate(invalid="ignore"):
+        values = np.asarray(values, np.float64)
+    magnitude = np.minimum(np.abs(np.where(np.isnan(values), 0.0, values)), 448.0)
+    above = np.clip(np.searchsorted(_POSITIVE, magnitude), 1, 126)
+    lower, upper = _POSITIVE[above - 1], _POSITIVE[above]
+    to_lower, to_upper = magnitude - lower, upper - magnitude
+    take_lower = (to_lower < to_upper) | ((to_lower == to_upper) & ((above - 1) % 2 == 0))
+    codes = np.where(take_lower, above - 1, above) | np.where(np.signbit(values), 0x80, 0)
+    return np.where(np.isnan(values), 0x7F, codes).astype(np.uint8)
+
+
+def reciprocal(scale: np.ndarray) -> np.ndarray:
+    """1 / scale rounded once to float32; 0 for zero and subnormal scales. A float64 quotient has bits to spare."""
+    scale = np.asarray(scale, np.float32)
+    with np.errstate(all="ignore"):
+        exact = (1.0 / scale.astype(np.float64)).astype(np.float32)
+    exact = np.where((np.abs(scale) < TINY) | (np.abs(exact) < TINY), np.float32(0), exact)
+    return np.where(np.isnan(scale), np.float32(np.nan), exact).astype(np.float32)
+
+
+def piece_scale(piece: np.ndarray, spec: Spec) -> np.float32:
+    """The scale of the elements that share it, before it is stored."""
+    inverse = {n: np.float32(1) / np.float32(n) for n in (448, 127, 7, 8, 15)}
+    finite = np.clip(np.where(np.isnan(piece), 0, piece), -F32_MAX, F32_MAX).astype(np.float32)
+    high, low = np.float32(max(finite.max(initial=0), 0)), np.float32(max((-finite).max(initial=0), 0))
+    if spec.dtype == "float8_e4m3fn":
+        return np.float32(max(high, low, np.float32(1e-10)) * inverse[448])
+    if np.isnan(piece).any():
+        return np.float32(np.nan)
+    if spec.dtype == "int8":
+        scale = np.float32(max(high, low) * inverse[127])
+    elif spec.asymmetric:
+        with np.errstate(over="ignore"):
+            scale = np.float32(min(np.float32(high + low), F32_MAX) * inverse[15])
+    else:
+        scale = np.float32(max(high * inverse[7], low * inverse[8]))
+    return scale if scale >= TINY else np.float32(0)
+
+
+def up_to_power(scale: np.float32) -> np.float32:
+    """The next power of two that is not smaller."""
+    fraction, exponent = np.frexp(scale)
+    return np.float32(np.ldexp(1.0, exponent - 1 if fraction == 0.5 else exponent))
+
+
+def piece_codes(piece: np.ndarray, scale: np.float32, spec: Spec) -> tuple[np.ndarray, int]:
+    """(codes, zero point) of the elements that share a scale; FP8 codes as their bits."""
+    r = reciprocal(scale)
+    with np.errstate(all="ignore"):
+        scaled = (piece.astype(np.float32) * r).astype(np.float32) if r != 0 else np.zeros(piece.shape, np.float32)
+    if spec.is_float:
+        return fp8_codes(np.where(np.isnan(piece), np.nan, scaled)), 0
+    rounded = np.rint(np.where(np.isnan(scaled), 0, scaled))
+    if spec.dtype == "int8":
+        return np.clip(rounded, -128, 127).astype(np.int8), 0
+    zero = 8
+    if spec.asymmetric:
+        low = np.float32(max(np.nanmax(-piece, initial=0), 0))
+        with np.errstate(invalid="ignore"):
+            wanted = np.float32(low * r)
+        zero = 0 if np.isnan(wanted) else int(np.clip(np.rint(wanted), 0, 15))
+    return np.clip(rounded + zero, 0, 15).astype(np.uint8), zero
+
+
+def pieces_of(spec: Spec, rows: int, columns: int, halves: int = 1) -> list[tuple[tuple[int, ...], slice, slice]]:
+    """(index into the stored scales, rows, columns) of everything that shares a scale."""
+    half = rows // halves
+    if spec.granularity == "tensor":
+        index = [(h,) if halves == 2 else () for h in range(halves)]
+        return [(index[h], slice(h * half, (h + 1) * half), slice(0, columns)) for h in range(halves)]
+    if spec.granularity in ("channel", "token"):
+        return [((row,), slice(row, row + 1), slice(0, columns)) for row in range(rows)]
+    block_rows, block_columns = spec.block
+    grid_rows = -(-half // block_rows)
+    return [
+        (
+            (h * grid_rows + i, j // block_columns),
+            slice(h * half + i * block_rows, min(h * half + (i + 1) * block_rows, (h + 1) * half)),
+            slice(j, min(j + block_columns, columns)),
+        )
+        for h in range(halves)
+        for i in range(grid_rows)
+        for j in range(0, columns, block_columns)
+    ]
+
+
+def scales_shape(spec: Spec, rows: int, columns: int, halves: int = 1) -> tuple[int, ...]:
+    if spec.granularity == "tensor":
+        return (2,) if halves == 2 else ()
+    if spec.granularity in ("channel", "token"):
+        return (rows,)
+    return halves * -(-(rows // halves) // spec.block[0]), -(-columns // spec.block[1])
+
+
+def quantize(x: np.ndarray, spec: Spec, *, scales=None, valid=None, halves: int = 1):
+    """One matrix: (codes [rows, columns], scales float32, zero points or None)."""
+    x = np.asarray(x).astype(np.float32)
+    if valid is not None:
+        x = np.where(np.asarray(valid)[:, None], x, np.float32(0))
+    shape = scales_shape(spec, *x.shape, halves)
+    codes = np.zeros(x.shape, np.int8 if spec.dtype == "int8" else np.uint8)
+    found, zeros = np.zeros(shape, np.float32), np.full(shape, 8, np.uint8)
+    for index, rows, columns in pieces_of(spec, *x.shape, halves):
+        piece = x[rows, columns]
+        scale = piece_scale(piece, spec) if scales is None else np.float32(np.asarray(scales)[index])
+        if spec.scale_dtype == "float8_e8m0fnu":
+            scale = up_to_power(scale)
+        found[index] = scale
+        codes[rows, columns], zeros[index] = piece_codes(piece, scale, spec)
+    return codes, found, zeros if spec.asymmetric else None
+
+
+def dequantize(codes: np.ndarray, scales: np.ndarray, zeros, spec: Spec, halves: int = 1) -> np.ndarray:
+    """One matrix, float64, from what `quantize` gives."""
+    values = FP8_VALUES[codes] if spec.is_float else codes.astype(np.float64)
+    out = np.zeros(codes.shape)
+    for index, rows, columns in pieces_of(spec, *codes.shape, halves):
+        zero = 0.0
+        if spec.dtype == "int4":
+            zero = 8.0 if zeros is None else float(zeros[index])
+        out[rows, columns] = (values[rows, columns] - zero) * np.float64(scales[index])
+    return out
+
+
+def bits(array) -> np.ndarray:
+    """Codes as integers that compare bit by bit."""
+    array = np.asarray(array)
+    return array.view(np.uint8) if array.dtype == ml_dtypes.float8_e4m3fn else array
