@@ -73,6 +73,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax import _compat
 from moe_jax.activations import Activation
 from moe_jax.kernels.hopper import rows_by_token, tiles, views
+from moe_jax.kernels.hopper.epilogue import Epilogue, References
 from moe_jax.kernels.hopper.matmul_config import MOST_ROWS, WGMMA_ROWS, Config
 
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
@@ -160,7 +161,8 @@ def grouped_matmul(
     n_steps = pl.cdiv(n_tiles, cluster)  # past the last columns TMA reads zeros and stores nothing
     swizzled = tiles.swizzle_bytes(k, dtype) // dtype.itemsize
     operand = views.Operand(stages, tile_rows, tk, swizzled, dtype, interpret is not None or gathered)
-    staged = views.Staged(consumers, block_cols, n_out, dtype, interpret is not None)
+    bias_dtype = None if bias is None else bias.dtype
+    epilogue = Epilogue(config, n_out, dtype, activation, bias_dtype, marked=shared, interpret=interpret is not None)
     # A stage holds the weights of one consumer after the other, of each the pieces of K, of each gate then up, or a block of
     # columns then the next.
     pieces = [  # (row of the stage, row of the expert's matrix, first column of K)
@@ -190,10 +192,10 @@ def grouped_matmul(
         tokens_g = refs.pop(0) if shared else None
         row_tokens_g = refs.pop(0) if gathered else None
         bias_g = refs.pop(0) if bias is not None else None
-        out_g, rows_s, weights_s, out_s, full, empty = refs[:6]
-        refs = refs[6:]
+        out_g, rows_s, weights_s, full, empty = refs[:5]
+        refs = refs[5:]
         row_done = refs.pop(0) if gathered and interpret is not None else None
-        bias_s, bias_full = refs if bias is not None else (None, None)
+        ends = References(out_g, refs[0], bias_g, *refs[1:])
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
         m_tiles = count_g[0]
         my_tiles = tiles.share(m_tiles * n_steps, worker, workers)
@@ -213,13 +215,7 @@ def grouped_matmul(
         def consume(i):
             m, n = tile_at(i)
             col = n * tile_cols + wg * wg_cols
-            if bias is not None:
-                for half in range(halves):
-                    start = col + half * (n_out if gated else block_cols)
-                    source = bias_g.at[group_g[m], pl.ds(start, WGMMA_ROWS)]
-                    plgpu.copy_gmem_to_smem(
-                        source, bias_s.at[wg, pl.ds(half * WGMMA_ROWS, WGMMA_ROWS)], bias_full.at[wg]
-                    )
+            epilogue.fetch_bias(ends, wg, group_g[m], col)
             for_row_count(rows_of(m), functools.partial(multiply, i * k_steps, m, col))
 
         def multiply(first_turn, m, col, count, below):
@@ -249,43 +245,7 @@ def grouped_matmul(
                 return tuple(acc[...] for acc in accs), mine
 
             accs, mine = pl.run_scoped(accumulate, *[plgpu.ACC((WGMMA_ROWS, count)) for _ in range(halves)])
-            if bias is not None:
-                plgpu.barrier_wait(bias_full.at[wg])
-                accs = [acc + bias_column(half, acc) for half, acc in enumerate(accs)]
-            if gated:
-                outs = [activation.apply_gated(*accs, divide=tiles.divide)]
-            elif activation is not None:
-                outs = [activation.apply(acc, divide=tiles.divide) for acc in accs]
-            else:
-                outs = accs
-            blocks = [(half, start) for half in range(len(outs)) for start in range(0, count, views.STORED)]
-            for i, (half, start) in enumerate(blocks):
-                size = min(views.STORED, count - start)
-                block = plgpu.layout_cast(
-                    outs[half][:, start : start + size].astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED
-                )
-                # The block before the last has left its buffer. The interpreter counts copies, and a block may have none.
-                plgpu.wait_smem_to_gmem(1 if interpret is None else 0, wait_read_only=True)
-                staged.fill(out_s, wg, i % 2, block)
-                plgpu.commit_smem()
-                store(i % 2, mine, col + half * block_cols, start, size, below)
-                plgpu.commit_smem_to_gmem_group()
-            if len(blocks) % 2:  # the next tile begins with the first buffer again
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-        def store(buffer, mine, col, start, most, below):
-            first_row, size = mine
-            if shared:
-                staged.store_marked(out_s, wg, buffer, size, most, out_g, first_row, col)
-            else:
-                left = most if start + most <= below else size - start  # mostly known: few branches
-                staged.store_first(out_s, wg, buffer, left, most, out_g, first_row + start, col)
-
-        def bias_column(half, acc):
-            column = plgpu.load(
-                bias_s.at[wg, pl.ds(half * WGMMA_ROWS, WGMMA_ROWS)], layout=plgpu.Layout.WGMMA.reduce(1)
-            )
-            return lax.broadcast_in_dim(column.astype(jnp.float32), acc.shape, [0])
+            epilogue.finish(ends, wg, accs, *mine, col, below)
 
         def produce():
             by_token = rows_by_token.RowsByToken(rows_g, tile_rows, interpret is not None) if gathered else None
@@ -366,7 +326,6 @@ def grouped_matmul(
     scratch = [
         operand.scratch,
         plgpu.SMEM((stages, config.stage_rows, tk // depth), dtype, transforms=tiles.transforms(k, dtype)),
-        staged.scratch,
         plgpu.Barrier(num_arrivals=(1 if gathered else operand.pieces) + len(pieces), num_barriers=stages),
         plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
         if cluster == 1
@@ -374,11 +333,7 @@ def grouped_matmul(
     ]
     if gathered and interpret is not None:
         scratch += [plgpu.Barrier(num_arrivals=1)]
-    if bias is not None:
-        scratch += [
-            plgpu.SMEM((consumers, halves * WGMMA_ROWS), bias.dtype),
-            plgpu.Barrier(num_arrivals=halves, num_barriers=consumers),
-        ]
+    scratch += epilogue.scratch
     return _compat.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((total_rows, n_out), dtype),

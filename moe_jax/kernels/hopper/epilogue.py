@@ -1,0 +1,126 @@
+"""What a grouped matmul does with a tile that is summed: bias, activation, rounding, and its own rows to memory.
+
+The tile stands in registers, 64 columns of the output by rows of a group. It leaves through two blocks of shared memory in turn
+(`views.Staged`), 32 rows at a time, while the next block is computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from moe_jax.activations import Activation
+from moe_jax.kernels.hopper import tiles, views
+from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
+
+
+class References(NamedTuple):
+    """References of an epilogue in a kernel, in the order of its scratch.
+
+    Attributes:
+        out_g: the output ``[rows, N_out]`` in GPU memory.
+        out_s: blocks on their way to it.
+        bias_g: ``[E, N]``, or None; the others of the bias are then too.
+        bias_s: that of a tile.
+        bias_full: a barrier for each consumer.
+    """
+
+    out_g: Any
+    out_s: Any
+    bias_g: Any = None
+    bias_s: Any = None
+    bias_full: Any = None
+
+
+class Epilogue:
+    """The epilogue of all tiles of a kernel.
+
+    Args:
+        config: how the work is tiled.
+        n_out: columns of the output.
+        dtype: of the output.
+        activation: gated or not; None for none.
+        bias_dtype: of the bias; None without one.
+        marked: a tile says with a bit for each of its rows which to store, instead of how many.
+        interpret: the kernel is interpreted.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        n_out: int,
+        dtype: Any,
+        activation: Activation | None,
+        bias_dtype: Any | None,
+        *,
+        marked: bool,
+        interpret: bool,
+    ):
+        self._halves, self._columns, self._n_out, self._dtype = config.halves, config.columns, n_out, dtype
+        self._activation, self._gated = activation, activation is not None and activation.is_gated
+        self._marked, self._interpret = marked, interpret
+        self._staged = views.Staged(config.consumers, config.columns, n_out, dtype, interpret)
+        self.scratch = [self._staged.scratch]
+        if bias_dtype is not None:
+            self.scratch += [
+                plgpu.SMEM((config.consumers, config.halves * WGMMA_ROWS), bias_dtype),
+                plgpu.Barrier(num_arrivals=config.halves, num_barriers=config.consumers),
+            ]
+
+    def fetch_bias(self, refs: References, wg: Any, expert: Any, col: Any) -> None:
+        """Asks for the bias of a consumer's columns from `col` on."""
+        if refs.bias_g is None:
+            return
+        for half in range(self._halves):
+            start = col + half * (self._n_out if self._gated else self._columns)
+            target = refs.bias_s.at[wg, pl.ds(half * WGMMA_ROWS, WGMMA_ROWS)]
+            plgpu.copy_gmem_to_smem(refs.bias_g.at[expert, pl.ds(start, WGMMA_ROWS)], target, refs.bias_full.at[wg])
+
+    def finish(self, refs: References, wg: Any, accs: Any, first_row: Any, size: Any, col: Any, below: int) -> None:
+        """Stores a consumer's part of a tile.
+
+        Args:
+            refs: of the kernel.
+            wg: the consumer.
+            accs: float32 ``[64, rows]`` each, gate and up or neighbouring columns.
+            first_row: of the output.
+            size: rows of the tile, or their marks.
+            col: first column of the output.
+            below: so many rows it has at least, less one.
+        """
+        count = accs[0].shape[1]
+        if refs.bias_g is not None:
+            plgpu.barrier_wait(refs.bias_full.at[wg])
+            accs = [acc + self._bias_column(refs, wg, half, acc) for half, acc in enumerate(accs)]
+        if self._gated:
+            accs = [self._activation.apply_gated(*accs, divide=tiles.divide)]
+        elif self._activation is not None:
+            accs = [self._activation.apply(acc, divide=tiles.divide) for acc in accs]
+        blocks = [(half, start) for half in range(len(accs)) for start in range(0, count, views.STORED)]
+        for i, (half, start) in enumerate(blocks):
+            most = min(views.STORED, count - start)
+            block = accs[half][:, start : start + most].astype(self._dtype)
+            block = plgpu.layout_cast(block, plgpu.Layout.WGMMA_TRANSPOSED)
+            # The block before the last has left its buffer. The interpreter counts copies, and a block may have none.
+            plgpu.wait_smem_to_gmem(0 if self._interpret else 1, wait_read_only=True)
+            self._staged.fill(refs.out_s, wg, i % 2, block)
+            plgpu.commit_smem()
+            place = refs.out_s, wg, i % 2
+            to = refs.out_g, first_row, col + half * self._columns
+            if self._marked:
+                self._staged.store_marked(*place, size, most, *to)
+            else:
+                left = most if start + most <= below else size - start  # mostly known: few branches
+                self._staged.store_first(*place, left, most, refs.out_g, first_row + start, to[2])
+            plgpu.commit_smem_to_gmem_group()
+        if len(blocks) % 2:  # the next tile begins with the first buffer again
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def _bias_column(self, refs: References, wg: Any, half: int, acc: Any) -> Any:
+        bias = refs.bias_s.at[wg, pl.ds(half * WGMMA_ROWS, WGMMA_ROWS)]
+        column = plgpu.load(bias, layout=plgpu.Layout.WGMMA.reduce(1)).astype(jnp.float32)
+        return lax.broadcast_in_dim(column, acc.shape, [0])
