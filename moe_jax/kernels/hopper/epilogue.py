@@ -19,21 +19,56 @@ from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
 
 
 class References(NamedTuple):
-    """References of an epilogue in a kernel, in the order of its scratch.
+    """References of an epilogue in a kernel.
 
     Attributes:
         out_g: the output ``[rows, N_out]`` in GPU memory.
         out_s: blocks on their way to it.
-        bias_g: ``[E, N]``, or None; the others of the bias are then too.
-        bias_s: that of a tile.
-        bias_full: a barrier for each consumer.
+        bias: those of `Columns`; None without a bias.
     """
 
     out_g: Any
     out_s: Any
-    bias_g: Any = None
-    bias_s: Any = None
-    bias_full: Any = None
+    bias: tuple[Any, Any, Any] | None = None
+
+
+class Columns:
+    """A number for each row of weights, of which a tile needs those of its columns: a bias, the scales of channels.
+
+    Its references are the numbers ``[E, N]`` in GPU memory, those of a tile in shared memory, and a barrier for each consumer.
+
+    Args:
+        config: how the work is tiled.
+        n_out: columns of the output.
+        gated: the second block of 64 weight rows is that of the other half.
+        dtype: of the numbers.
+    """
+
+    def __init__(self, config: Config, n_out: int, gated: bool, dtype: Any):
+        self._halves, self._distance = config.halves, n_out if gated else config.columns
+        self.scratch = [
+            plgpu.SMEM((config.consumers, config.halves * WGMMA_ROWS), dtype),
+            plgpu.Barrier(num_arrivals=config.halves, num_barriers=config.consumers),
+        ]
+
+    def fetch(self, refs: tuple[Any, Any, Any], wg: Any, expert: Any, col: Any) -> None:
+        """Asks for those of a consumer's columns from `col` on."""
+        source, target, full = refs
+        for half in range(self._halves):
+            part = target.at[wg, pl.ds(half * WGMMA_ROWS, WGMMA_ROWS)]
+            columns = pl.ds(col + half * self._distance, WGMMA_ROWS)
+            plgpu.copy_gmem_to_smem(source.at[expert, columns], part, full.at[wg])
+
+    def spread(self, refs: tuple[Any, Any, Any], wg: Any, shape: tuple[int, int]) -> list[Any]:
+        """For each block of 64 weight rows float32 ``[64, rows]``, when they have come."""
+        _, numbers, full = refs
+        plgpu.barrier_wait(full.at[wg])
+        found = []
+        for half in range(self._halves):
+            part = numbers.at[wg, pl.ds(half * WGMMA_ROWS, WGMMA_ROWS)]
+            column = plgpu.load(part, layout=plgpu.Layout.WGMMA.reduce(1)).astype(jnp.float32)
+            found.append(lax.broadcast_in_dim(column, shape, [0]))
+        return found
 
 
 class Epilogue:
@@ -64,21 +99,18 @@ class Epilogue:
         self._activation, self._gated = activation, activation is not None and activation.is_gated
         self._marked, self._interpret = marked, interpret
         self._staged = views.Staged(config.consumers, config.columns, n_out, dtype, interpret)
-        self.scratch = [self._staged.scratch]
-        if bias_dtype is not None:
-            self.scratch += [
-                plgpu.SMEM((config.consumers, config.halves * WGMMA_ROWS), bias_dtype),
-                plgpu.Barrier(num_arrivals=config.halves, num_barriers=config.consumers),
-            ]
+        self._bias = None if bias_dtype is None else Columns(config, n_out, self._gated, bias_dtype)
+        self.scratch = [self._staged.scratch, *(self._bias.scratch if self._bias else [])]
+
+    def references(self, out_g: Any, bias_g: Any, scratch: Any) -> References:
+        """Of the output, the bias or None, and the references of `scratch`."""
+        out_s, *of_bias = scratch
+        return References(out_g, out_s, (bias_g, *of_bias) if self._bias else None)
 
     def fetch_bias(self, refs: References, wg: Any, expert: Any, col: Any) -> None:
         """Asks for the bias of a consumer's columns from `col` on."""
-        if refs.bias_g is None:
-            return
-        for half in range(self._halves):
-            start = col + half * (self._n_out if self._gated else self._columns)
-            target = refs.bias_s.at[wg, pl.ds(half * WGMMA_ROWS, WGMMA_ROWS)]
-            plgpu.copy_gmem_to_smem(refs.bias_g.at[expert, pl.ds(start, WGMMA_ROWS)], target, refs.bias_full.at[wg])
+        if self._bias is not None:
+            self._bias.fetch(refs.bias, wg, expert, col)
 
     def finish(self, refs: References, wg: Any, accs: Any, first_row: Any, size: Any, col: Any, below: int) -> None:
         """Stores a consumer's part of a tile.
@@ -93,9 +125,9 @@ class Epilogue:
             below: so many rows it has at least, less one.
         """
         count = accs[0].shape[1]
-        if refs.bias_g is not None:
-            plgpu.barrier_wait(refs.bias_full.at[wg])
-            accs = [acc + self._bias_column(refs, wg, half, acc) for half, acc in enumerate(accs)]
+        if self._bias is not None:
+            columns = self._bias.spread(refs.bias, wg, accs[0].shape)
+            accs = [acc + column for acc, column in zip(accs, columns, strict=True)]
         if self._gated:
             accs = [self._activation.apply_gated(*accs, divide=tiles.divide)]
         elif self._activation is not None:
@@ -119,8 +151,3 @@ class Epilogue:
             plgpu.commit_smem_to_gmem_group()
         if len(blocks) % 2:  # the next tile begins with the first buffer again
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    def _bias_column(self, refs: References, wg: Any, half: int, acc: Any) -> Any:
-        bias = refs.bias_s.at[wg, pl.ds(half * WGMMA_ROWS, WGMMA_ROWS)]
-        column = plgpu.load(bias, layout=plgpu.Layout.WGMMA.reduce(1)).astype(jnp.float32)
-        return lax.broadcast_in_dim(column, acc.shape, [0])

@@ -73,7 +73,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax import _compat
 from moe_jax.activations import Activation
 from moe_jax.kernels.hopper import rows_by_token, tiles, views
-from moe_jax.kernels.hopper.epilogue import Epilogue, References
+from moe_jax.kernels.hopper.epilogue import Epilogue
 from moe_jax.kernels.hopper.matmul_config import MOST_ROWS, WGMMA_ROWS, Config
 
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
@@ -195,7 +195,7 @@ def grouped_matmul(
         out_g, rows_s, weights_s, full, empty = refs[:5]
         refs = refs[5:]
         row_done = refs.pop(0) if gathered and interpret is not None else None
-        ends = References(out_g, refs[0], bias_g, *refs[1:])
+        ends = epilogue.references(out_g, bias_g, refs)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
         m_tiles = count_g[0]
         my_tiles = tiles.share(m_tiles * n_steps, worker, workers)

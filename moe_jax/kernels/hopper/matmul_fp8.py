@@ -1,0 +1,359 @@
+"""Grouped matmul of 8-bit numbers on Hopper: FP8 or int8 rows of one group times the weights of its expert, with their scales.
+
+The same machine as `matmul_bf16`: a producer warp, a ring of stages, consumers with weights on the M side of wgmma, one copy of
+the loop for each row count. What is different are the scales.
+
+- One scale a row and one a channel, or one for all (`promote` None): products are summed over all of K in the tensor cores,
+  int8 exactly, and scaled once, before the bias.
+- A scale for each 128 columns of a row and for each block of weights: a sum over 128 of K is scaled and added up in float32
+  registers. Scales of rows come with the stage, those of blocks are loaded as numbers: 64 rows of weights have one.
+
+FP8 wgmma alone adds up with some 14 bits, 1.3e-3 off at K = 4096; what is promoted every 128 is as good as float32. Both ways
+sum in an order that depends on nothing but K: a row has the same bits in any tile.
+
+Registers bind: a consumer holds both sums of its 64 columns, gate and up, and one product of 128 of K, which is scaled while
+the other consumer's is computed. That allows 128 rows: 233 instructions a thread and step beside 8 of wgmma, no spills.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int, Shaped
+
+from moe_jax import _compat
+from moe_jax.activations import Activation
+from moe_jax.kernels.hopper import tiles, views
+from moe_jax.kernels.hopper.epilogue import Columns, Epilogue
+from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
+
+MOST_PROMOTED = 128  # rows of a tile whose products are promoted
+GROUP = 128  # columns of K that share a scale where they are promoted
+_SCALES = 32  # scales of rows come in multiples of 128 bytes
+_DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8))
+_OUTPUTS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+
+
+def supports(
+    rows: Any, row_scales: Any, weights: Any, weight_scales: Any, activation: Activation | None, out_dtype: Any
+) -> str | None:
+    """Why this kernel cannot run the problem; None if it can. Shapes as in `grouped_matmul`."""
+    n, k = weights.shape[1:]
+    gated = activation is not None and activation.is_gated
+    out = n // (2 if gated else 1)
+    if rows.dtype not in _DTYPES or weights.dtype != rows.dtype:
+        return f"rows {rows.dtype} and weights {weights.dtype} must both be float8_e4m3fn or both int8"
+    if jnp.dtype(out_dtype) not in _OUTPUTS:
+        return f"the output {jnp.dtype(out_dtype)} must be bfloat16 or float16"
+    if (tiles.swizzle_bytes(k, rows.dtype) or 0) < 64:
+        return f"the contracted size={k} must be a multiple of 64 (TMA and wgmma rows of 64 bytes); pad the weights"
+    for name, size in (("the output size", out), ("the weight rows", n)):
+        if tiles.swizzle_bytes(size, out_dtype) is None:
+            return f"{name}={size} must be a multiple of 16 (TMA rows of 32 bytes); pad the weights"
+    if 0 in rows.shape or 0 in weights.shape:
+        return f"an empty operand (rows {rows.shape}, weights {weights.shape}) needs no kernel"
+    if weight_scales.ndim == 3:
+        blocks = n if weight_scales.shape[1] == 0 else block_rows(out, weight_scales.shape[1], gated)
+        if row_scales.shape[0] != pl.cdiv(k, GROUP) or weight_scales.shape[2] != pl.cdiv(k, GROUP):
+            return (
+                f"scales of blocks: rows have {row_scales.shape[0]} and weights {weight_scales.shape[2]} scales along the "
+                f"contracted size={k}, but must have one for each {GROUP} columns"
+            )
+        if blocks is None:
+            return (
+                f"{weight_scales.shape[1]} blocks of {n} weight rows: blocks must have a multiple of {WGMMA_ROWS} rows"
+            )
+    return None
+
+
+def block_rows(n_out: int, blocks: int, gated: bool) -> int | None:
+    """Weight rows of a block, of so many in a matrix (in both halves, if gated); None if 64 rows may have two scales.
+
+    Example:
+        >>> block_rows(768, 12, True), block_rows(2048, 16, False), block_rows(192, 12, True)
+        (128, 128, None)
+    """
+    blocks = blocks // 2 if gated else blocks
+    if blocks == 1:
+        return pl.cdiv(n_out, WGMMA_ROWS) * WGMMA_ROWS
+    # The last block may have fewer rows: of the sizes that make so many, the usual one.
+    sizes = [size for size in (128, 64, 256, 512) if pl.cdiv(n_out, size) == blocks]
+    return sizes[0] if sizes else None
+
+
+def grouped_matmul(
+    rows: Shaped[Array, "rows K"],
+    row_scales: Float[Array, "groups padded_rows"],
+    weights: Shaped[Array, "E N K"],
+    weight_scales: Float[Array, "E ..."],
+    tile_group: Int[Array, "tiles"],
+    tile_starts: Int[Array, "tiles"],
+    tile_sizes: Int[Array, "tiles"],
+    num_tiles: Int[Array, "1"],
+    bias: Float[Array, "E N"] | None,
+    activation: Activation | None,
+    *,
+    config: Config,
+    out_dtype: Any,
+    tile_tokens: Int[Array, "tiles"] | None = None,
+    total_rows: int | None = None,
+    interpret: Any = None,
+    multiprocessors: int | None = None,
+) -> Float[Array, "R N_out"]:
+    """`activation((rows * their scales) @ (weights[group] * their scales).T + bias[group])` for the rows of the tiles.
+
+    Args:
+        rows: of all groups, float8_e4m3fn or int8; with `tile_tokens` those of all tokens, at most as many as a tile holds.
+        row_scales: float32, of each row one ``[1, rows + a tile]``, or one for each 128 columns ``[K / 128, rows + a tile]``.
+        weights: of the experts, of the same dtype.
+        weight_scales: float32; of each row ``[E, N]``; of a matrix, or of its two halves, ``[E, 1]`` or ``[E, 2]``; of blocks
+            ``[E, N blocks, K / 128]``, with a gate those of the halves one after the other.
+        tile_group: the expert of each tile.
+        tile_starts: its first row.
+        tile_sizes: its rows.
+        num_tiles: tiles that hold rows.
+        bias: added before the activation.
+        activation: gated or not; None for none.
+        config: how the work is tiled.
+        out_dtype: bfloat16 or float16.
+        tile_tokens: the tokens that have a row in each tile, a bit each.
+        total_rows: R, with `tile_tokens`.
+        interpret: for the interpreter.
+        multiprocessors: of the device, by default.
+    """
+    (n_weights, k), dtype = weights.shape[1:], rows.dtype
+    shared, gated = tile_tokens is not None, activation is not None and activation.is_gated
+    n_out = n_weights // 2 if gated else n_weights
+    promote = weight_scales.ndim == 3
+    by_channel = not promote and weight_scales.shape[1] == n_weights and n_weights > 2
+    tile_rows, tk, stages = config.tile_rows, config.tile_k, config.stages
+    total_rows = total_rows if shared else rows.shape[0]
+    consumers, halves, depth, block_cols = config.consumers, config.halves, config.depth, config.columns
+    wg_cols = block_cols if gated else halves * block_cols  # columns of the output that one consumer makes
+    tile_cols = consumers * wg_cols
+    n_tiles, k_steps = pl.cdiv(n_out, tile_cols), pl.cdiv(k, tk)
+    workers = multiprocessors or _compat.num_multiprocessors()
+    swizzled = tiles.swizzle_bytes(k, dtype)  # columns of K, a byte each
+    a_group = GROUP // swizzled  # pieces
+    groups = tk // GROUP  # of a stage
+    operand = views.Operand(stages, tile_rows, tk, swizzled, dtype, interpret is not None)
+    bias_dtype = None if bias is None else bias.dtype
+    epilogue = Epilogue(
+        config, n_out, out_dtype, activation, bias_dtype, marked=shared, interpret=interpret is not None
+    )
+    channels = Columns(config, n_out, gated, jnp.float32)
+    block = block_rows(n_out, weight_scales.shape[1], gated) if promote else None
+    sums = jnp.int32 if dtype == jnp.int8 else jnp.float32
+    pieces = [  # of the weights of a stage: (its row there, the row of the expert's matrix, the first column of K)
+        (
+            ((wg * depth + piece) * halves + half) * block_cols,
+            half * n_out + wg * wg_cols if gated else (wg * halves + half) * block_cols,
+            piece * (tk // depth),
+        )
+        for wg in range(consumers)
+        for piece in range(depth)
+        for half in range(halves)
+    ]
+
+    def body(rows_g, row_scales_g, weights_g, weight_scales_g, group_g, starts_g, sizes_g, count_g, *refs):
+        refs = list(refs)
+        tokens_g = refs.pop(0) if shared else None
+        bias_g = refs.pop(0) if bias is not None else None
+        out_g, rows_s, weights_s, full, empty = refs[:5]
+        refs = refs[5:]
+        row_scales_s = refs.pop(0) if promote else None
+        of_channels = (weight_scales_g, refs.pop(0), refs.pop(0)) if by_channel else None
+        ends = epilogue.references(out_g, bias_g, refs)
+        worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
+        m_tiles = count_g[0]
+        my_tiles = tiles.share(m_tiles * n_tiles, worker, workers)
+
+        def tile_at(i):
+            return tiles.visit(worker + i * workers, m_tiles, n_tiles, config.band)
+
+        def next_slot(slot):
+            return jnp.where(slot < stages - 1, slot + 1, 0)
+
+        def rows_of(m):
+            """Rows that are multiplied."""
+            return jnp.int32(rows.shape[0]) if shared else sizes_g[m]
+
+        def for_row_count(size, run):
+            """Calls `run(count, below)` for the smallest row count that covers `size`, and the one before, which does not."""
+            below = 0
+            for count in config.row_counts:
+                pl.when((size > below) & (size <= count))(lambda count=count, below=below: run(count, below))
+                below = count
+
+        def product(acc, slot, piece, half, count):
+            side, at = divmod(piece * swizzled, tk // depth)
+            weight_rows = pl.ds(((wg * depth + side) * halves + half) * block_cols, WGMMA_ROWS)
+            b = operand.eights(rows_s).at[slot, piece, pl.ds(0, count)]
+            plgpu.wgmma(acc, weights_s.at[slot, weight_rows, pl.ds(at, swizzled)], b.T)
+
+        def consume(i):
+            m, n = tile_at(i)
+            col = n * tile_cols + wg * wg_cols
+            epilogue.fetch_bias(ends, wg, group_g[m], col)
+            if by_channel:
+                channels.fetch(of_channels, wg, group_g[m], col)
+            multiply = promoted if promote else scaled_once
+            for_row_count(rows_of(m), functools.partial(multiply, i * k_steps, m, col))
+
+        def finish(m, col, accs, below):
+            mine = starts_g[m], (tokens_g if shared else sizes_g)[m]
+            epilogue.finish(ends, wg, accs, *mine, col, below)
+
+        def scaled_once(first_turn, m, col, count, below):
+            def accumulate(*accs):
+                def step(step, slot):
+                    plgpu.barrier_wait(full.at[slot])
+                    for piece in range(operand.pieces):
+                        for half, acc in enumerate(accs):
+                            product(acc, slot, piece, half, count)
+                    plgpu.wgmma_wait(halves * operand.pieces)  # those of the step before are done
+                    pl.when(step > 0)(lambda: plgpu.barrier_arrive(empty.at[jnp.where(slot > 0, slot, stages) - 1]))
+                    return next_slot(slot)
+
+                lax.fori_loop(0, k_steps, step, lax.rem(first_turn, stages))
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(empty.at[lax.rem(first_turn + k_steps - 1, stages)])
+                return tuple(acc[...] for acc in accs)
+
+            accs = pl.run_scoped(accumulate, *[plgpu.ACC((WGMMA_ROWS, count), sums) for _ in range(halves)])
+            shape = WGMMA_ROWS, count
+            first_row = m * 0 if shared else starts_g[m]
+            of_rows = row_scales_g.at[0, pl.ds(first_row, count)]
+            of_rows = plgpu.load(of_rows, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+            of_rows = lax.broadcast_in_dim(of_rows, shape, [1])
+            if by_channel:
+                of_weights = channels.spread(of_channels, wg, shape)
+            else:
+                last = weight_scales.shape[1] - 1
+                of_weights = [weight_scales_g[group_g[m], min(half, last) if gated else 0] for half in range(halves)]
+            accs = [acc.astype(jnp.float32) * of_rows * scale for acc, scale in zip(accs, of_weights, strict=True)]
+            finish(m, col, accs, below)
+
+        def promoted(first_turn, m, col, count, below):
+            shape = WGMMA_ROWS, count
+            last = weight_scales.shape[2] - 1
+            per_half = weight_scales.shape[1] // 2
+
+            def of_block(half, group):
+                row = lax.div(col, block) + half * per_half if gated else lax.div(col + half * block_cols, block)
+                # Past the last there are zeros to be scaled.
+                row, group = jnp.minimum(row, weight_scales.shape[1] - 1), jnp.minimum(group, last)
+                return weight_scales_g[group_g[m], row, group]
+
+            def step(step, carry):
+                slot, *totals = carry
+                of_weights = [
+                    [of_block(half, step * groups + group) for half in range(halves)] for group in range(groups)
+                ]
+                plgpu.barrier_wait(full.at[slot])
+                for group in range(groups):
+                    of_rows = row_scales_s.at[slot, group, pl.ds(0, count)]
+                    of_rows = plgpu.load(of_rows, layout=plgpu.Layout.WGMMA.reduce(0))
+                    for half in range(halves):
+
+                        def one(acc, group=group, half=half):
+                            for piece in range(a_group):
+                                product(acc, slot, group * a_group + piece, half, count)
+                            return acc[...]
+
+                        part = pl.run_scoped(one, plgpu.ACC(shape, sums)).astype(jnp.float32)
+                        scale = lax.broadcast_in_dim(of_rows * of_weights[group][half], shape, [1])
+                        totals[half] = totals[half] + part * scale
+                if interpret is not None:  # it does not know that each thread arrives, after its own loads
+                    plgpu.commit_smem()
+                plgpu.barrier_arrive(empty.at[slot])
+                return next_slot(slot), *totals
+
+            zeros = [plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA) for _ in range(halves)]
+            _, *accs = lax.fori_loop(0, k_steps, step, (lax.rem(first_turn, stages), *zeros))
+            finish(m, col, accs, below)
+
+        def produce():
+            turns = my_tiles * k_steps
+
+            @pl.loop(0, my_tiles)
+            def _tile(i):
+                m, n = tile_at(i)
+                expert, size = group_g[m], rows_of(m)
+                first_row = m * 0 if shared else starts_g[m]
+
+                @pl.loop(0, k_steps)
+                def _step(step):
+                    turn = i * k_steps + step
+                    slot = lax.rem(turn, stages)
+                    pl.when(turn >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+                    for at, row, column in pieces:
+                        ks = pl.ds(step * tk + column, tk // depth)
+                        source = weights_g.at[expert, pl.ds(n * tile_cols + row, block_cols), ks]
+                        plgpu.copy_gmem_to_smem(source, weights_s.at[slot, pl.ds(at, block_cols)], full.at[slot])
+
+                    def load_rows(count, below):
+                        del below
+                        whole = pl.cdiv(count, _SCALES) * _SCALES
+                        for piece in range(operand.pieces):
+                            source = rows_g.at[pl.ds(first_row, count), pl.ds(step * tk + piece * swizzled, swizzled)]
+                            tile = operand.singles(rows_s).at[slot, piece, pl.ds(0, count)]
+                            plgpu.copy_gmem_to_smem(source, tile, full.at[slot])
+                        for group in range(groups if promote else 0):
+                            source = row_scales_g.at[step * groups + group, pl.ds(first_row, whole)]
+                            part = row_scales_s.at[slot, group, pl.ds(0, whole)]
+                            plgpu.copy_gmem_to_smem(source, part, full.at[slot])
+
+                    for_row_count(size, load_rows)
+
+            # Every phase of every barrier is observed before the kernel ends.
+            @pl.loop(jnp.maximum(turns - stages, 0), turns)
+            def _drain(turn):
+                plgpu.barrier_wait(empty.at[lax.rem(turn, stages)])
+
+        @pl.when(wg < consumers)
+        def _():
+            if consumers == 2:
+                plgpu.set_max_registers(240, action="increase")
+            pl.loop(0, my_tiles)(consume)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == consumers)
+        def _():
+            if consumers == 2:
+                plgpu.set_max_registers(24, action="decrease")
+            plgpu.warp_map(lambda warp: pl.when(warp == 0)(produce))
+
+    body.__name__ = f"grouped_matmul_{'up' if activation is not None else 'down'}"
+    operands = [rows, row_scales, weights, weight_scales, tile_group, tile_starts, tile_sizes, num_tiles]
+    operands += [tile_tokens] if shared else []
+    operands += [bias] if bias is not None else []
+    arrivals = len(pieces) + operand.pieces + (groups if promote else 0)
+    scratch = [
+        operand.scratch,
+        plgpu.SMEM((stages, config.stage_rows, tk // depth), dtype, transforms=tiles.transforms(k, dtype)),
+        plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+        *([plgpu.SMEM((stages, groups, pl.cdiv(tile_rows, _SCALES) * _SCALES), jnp.float32)] if promote else []),
+        *(channels.scratch if by_channel else []),
+        *epilogue.scratch,
+    ]
+    return _compat.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((total_rows, n_out), out_dtype),
+        grid=(workers,),
+        grid_names=("sm",),
+        num_threads=consumers + 1,
+        thread_name="wg",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=_compat.LANE
+        ),
+        interpret=interpret,
+    )(*operands)
