@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from moe_jax.activations import Activation, canonical_name, get_activation
+from moe_jax.quantization.formats import QuantFormat, quant_format
 from moe_jax.routing_methods import METHOD_SPECS, RoutingMethod, RoutingRule
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -203,6 +204,8 @@ class MoEConfig:
         has_correction_bias: the router has a bias for the selection only.
         apply_router_weight_on_input: multiply the expert's input, not its output, by the router weight (Llama 4); needs
             ``top_k=1``.
+        quantization: number format of the experts' weights, and of the rows that meet them: a `QuantFormat` or its name, see
+            `moe_jax.quantization.quant_format`; a `QuantFormat` once the config is made. None: not quantized.
         dtype: compute dtype, ``bfloat16``, ``float16`` or ``float32`` (a name or a dtype; a name once the config is
             made); matmuls accumulate in float32 in any case.
         num_shared_experts: experts that every token visits.
@@ -239,6 +242,7 @@ class MoEConfig:
     num_shared_experts: int = 0
     shared_intermediate_size: int = 0
     shared_expert_gate: bool = False
+    quantization: QuantFormat | str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k", "hidden_size", "intermediate_size"):
@@ -258,6 +262,8 @@ class MoEConfig:
         _check_dtype(self, "dtype")
         _set(self, "activation", canonical_name(self.activation))
         _ = self.act  # raises for parameters that the activation does not have
+        if self.quantization is not None:
+            _set(self, "quantization", quant_format(self.quantization))
         self._check_routing()
         self._check_shared()
 

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe_jax.config import MoEConfig
 from moe_jax.ops.down_combine import down_combine
+from moe_jax.ops.gather import gather
 from moe_jax.ops.group_tokens import Groups
 from moe_jax.ops.grouped_matmul import grouped_matmul
+from moe_jax.ops.quantize_rows import quantize_rows, quantize_tokens
+from moe_jax.quantization.rows import QuantizedRows
 from moe_jax.tuning.plan import LayerPlan
 from moe_jax.types import ExpertWeights
 
 
+def gather_rows(
+    x: Float[Array, "T H"],
+    experts: ExpertWeights,
+    groups: Groups,
+    config: MoEConfig,
+    *,
+    implementation: str = "auto",
+) -> Float[Array, "rows H"] | QuantizedRows:
+    """The hidden states of each row's token as the up-projection takes them, quantized if the number format says so.
+
+    Args:
+        x: ``[T, H]``.
+        experts: give the scale of a static format.
+        groups: from `moe_jax.ops.group_tokens.group_tokens`.
+        config: gives the number format.
+        implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
+    """
+    spec = None if config.quantization is None else config.quantization.activations
+    if spec is None:
+        return gather(x, groups, implementation=implementation)
+    scale = _of_all(experts.w13_input_scale)
+    return quantize_tokens(x, spec, groups, scales=scale, implementation=implementation)
+
+
+def _of_all(scales: Float[Array, " E_local"] | None) -> Float[Array, ""] | None:
+    """One scale that serves all experts: the largest."""
+    return None if scales is None else jnp.max(scales)
+
+
 def expert_mlp(
-    rows: Float[Array, "rows H"],
+    rows: Float[Array, "rows H"] | QuantizedRows,
     experts: ExpertWeights,
     groups: Groups,
     weights: Float[Array, "T k"] | None,
@@ -25,11 +58,11 @@ def expert_mlp(
     """Each row through its group's expert, and the weighted sum over the rows of a token.
 
     Args:
-        rows: ``[R, H]``, grouped as `groups` says, from `moe_jax.ops.gather.gather`.
+        rows: ``[R, H]``, grouped as `groups` says, from `gather_rows`.
         experts: the weights of the local experts.
         groups: from `moe_jax.ops.group_tokens.group_tokens`.
         weights: ``[T, k]``, the router's; None for a plain sum.
-        config: gives the activation.
+        config: gives the activation and the number format.
         plan: how the kernels tile their work, for the row tile of `groups`; their own rule by default.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
@@ -37,6 +70,7 @@ def expert_mlp(
         ``[T, H]``.
     """
     up, down = (None, None) if plan is None else (plan.up, plan.down)
+    spec = None if config.quantization is None else config.quantization.activations
     hidden = grouped_matmul(
         rows,
         experts.w13,
@@ -45,8 +79,19 @@ def expert_mlp(
         activation=config.act,
         tokens_as_rows=groups.tokens_as_rows,
         config=up,
+        out_dtype=config.dtype,
         implementation=implementation,
     )
+    if spec is not None:
+        scale = _of_all(experts.w2_input_scale)
+        hidden = quantize_rows(hidden, spec, groups=groups, scales=scale, implementation=implementation)
     return down_combine(
-        hidden, experts.w2, groups, weights, bias=experts.w2_bias, config=down, implementation=implementation
+        hidden,
+        experts.w2,
+        groups,
+        weights,
+        bias=experts.w2_bias,
+        config=down,
+        out_dtype=config.dtype,
+        implementation=implementation,
     )

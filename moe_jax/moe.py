@@ -9,9 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import checks
 from moe_jax.config import MoEConfig
-from moe_jax.experts import expert_mlp
+from moe_jax.experts import expert_mlp, gather_rows
 from moe_jax.ops.combine import combine
-from moe_jax.ops.gather import gather
 from moe_jax.ops.group_tokens import Groups, group_tokens
 from moe_jax.ops.implementation import check_name, choose
 from moe_jax.routing import route_and_group
@@ -151,7 +150,7 @@ def _run_experts(
         x = combine(x, jnp.arange(x.shape[0], dtype=jnp.int32)[:, None], weights, implementation=implementation)
         weights = None
     plan = plan if plan is None else plan.for_tile_rows(groups.tile_rows)
-    rows = gather(x, groups, implementation=implementation)
+    rows = gather_rows(x, experts, groups, config, implementation=implementation)
     return expert_mlp(rows, experts, groups, weights, config, plan=plan, implementation=implementation)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moe_jax.kernels.hopper.matmul_config import Config
@@ -11,18 +12,21 @@ from moe_jax.ops import implementation as impl
 from moe_jax.ops.combine import combine
 from moe_jax.ops.group_tokens import Groups
 from moe_jax.ops.grouped_matmul import grouped_matmul
+from moe_jax.quantization.array import QuantizedArray
+from moe_jax.quantization.rows import QuantizedRows
 
 _SCHEDULE = ("positions", "tile_group", "tile_starts", "tile_sizes", "num_tiles")
 
 
 def down_combine(
-    hidden: Float[Array, "R I"],
-    weights: Float[Array, "E H I"],
+    hidden: Float[Array, "R I"] | QuantizedRows,
+    weights: Float[Array, "E H I"] | QuantizedArray,
     groups: Groups,
     scales: Float[Array, "T k"] | None,
     *,
     bias: Float[Array, "E H"] | None = None,
     config: Config | None = None,
+    out_dtype: DTypeLike | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "T H"]:
     """``combine(grouped_matmul(hidden, weights, groups, bias=bias), groups.positions, scales)``, bit for bit.
@@ -36,6 +40,7 @@ def down_combine(
         scales: float32 ``[T, k]``, the router's weights; None for a plain sum.
         bias: ``[E, H]``.
         config: how the kernel of the grouped matmul tiles its work.
+        out_dtype: of the result, for quantized operands; see `grouped_matmul`.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Example:
@@ -51,13 +56,20 @@ def down_combine(
 
     def two(hidden, weights, schedule, scales, bias, implementation):
         named = dataclasses.replace(groups, **schedule)
-        rows = grouped_matmul(hidden, weights, named, bias=bias, config=config, implementation=implementation)
+        rows = grouped_matmul(
+            hidden, weights, named, bias=bias, config=config, out_dtype=out_dtype, implementation=implementation
+        )
         return combine(rows, named.positions, scales, implementation=implementation)
 
     schedule = {name: getattr(groups, name) for name in _SCHEDULE}
     operands = (hidden, weights, schedule, scales, bias)
     # Shared tiles hold a row of each expert that the token visits, in their order.
-    one_kernel = groups.tile_tokens is not None and kernel.supports(hidden, weights, *groups.positions.shape) is None
+    quantized = isinstance(weights, QuantizedArray)
+    one_kernel = (
+        not quantized
+        and groups.tile_tokens is not None
+        and kernel.supports(hidden, weights, *groups.positions.shape) is None
+    )
     chosen = impl.choose("down_combine", implementation, None)
     if not one_kernel or chosen == "xla":
         return two(*operands, implementation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moe_jax.activations import Activation
@@ -12,11 +13,14 @@ from moe_jax.kernels.hopper.matmul_config import Config, default_config
 from moe_jax.ops import implementation as impl
 from moe_jax.ops.gather import plain_gather
 from moe_jax.ops.group_tokens import Groups
+from moe_jax.ops.quantized_matmul import quantized_matmul
+from moe_jax.quantization.array import QuantizedArray
+from moe_jax.quantization.rows import QuantizedRows
 
 
 def grouped_matmul(
-    rows: Float[Array, "rows K"],
-    weights: Float[Array, "E N K"],
+    rows: Float[Array, "rows K"] | QuantizedRows,
+    weights: Float[Array, "E N K"] | QuantizedArray,
     groups: Groups,
     *,
     bias: Float[Array, "E N"] | None = None,
@@ -24,6 +28,7 @@ def grouped_matmul(
     group_offset: int | Array = 0,
     tokens_as_rows: bool = False,
     config: Config | None = None,
+    out_dtype: DTypeLike | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "R N_out"]:
     """``activation(rows @ weights[group].T + bias[group])``, accumulated in float32.
@@ -32,7 +37,8 @@ def grouped_matmul(
     Rows of no group are not to be read: their content is undefined.
 
     Args:
-        rows: ``[R, K]``, grouped as `groups` says; ``[T, K]`` hidden states with `tokens_as_rows`.
+        rows: ``[R, K]``, grouped as `groups` says; ``[T, K]`` hidden states with `tokens_as_rows`. Quantized rows need
+            quantized weights.
         weights: ``[E, N, K]``, contracted axis last; group g uses ``weights[g + group_offset]``.
         groups: from `group_tokens`.
         bias: ``[E, N]``, added in float32 before the activation.
@@ -42,10 +48,11 @@ def grouped_matmul(
             `row_tokens`.
         config: how the kernel tiles its work, see `moe_jax.tuning`; the kernel's `default_config` by default. The result
             does not depend on it, and the plain-JAX form does not use it.
+        out_dtype: of the result, for quantized rows; bfloat16 by default. Others have their own.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Returns:
-        ``[R, N_out]`` in the dtype of `rows`.
+        ``[R, N_out]`` in the dtype of `rows`, or `out_dtype`. Quantized operands have no gradient.
 
     Raises:
         ValueError: a `config` for another row tile than that of `groups`, or one that the kernel cannot run; a kernel asked
@@ -72,8 +79,29 @@ def grouped_matmul(
             "groups.row_tokens, which group_tokens(..., row_tokens=True) gives; gather the rows and leave it False"
         )
     n_out = weights.shape[1] // 2 if gated else weights.shape[1]
+    quantized = isinstance(rows, QuantizedRows)
+    if quantized and not isinstance(weights, QuantizedArray):
+        raise TypeError("rows are quantized and weights are not; quantize both, or neither")
+    dtype = out_dtype or ("bfloat16" if quantized else rows.dtype)
+    if not quantized and jnp.dtype(dtype) != rows.dtype:
+        raise ValueError(
+            f"out_dtype={out_dtype} must be that of the rows, {rows.dtype}; leave it None and cast the result"
+        )
     if rows.size == 0 or weights.size == 0:
-        return jnp.zeros((groups.num_rows, n_out), rows.dtype)
+        return jnp.zeros((groups.num_rows, n_out), dtype)
+    if isinstance(weights, QuantizedArray):
+        return quantized_matmul(
+            rows,
+            weights,
+            groups,
+            bias=bias,
+            activation=activation,
+            group_offset=group_offset,
+            tokens_as_rows=tokens_as_rows,
+            config=config,
+            dtype=dtype,
+            implementation=implementation,
+        )
     gathered = groups.row_tokens if tokens_as_rows else None
     reason = kernel.supports(rows, weights, bias, activation, groups.tile_rows, gathered is not None)
     chosen = impl.choose("grouped_matmul", implementation, reason)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from moe_jax.config import MoEConfig
-from moe_jax.kernels.hopper.matmul_config import Config, default_config, fetches_by_token, tile_rows_for
+from moe_jax.kernels.hopper.matmul_config import Config, default_config, eight_bit, fetches_by_token, tile_rows_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +19,7 @@ class LayerShape:
         intermediate_size: I, of one expert.
         gated: the up-projection has a gate half and an up half.
         dtype: compute dtype.
+        codes: what both operands of the matmuls are quantized to, dtype and what shares a scale; empty where they are not.
     """
 
     num_local_experts: int
@@ -27,6 +28,7 @@ class LayerShape:
     intermediate_size: int
     gated: bool
     dtype: str
+    codes: str = ""
 
     @classmethod
     def of(cls, config: MoEConfig, num_tokens: int, num_local_experts: int | None = None) -> LayerShape:
@@ -44,7 +46,9 @@ class LayerShape:
         """
         local = config.num_experts if num_local_experts is None else num_local_experts
         pairs = -(-num_tokens * config.top_k * local // config.num_experts)
-        return cls(local, pairs, config.hidden_size, config.intermediate_size, config.act.is_gated, config.dtype)
+        form = config.quantization
+        codes = "" if form is None or form.is_weight_only else f"{form.weights.dtype} {form.weights.granularity}"
+        return cls(local, pairs, config.hidden_size, config.intermediate_size, config.act.is_gated, config.dtype, codes)
 
     @property
     def mean_rows(self) -> float:
@@ -133,16 +137,34 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
         >>> default_plan(LayerShape(128, 32768, 2048, 768, gated=True, dtype="bfloat16")).tile_rows
         160
     """
+    tiles = min(shape.num_pairs, shape.num_local_experts)
+    if shape.codes:
+        tile_rows = min(tile_rows or tile_rows_for(shape.mean_rows, shape.num_pairs), most_rows(shape.codes))
+        up = default_config(tile_rows, shape.gated, shape.intermediate_size, tiles)
+        return LayerPlan(
+            tile_rows, eight_bit(up), eight_bit(default_config(tile_rows, False, shape.hidden_size, tiles))
+        )
     gather = fetches_by_token(shape.mean_rows, shape.hidden_size, shape.intermediate_size)
     if tile_rows is None:
         tile_rows = tile_rows_for(shape.mean_rows, shape.num_pairs, gather)
-    tiles = min(shape.num_pairs, shape.num_local_experts)
     up = default_config(tile_rows, shape.gated, shape.intermediate_size, tiles)
     return LayerPlan(
         tile_rows,
         up=dataclasses.replace(up, gather=gather and up.cluster == 1 and tile_rows % 16 == 0),
         down=default_config(tile_rows, False, shape.hidden_size, tiles),
     )
+
+
+def most_rows(codes: str) -> int:
+    """The largest row tile for `LayerShape.codes`.
+
+    Example:
+        >>> most_rows("float8_e4m3fn block"), most_rows("int8 channel")
+        (128, 160)
+    """
+    from moe_jax.kernels.hopper.matmul_fp8 import MOST_PROMOTED, MOST_ROWS
+
+    return MOST_PROMOTED if codes.endswith("block") else MOST_ROWS
 
 
 def plan_for(shape: LayerShape) -> LayerPlan:

@@ -68,11 +68,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from moe_jax import _compat
 from moe_jax.activations import Activation
-from moe_jax.kernels.hopper import rows_by_token, tiles, views
+from moe_jax.kernels.hopper import codes, rows_by_token, tiles, views
 from moe_jax.kernels.hopper.epilogue import Epilogue
 from moe_jax.kernels.hopper.matmul_config import MOST_ROWS, WGMMA_ROWS, Config
 
@@ -80,13 +80,23 @@ _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
 def supports(
-    rows: Any, weights: Any, bias: Any, activation: Activation | None, tile_rows: int, gather: bool = False
+    rows: Any,
+    weights: Any,
+    bias: Any,
+    activation: Activation | None,
+    tile_rows: int,
+    gather: bool = False,
+    weight_scales: Any = None,
 ) -> str | None:
     """Why this kernel cannot run the problem; None if it can. Shapes as in `grouped_matmul`."""
     k = weights.shape[2]
     out = weights.shape[1] // (2 if activation is not None and activation.is_gated else 1)
-    if rows.dtype not in _DTYPES or weights.dtype != rows.dtype:
+    if rows.dtype not in _DTYPES or (weights.dtype != rows.dtype and weight_scales is None):
         return f"rows {rows.dtype} and weights {weights.dtype} must both be bfloat16 or both float16"
+    if weight_scales is not None:
+        reason = codes.supports(weights, weight_scales, out)
+        if reason is not None:
+            return reason
     for name, size in (("the contracted size", k), ("the output size", out), ("the weight rows", weights.shape[1])):
         if tiles.swizzle_bytes(size, rows.dtype) is None:
             return (
@@ -109,7 +119,7 @@ def supports(
 
 def grouped_matmul(
     rows: Float[Array, "rows K"],
-    weights: Float[Array, "E N K"],
+    weights: Shaped[Array, "E N K"],
     tile_group: Int[Array, "tiles"],
     tile_starts: Int[Array, "tiles"],
     tile_sizes: Int[Array, "tiles"],
@@ -120,6 +130,7 @@ def grouped_matmul(
     config: Config,
     tile_tokens: Int[Array, "tiles"] | None = None,
     row_tokens: Int[Array, "padded_rows"] | None = None,
+    weight_scales: Float[Array, "E ..."] | None = None,
     total_rows: int | None = None,
     interpret: Any = None,
     multiprocessors: int | None = None,
@@ -138,6 +149,7 @@ def grouped_matmul(
         config: how the work is tiled.
         tile_tokens: the tokens that have a row in each tile, a bit each.
         row_tokens: the token of each row, and a tile more; rows are then fetched from those of all tokens.
+        weight_scales: float32, where weights are codes of a byte: see `codes`.
         total_rows: R, with `tile_tokens` or `row_tokens`.
         interpret: for the interpreter.
         multiprocessors: of the device, by default.
@@ -161,6 +173,10 @@ def grouped_matmul(
     n_steps = pl.cdiv(n_tiles, cluster)  # past the last columns TMA reads zeros and stores nothing
     swizzled = tiles.swizzle_bytes(k, dtype) // dtype.itemsize
     operand = views.Operand(stages, tile_rows, tk, swizzled, dtype, interpret is not None or gathered)
+    coded = None
+    if weight_scales is not None:
+        of_codes = weights, weight_scales, config, n_out, gated, dtype
+        coded = codes.Codes(*of_codes, interpret=interpret is not None)
     bias_dtype = None if bias is None else bias.dtype
     epilogue = Epilogue(config, n_out, dtype, activation, bias_dtype, marked=shared, interpret=interpret is not None)
     # A stage holds the weights of one consumer after the other, of each the pieces of K, of each gate then up, or a block of
@@ -191,10 +207,12 @@ def grouped_matmul(
         refs = list(refs)
         tokens_g = refs.pop(0) if shared else None
         row_tokens_g = refs.pop(0) if gathered else None
+        scales_g = refs.pop(0) if coded else None
         bias_g = refs.pop(0) if bias is not None else None
         out_g, rows_s, weights_s, full, empty = refs[:5]
         refs = refs[5:]
         row_done = refs.pop(0) if gathered and interpret is not None else None
+        of_codes = coded.references(scales_g, refs) if coded else None
         ends = epilogue.references(out_g, bias_g, refs)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
         m_tiles = count_g[0]
@@ -216,6 +234,8 @@ def grouped_matmul(
             m, n = tile_at(i)
             col = n * tile_cols + wg * wg_cols
             epilogue.fetch_bias(ends, wg, group_g[m], col)
+            if coded:
+                coded.fetch(of_codes, wg, group_g[m], col)
             for_row_count(rows_of(m), functools.partial(multiply, i * k_steps, m, col))
 
         def multiply(first_turn, m, col, count, below):
@@ -227,7 +247,13 @@ def grouped_matmul(
                         side, at = divmod(piece * swizzled, tk // depth)
                         for half, acc in enumerate(accs):
                             weight_rows = pl.ds(((wg * depth + side) * halves + half) * block_cols, WGMMA_ROWS)
-                            plgpu.wgmma(acc, weights_s.at[slot, weight_rows, pl.ds(at, swizzled)], b.T)
+                            a = weights_s.at[slot, weight_rows, pl.ds(at, swizzled)]
+                            if coded:
+                                k_at = step * tk + piece * swizzled
+                                a = coded.decode(a, of_codes, wg, group_g[m], col, half, k_at)
+                            plgpu.wgmma(acc, a, b.T)
+                            if coded:  # registers are read until the products are done
+                                plgpu.wgmma_wait(0)
                     if config.overlap:  # the products of the step before are done: its stage may be refilled
                         plgpu.wgmma_wait(halves * operand.pieces)
                         pl.when(step > 0)(lambda: plgpu.barrier_arrive(empty.at[jnp.where(slot > 0, slot, stages) - 1]))
@@ -245,6 +271,8 @@ def grouped_matmul(
                 return tuple(acc[...] for acc in accs), mine
 
             accs, mine = pl.run_scoped(accumulate, *[plgpu.ACC((WGMMA_ROWS, count)) for _ in range(halves)])
+            if coded:
+                accs = coded.scale(accs, of_codes, wg, group_g[m])
             epilogue.finish(ends, wg, accs, *mine, col, below)
 
         def produce():
@@ -322,10 +350,15 @@ def grouped_matmul(
     operands = [rows, weights, tile_group, tile_starts, tile_sizes, num_tiles]
     operands += [tile_tokens] if shared else []
     operands += [row_tokens] if gathered else []
+    operands += [weight_scales] if coded else []
     operands += [bias] if bias is not None else []
     scratch = [
         operand.scratch,
-        plgpu.SMEM((stages, config.stage_rows, tk // depth), dtype, transforms=tiles.transforms(k, dtype)),
+        plgpu.SMEM(
+            (stages, config.stage_rows, tk // depth),
+            weights.dtype,
+            transforms=coded.transforms if coded else tiles.transforms(k, dtype),
+        ),
         plgpu.Barrier(num_arrivals=(1 if gathered else operand.pieces) + len(pieces), num_barriers=stages),
         plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
         if cluster == 1
@@ -333,6 +366,7 @@ def grouped_matmul(
     ]
     if gathered and interpret is not None:
         scratch += [plgpu.Barrier(num_arrivals=1)]
+    scratch += coded.scratch if coded else []
     scratch += epilogue.scratch
     return _compat.kernel(
         body,

@@ -122,3 +122,13 @@ def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -
         return rounds * (config.columns + _BETWEEN)
 
     return min((narrow(columns) for columns in (64, 32, 16)), key=work)  # the widest of equal ones
+
+
+def eight_bit(config: Config) -> Config:
+    """The same tiles for operands of one byte: twice as much of K in the same shared memory; no clusters, no rows by token.
+
+    Example:
+        >>> eight_bit(Config(tile_k=64, cluster=2)).tile_k
+        128
+    """
+    return dataclasses.replace(config, tile_k=2 * config.tile_k, cluster=1, gather=False)

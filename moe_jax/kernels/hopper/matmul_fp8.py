@@ -30,10 +30,12 @@ from jaxtyping import Array, Float, Int, Shaped
 from moe_jax import _compat
 from moe_jax.activations import Activation
 from moe_jax.kernels.hopper import tiles, views
+from moe_jax.kernels.hopper.codes import block_rows
 from moe_jax.kernels.hopper.epilogue import Columns, Epilogue
 from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
 
-MOST_PROMOTED = 128  # rows of a tile whose products are promoted
+MOST_ROWS = 160  # of a tile
+MOST_PROMOTED = 128  # of a tile whose products are promoted
 GROUP = 128  # columns of K that share a scale where they are promoted
 _SCALES = 32  # scales of rows come in multiples of 128 bytes
 _DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8))
@@ -70,21 +72,6 @@ def supports(
                 f"{weight_scales.shape[1]} blocks of {n} weight rows: blocks must have a multiple of {WGMMA_ROWS} rows"
             )
     return None
-
-
-def block_rows(n_out: int, blocks: int, gated: bool) -> int | None:
-    """Weight rows of a block, of so many in a matrix (in both halves, if gated); None if 64 rows may have two scales.
-
-    Example:
-        >>> block_rows(768, 12, True), block_rows(2048, 16, False), block_rows(192, 12, True)
-        (128, 128, None)
-    """
-    blocks = blocks // 2 if gated else blocks
-    if blocks == 1:
-        return pl.cdiv(n_out, WGMMA_ROWS) * WGMMA_ROWS
-    # The last block may have fewer rows: of the sizes that make so many, the usual one.
-    sizes = [size for size in (128, 64, 256, 512) if pl.cdiv(n_out, size) == blocks]
-    return sizes[0] if sizes else None
 
 
 def grouped_matmul(

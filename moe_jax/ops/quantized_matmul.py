@@ -1,0 +1,143 @@
+"""Grouped matmul with quantized weights, and with rows that are quantized or not: its plain form and its kernel."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from moe_jax.activations import Activation
+from moe_jax.kernels.hopper.matmul_config import Config, default_config, eight_bit
+from moe_jax.ops import implementation as impl
+from moe_jax.ops.gather import plain_gather
+from moe_jax.ops.group_tokens import Groups
+from moe_jax.quantization.array import QuantizedArray
+from moe_jax.quantization.rounding import scale_to_float32
+from moe_jax.quantization.rows import QuantizedRows
+
+
+def reason_against(
+    rows: QuantizedRows, weights: QuantizedArray, activation: Activation | None, tile_rows: int, dtype: DTypeLike
+) -> str | None:
+    """Why the kernel cannot run the problem; None if it can."""
+    from moe_jax.kernels.hopper import matmul_fp8 as kernel
+
+    if weights.columns is not None:
+        return f"weights with {weights.columns} of their stored columns in use; store them without filling"
+    if weights.spec.granularity not in ("tensor", "channel", "block"):
+        return f"weights with granularity={weights.spec.granularity!r}; it takes tensor, channel and block"
+    blocks = weights.spec.granularity == "block"
+    if blocks and (weights.spec.block[1] != kernel.GROUP or rows.spec.block != (1, kernel.GROUP)):
+        return f"blocks {weights.spec.block} of weights and {rows.spec.block} of rows must both have {kernel.GROUP} columns"
+    if not blocks and rows.spec.granularity == "group":
+        return "rows with a scale for each group of columns need weights with a scale for each block"
+    most = kernel.MOST_PROMOTED if blocks else kernel.MOST_ROWS
+    if tile_rows > most:
+        return f"tile_rows={tile_rows} must be at most {most}, for the registers; group with fewer"
+    scales = jax.eval_shape(_scales, weights)
+    return kernel.supports(rows.values, rows.scales, weights.values, scales, activation, dtype)
+
+
+def quantized_matmul(
+    rows: Float[Array, "R K"] | QuantizedRows,
+    weights: QuantizedArray,
+    groups: Groups,
+    *,
+    bias: Float[Array, "E N"] | None,
+    activation: Activation | None,
+    group_offset: int | Array,
+    tokens_as_rows: bool,
+    config: Config | None,
+    dtype: DTypeLike,
+    implementation: str,
+) -> Float[Array, "R N_out"]:
+    """`moe_jax.ops.grouped_matmul.grouped_matmul` with quantized weights; its arguments are checked there.
+
+    Rows that are not quantized are multiplied with the weights dequantized to their dtype: a copy of all weights, where the
+    kernels run, for there is none yet that multiplies codes with them.
+
+    Args:
+        rows: quantized, or not with a weight-only format.
+        weights: ``[E, N, K]``.
+        groups: of the rows.
+        bias: ``[E, N]``.
+        activation: gated or not.
+        group_offset: index of the first group's weights.
+        tokens_as_rows: rows are those of the tokens.
+        config: how the kernel tiles its work.
+        dtype: of the output.
+        implementation: a name that was checked.
+    """
+    from moe_jax.kernels.hopper import matmul_fp8 as kernel
+
+    tile_group = groups.tile_group + group_offset
+    if not isinstance(rows, QuantizedRows):
+        if impl.choose("grouped_matmul", implementation, None) != "xla":
+            from moe_jax.ops.grouped_matmul import grouped_matmul
+
+            plain_weights = weights.dequantize(rows.dtype)
+            return grouped_matmul(
+                rows,
+                plain_weights,
+                groups,
+                bias=bias,
+                activation=activation,
+                group_offset=group_offset,
+                tokens_as_rows=tokens_as_rows,
+                config=config,
+                implementation=implementation,
+            )
+        return _plain(rows, weights, groups, bias, activation, tile_group, tokens_as_rows, dtype)
+    reason = reason_against(rows, weights, activation, groups.tile_rows, dtype)
+    chosen = impl.choose("grouped_matmul", implementation, reason)
+    if chosen == "xla":
+        return _plain(rows.dequantize(), weights, groups, bias, activation, tile_group, tokens_as_rows, dtype)
+    if config is None:
+        gated = activation is not None and activation.is_gated
+        n_out = weights.shape[1] // (2 if gated else 1)
+        likely_tiles = min(groups.num_rows, weights.shape[0])
+        config = eight_bit(default_config(groups.tile_rows, gated, n_out, likely_tiles))
+    return kernel.grouped_matmul(
+        rows.values,
+        rows.scales,
+        weights.values,
+        _scales(weights),
+        tile_group,
+        groups.tile_starts,
+        groups.tile_sizes,
+        groups.num_tiles,
+        bias,
+        activation,
+        config=config,
+        out_dtype=jnp.dtype(dtype),
+        tile_tokens=groups.tile_tokens if tokens_as_rows else None,
+        total_rows=groups.num_rows,
+        interpret=impl.interpret_params(chosen),
+    )
+
+
+def _scales(weights: QuantizedArray) -> Array:
+    """Scales of weights as the kernel takes them."""
+    scales = scale_to_float32(weights.scales)
+    return scales[:, None] if scales.ndim == 1 else scales
+
+
+def _plain(rows, weights, groups, bias, activation, tile_group, tokens_as_rows, dtype):
+    """One small matmul per tile that holds rows, in float32 on what the codes stand for; an expert at a time is dequantized."""
+    if tokens_as_rows:
+        rows = plain_gather(rows, groups.positions)
+    n_out = weights.shape[1] // (2 if activation is not None and activation.is_gated else 1)
+    source = jnp.pad(rows.astype(jnp.float32), ((0, groups.tile_rows), (0, 0)))  # a whole tile from any row on
+
+    def one(t, out):
+        expert, start = tile_group[t], groups.tile_starts[t]
+        x = lax.dynamic_slice_in_dim(source, start, groups.tile_rows)
+        h = lax.dot_general(x, weights[expert].dequantize(), (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+        h = h if bias is None else h + bias[expert].astype(jnp.float32)[None, :]
+        y = h if activation is None else activation(h)
+        return lax.dynamic_update_slice_in_dim(out, y.astype(dtype), start, 0)  # what runs over is written again
+
+    out = jnp.zeros((source.shape[0], n_out), dtype)
+    return lax.fori_loop(0, groups.num_tiles[0], one, out)[: rows.shape[0]]

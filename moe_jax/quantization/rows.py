@@ -1,0 +1,62 @@
+"""`QuantizedRows`: rows of activations as codes and scales, laid out as grouped matmuls read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from moe_jax.quantization.formats import Spec
+
+PADDING = 192  # rows that a kernel may read past the last: a tile
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QuantizedRows:
+    """Rows as codes, and their scales on the side, those of neighbouring rows next to each other.
+
+    Attributes:
+        values: ``[R, K]`` of the spec's dtype.
+        scales: float32 ``[G, padded R]``, one line for each group of columns, or one alone; undefined past R.
+        spec: the number format (static): ``tensor``, ``token`` or ``group``.
+
+    Example:
+        >>> rows = QuantizedRows(jnp.ones((2, 4), jnp.int8), jnp.array([[2.0, 3.0, 0.0]]), Spec("int8", "token"))
+        >>> rows.dequantize()[:, 0].tolist()
+        [2.0, 3.0]
+    """
+
+    values: Shaped[Array, "R K"] | Any
+    scales: Float[Array, "G padded"] | Any
+    spec: Spec = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(R, K)``."""
+        return tuple(self.values.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.values.size
+
+    def dequantize(self) -> Float[Array, "R K"]:
+        """What they stand for, in float32."""
+        rows, columns = self.shape
+        group = self.spec.block[1] if self.spec.granularity == "group" else columns
+        scales = jnp.repeat(self.scales[:, :rows].T, max(1, group), axis=1)[:, :columns]
+        return self.values.astype(jnp.float32) * scales
+
+
+def padded_rows(rows: int) -> int:
+    """Length of a line of scales: `PADDING` more than there are rows, whole multiples of 16 bytes.
+
+    Example:
+        >>> padded_rows(3), padded_rows(4)
+        (196, 196)
+    """
+    return -(-(rows + PADDING) // 4) * 4

@@ -1,0 +1,110 @@
+"""Weights that are codes of a byte times 16-bit rows, interpreted and lowered for CUDA."""
+
+import jax.numpy as jnp
+import pytest
+
+from moe_jax import MoEConfig, _compat
+from moe_jax.kernels.hopper import matmul_bf16 as kernel
+from moe_jax.kernels.hopper.matmul_config import Config
+from moe_jax.quantization import quant_format, quantize
+from tests.contracts import groups_with_sizes
+from tests.kernels.test_matmul_fp8 import expected, weight_scales
+from tests.layers import normal
+from tests.lowering import assert_lowers_to_kernels, like
+from tests.util import assert_discriminates, check_close
+
+FEW = Config((8, 24), consumers=1, tile_k=128, stages=3)
+MANY = Config((48, 128), consumers=2, tile_k=64, stages=3, overlap=False)
+ACT = MoEConfig(1, 1, 8, 8).act
+CASES = {
+    "channels": ("fp8_weight_channel", (3, 0, 20), 256, 96, {}),
+    "channels, gated": ("fp8_weight_channel", (3, 30), 192, 96, dict(gated=True, bias="float32")),
+    "channels, many rows": ("int8_weight", (130, 5), 128, 160, dict(gated=True, config=MANY)),
+    "one scale a half": ("fp8_weight_tensor", (3, 9), 192, 96, dict(gated=True)),
+    "one scale a matrix": ("fp8_weight_tensor", (3, 9), 64, 96, dict(dtype="float16")),
+    "blocks": ("fp8_weight_block", (3, 20), 320, 384, dict(gated=True)),
+    "blocks, not gated": ("fp8_weight_block", (20, 3), 256, 256, dict(config=MANY)),
+    "narrow tiles": ("int8_weight", (3, 8), 512, 80, dict(config=Config((8,), 1, 1, tile_k=256, stages=2, columns=16))),
+}
+
+
+class Rows:
+    """Rows that are not quantized, for `expected`."""
+
+    def __init__(self, rows):
+        self._rows = rows
+
+    def dequantize(self):
+        return self._rows.astype(jnp.float32)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_codes(name):
+    form, sizes, k, n, more = CASES[name]
+    gated, config, dtype = more.get("gated", False), more.get("config", FEW), more.get("dtype", "bfloat16")
+    groups = groups_with_sizes(1, sizes, config.tile_rows)
+    x = normal([1, 1], groups.num_rows, k, dtype=dtype)
+    weights = normal([2, 1], len(sizes), n, k, scale=k**-0.5)
+    weights = quantize(weights, quant_format(form).weights, halves=2 if gated else 1)
+    bias = normal(3, len(sizes), n, dtype=more["bias"]) if "bias" in more else None
+    act, scales = ACT if gated else None, weight_scales(weights)
+    assert kernel.supports(x, weights.values, bias, act, config.tile_rows, weight_scales=scales) is None
+    schedule = groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
+    out = kernel.grouped_matmul(
+        x,
+        weights.values,
+        *schedule,
+        bias,
+        act,
+        config=config,
+        weight_scales=scales,
+        interpret=_compat.interpret_params(),
+    )
+    right = expected(Rows(x), weights, groups, bias, gated)
+    assert out.dtype == jnp.dtype(dtype)
+    check_close(out, right, 6e-3)
+    assert_discriminates(lambda y: check_close(y, right, 6e-3), out)
+
+
+@pytest.mark.parametrize("form", ["fp8_weight_channel", "fp8_weight_block", "int8_weight"])
+@pytest.mark.parametrize("shape", [(128, 2048, 768), (128, 2880, 2880)], ids=str)
+@pytest.mark.parametrize("gather", [False, True])
+def test_lowers_for_cuda(monkeypatch, form, shape, gather):
+    monkeypatch.undo()
+    experts, hidden, inner = shape
+    spec = quant_format(form).weights
+    for n, k, act in ((2 * inner, hidden, ACT), (hidden, inner, None)):
+        fetched = gather and act is not None
+        blocks = 2 * -(-inner // 128) if act else -(-n // 128)
+        scales = (experts, blocks, -(-k // 128)) if spec.granularity == "block" else (experts, n)
+        operands = like("bfloat16", 4096, k), like(spec.dtype, experts, n, k)
+        schedule = [like("int32", 64)] * 3 + [like("int32", 1)]
+        config = Config((32, 64, 128), stages=4, overlap=False, gather=fetched)
+        assert kernel.supports(*operands, None, act, 128, fetched, like("float32", *scales)) is None
+
+        def run(rows, weights, scales, tokens, *schedule, act=act, config=config, fetched=fetched):
+            more = dict(row_tokens=tokens, total_rows=8192) if fetched else {}
+            return kernel.grouped_matmul(
+                rows, weights, *schedule, None, act, config=config, weight_scales=scales, **more
+            )
+
+        tokens = like("int32", 8192 + 128)
+        assert_lowers_to_kernels(run, *operands, like("float32", *scales), tokens, *schedule)
+
+
+def test_what_it_does_not_run():
+    def reason(codes="int8", k=256, n=256, scales=(2, 256)):
+        return kernel.supports(
+            like("bfloat16", 64, k), like(codes, 2, n, k), None, None, 64, weight_scales=like("float32", *scales)
+        )
+
+    assert reason() is None and reason(scales=(2, 2, 2)) is None
+    assert "uint8" in reason(codes="uint8")
+    assert "size=96" in reason(k=96)
+    assert "multiple of 64 rows" in reason(scales=(2, 8, 2))
+    assert "multiple of 64 columns" in reason(scales=(2, 2, 8))
+
+
+def test_16_bit_weights_need_no_scales():
+    assert "both be" in kernel.supports(like("bfloat16", 64, 64), like("int8", 2, 64, 64), None, None, 64)
+    assert kernel.supports(like("bfloat16", 64, 64), like("bfloat16", 2, 64, 64), None, None, 64) is None

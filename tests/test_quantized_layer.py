@@ -1,0 +1,125 @@
+"""Layers of quantized experts in plain JAX and in the interpreter, against float32 on what the codes stand for."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import MoEConfig, RoutingConfig, apply_experts, moe, quantize_experts
+from moe_jax.quantization import FORMATS, reference
+from moe_jax.routing import route
+from moe_jax.types import TopK
+from tests.layers import experts_of, logits_of, rank_of, reference_moe, x_of
+from tests.util import assert_discriminates, check_close
+
+CONFIG = MoEConfig(8, 2, 256, 128)
+
+
+def problem(name, config=CONFIG, num_tokens=19, seed=0):
+    """Config, hidden states, quantized weights, logits and, for a static format, the scales of activations."""
+    config = dataclasses.replace(config, quantization=name)
+    experts = quantize_experts(experts_of(seed, config), name)
+    given = None
+    if config.quantization.activations is not None and config.quantization.activations.static:
+        given = jnp.float32(0.02), jnp.float32(0.01)
+        of_experts = [jnp.full(config.num_experts, scale / 2).at[3].set(scale) for scale in given]
+        experts = dataclasses.replace(experts, w13_input_scale=of_experts[0], w2_input_scale=of_experts[1])
+    return config, x_of(seed, config, num_tokens), experts, logits_of(seed, config, num_tokens), given
+
+
+def expected(config, x, experts, logits, given, **kwargs):
+    return reference.apply_experts(
+        x, experts, route(logits, config), config, config.quantization, input_scales=given, **kwargs
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format(name):
+    config, x, experts, logits, given = problem(name)
+    out = moe(x, experts, logits, config)
+    right = expected(config, x, experts, logits, given)
+    assert out.dtype == x.dtype
+    check_close(out, right, 1e-2)
+    assert_discriminates(lambda y: check_close(y, right, 1e-2), out)
+    whole = reference_moe(x, experts_of(0, config), logits, dataclasses.replace(config, quantization=None))
+    check_close(out, whole, 0.3 if "int4" in name or given else 0.08)
+
+
+@pytest.mark.parametrize("name", ["fp8_block", "fp8_channel", "fp8_tensor", "int8_channel"])
+@pytest.mark.parametrize("num_tokens", [5, 19])
+def test_kernels(name, num_tokens):
+    config, x, experts, logits, given = problem(name, num_tokens=num_tokens)
+    out = moe(x, experts, logits, config, implementation="mosaic_interpret")
+    check_close(out, expected(config, x, experts, logits, given), 1e-2)
+
+
+@pytest.mark.parametrize("name", ["fp8_block", "fp8_tensor", "fp8_tensor_static", "int8_channel", "int4_group32_zp"])
+def test_ranks_of_a_split_add_up(name):
+    """NaN in tokens of other ranks reaches no scale."""
+    config, x, experts, logits, given = problem(name)
+    total, parts = 0, []
+    for chosen in ([6, 1, 3], [0, 2, 5, 7, 4]):
+        expert_map, local = rank_of(experts, config, chosen)
+        part = moe(x, local, logits, config, expert_map=expert_map)
+        parts.append(part)
+        check_close(part, expected(config, x, local, logits, given, expert_map=expert_map), 1e-2)
+        total = total + part.astype(jnp.float32)
+    check_close(total, expected(config, x, experts, logits, given), 3e-2)
+
+
+def test_rows_of_no_expert_reach_no_scale():
+    config, x, experts, logits, _ = problem("fp8_tensor")
+    topk = route(logits, config)
+    ids = topk.ids.at[4].set(-1)
+    clean = apply_experts(x, experts, TopK(ids, topk.weights), config)
+    for value in (jnp.nan, 1e4):
+        out = apply_experts(x.at[4].set(value), experts, TopK(ids, topk.weights), config)
+        np.testing.assert_array_equal(out, clean)
+    assert not np.asarray(clean)[4].any()
+
+
+def test_router_weight_on_the_input_is_applied_before_quantizing():
+    config = MoEConfig(4, 1, 128, 128, routing=RoutingConfig("llama4"), apply_router_weight_on_input=True)
+    config, x, experts, logits, given = problem("fp8_channel", config)
+    check_close(moe(x, experts, logits, config), expected(config, x, experts, logits, given), 1e-2)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_few_tokens(num_tokens):
+    config, x, experts, logits, given = problem("fp8_block", num_tokens=num_tokens)
+    out = moe(x, experts, logits, config)
+    assert out.shape == (num_tokens, 256)
+    if num_tokens:
+        check_close(out, expected(config, x, experts, logits, given), 1e-2)
+
+
+def test_sizes_that_the_block_does_not_divide():
+    config = MoEConfig(4, 2, 192, 80, activation="swigluoai", has_bias=True)
+    config, x, experts, logits, given = problem("fp8_block", config)
+    check_close(moe(x, experts, logits, config), expected(config, x, experts, logits, given), 1e-2)
+
+
+def test_it_is_a_pytree_that_jit_and_scan_take():
+    config, x, experts, logits, _ = problem("int8_block")
+    layer = functools.partial(moe, config=config)
+    once = jax.jit(layer)(x, experts, logits)
+    np.testing.assert_array_equal(once, layer(x, experts, logits))
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), experts)
+    twice, _ = jax.lax.scan(lambda x, weights: (layer(x, weights, logits), None), x, stacked)
+    np.testing.assert_array_equal(twice, layer(once, experts, logits))
+
+
+def test_format_and_weights_must_agree():
+    config, x, experts, logits, _ = problem("fp8_block")
+    with pytest.raises(TypeError, match="quantization"):
+        moe(x, experts, logits, dataclasses.replace(config, quantization=None))
+    with pytest.raises(TypeError, match="quantize_experts"):
+        moe(x, experts_of(0, config), logits, config)
+    with pytest.raises(TypeError, match="fp8_channel"):
+        moe(x, experts, logits, dataclasses.replace(config, quantization="fp8_channel"))
+    static, x, experts, logits, _ = problem("fp8_tensor_static")
+    with pytest.raises(ValueError, match="w13_input_scale"):
+        moe(x, dataclasses.replace(experts, w13_input_scale=None), logits, static)
