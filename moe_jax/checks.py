@@ -41,6 +41,12 @@ def check_layer(x: jax.Array, experts: ExpertWeights, config: MoEConfig, expert_
             _shape(name, array, (local, width), "[E_local, N]", "one bias row an expert")
             if not jnp.issubdtype(array.dtype, jnp.floating):
                 raise TypeError(f"{name} is {array.dtype}, but must be a floating array; cast it to {config.dtype}")
+    for name in ("w13_input_scale", "w2_input_scale"):
+        scale = getattr(experts, name)
+        if scale is not None:
+            _shape(name, scale, (local,), "[E_local]", "one scale an expert; broadcast what is one for all")
+            if scale.dtype != jnp.float32:
+                raise TypeError(f"{name} is {scale.dtype}, but must be float32, as scales are; cast it")
     for name, array in (("x", x), ("w13", experts.w13), ("w2", experts.w2)):
         if array.dtype != dtype:
             raise TypeError(

@@ -1,7 +1,7 @@
 """The values that flow through a layer: routing decisions and weights, as pytrees of arrays.
 
-The fields of weights are also `Any`, because a pytree of them may hold other things in their places: shapes, partition
-specs, axes for vmap, optimizer states.
+The fields of weights are also `Any`, because a pytree of them may hold other things in their places: quantized arrays, shapes,
+partition specs, axes for vmap, optimizer states.
 """
 
 from dataclasses import dataclass
@@ -39,11 +39,18 @@ class ExpertWeights:
 
     A gated activation has the gate rows of ``w13`` first and the up rows second; an un-gated one has only ``I`` rows.
 
+    ``w13`` and ``w2`` may be quantized: a `moe_jax.quantization.QuantizedArray` has the shape of what it stands for, and scales
+    whose first axis is ``E_local`` too.
+
     Attributes:
-        w13: ``[E_local, 2I, H]`` (gated) or ``[E_local, I, H]``.
-        w2: ``[E_local, H, I]``.
+        w13: ``[E_local, 2I, H]`` (gated) or ``[E_local, I, H]``, floating or quantized.
+        w2: ``[E_local, H, I]``, floating or quantized.
         w13_bias: ``[E_local, 2I]`` or ``[E_local, I]``, added before the activation; None without biases.
         w2_bias: ``[E_local, H]``, added before the router weight is applied; None without biases.
+        w13_input_scale: float32 ``[E_local]``, for a format whose activations have static scales: that of the rows that
+            ``w13`` is multiplied with. A matmul with one scale for all rows uses the maximum over the experts, those of the other
+            ranks included. Otherwise None.
+        w2_input_scale: float32 ``[E_local]``, the same for the rows that ``w2`` is multiplied with.
 
     Example:
         >>> import jax.numpy as jnp
@@ -56,6 +63,8 @@ class ExpertWeights:
     w2: Float[Array, "E_local H I"] | Any
     w13_bias: Float[Array, "E_local N"] | Any | None = None
     w2_bias: Float[Array, "E_local H"] | Any | None = None
+    w13_input_scale: Float[Array, " E_local"] | Any | None = None
+    w2_input_scale: Float[Array, " E_local"] | Any | None = None
 
     @property
     def num_local_experts(self) -> int:

@@ -137,6 +137,14 @@ def test_biases_that_are_missing_superfluous_or_misshapen(missing):
     check_refused(ValueError, words, config=BIASED, experts=misshapen)
 
 
+@pytest.mark.parametrize("name", ["w13_input_scale", "w2_input_scale"])
+def test_input_scales(name):
+    check_refused(ValueError, [name, "(1,)", "(6,)", "[E_local]"], experts=experts_with(**{name: zeros(1)}))
+    halves = experts_with(**{name: zeros(6, dtype="bfloat16")})
+    check_refused(TypeError, [f"{name} is bfloat16", "float32"], experts=halves)
+    assert call(experts=experts_with(**{name: zeros(6)}), implementation="xla").shape == (TOKENS, 16)
+
+
 def test_ungated_weights_have_one_half_of_the_rows():
     config = dataclasses.replace(CONFIG, activation="relu2_no_mul")
     check_refused(

@@ -1,5 +1,6 @@
 """Weights as pytrees: what jit, vmap, grad and checkpointing libraries do with them."""
 
+import dataclasses
 import pickle
 
 import jax
@@ -28,6 +29,13 @@ def test_leaves_are_named_by_their_fields():
     layer = MoELayerWeights(experts(), jnp.zeros((3, 5)), correction_bias=jnp.zeros(3))
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(layer)]
     assert names == [".experts.w13", ".experts.w2", ".router", ".correction_bias"]
+
+
+def test_input_scales_go_with_their_experts():
+    scaled = dataclasses.replace(experts(), w13_input_scale=jnp.arange(3.0), w2_input_scale=jnp.arange(3.0, 6.0))
+    assert len(jax.tree.leaves(scaled)) == 4
+    mine = jax.tree.map(lambda leaf: leaf[jnp.array([2, 0])], scaled)
+    assert (mine.w13_input_scale.tolist(), mine.w2_input_scale.tolist()) == ([2, 0], [5, 3])
 
 
 def test_round_trips():

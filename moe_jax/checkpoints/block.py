@@ -2,19 +2,39 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax.checkpoints.families import LAYOUTS, QUANTIZED_SUFFIXES, Layout
+from moe_jax.checkpoints.families import LAYOUTS, Layout
+from moe_jax.checkpoints.quant_config import quantization_section, read_section
 from moe_jax.checkpoints.reader import Checkpoint, listed
-
-Shapes = Mapping[str, Mapping[str, int]]  # tensor name -> its axes in order, each with the name that explains its size
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 _LAYER = re.compile(r"(?P<root>(?:.*?\.)?)layers\.(?P<layer>\d+)\.(?P<rest>.+)")
 _LANGUAGE_MODELS = ("model.", "", "language_model.model.", "model.language_model.")
+
+
+class Wanted(NamedTuple):
+    """What a tensor must be.
+
+    Attributes:
+        axes: its axes in order, each with the name that explains its size.
+        dtypes: that it may be stored in, as safetensors spells them.
+        ones_count: whether axes of size 1 do; a scale may be stored as ``[]`` or ``[1]``, ``[N]`` or ``[N, 1]``.
+    """
+
+    axes: Mapping[str, int]
+    dtypes: tuple[str, ...] = FLOAT_DTYPES
+    ones_count: bool = True
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of ``shape`` has the axes."""
+        sizes = tuple(self.axes.values())
+        if self.ones_count:
+            return shape == sizes
+        return [n for n in shape if n != 1] == [n for n in sizes if n != 1]
 
 
 class Block(NamedTuple):
@@ -25,12 +45,14 @@ class Block(NamedTuple):
         prefix: what comes before every name of the block, e.g. ``model.layers.3.mlp.``.
         layout: the `Layout` that the names follow.
         names: the names of the block's tensors, without the prefix.
+        quantization: the ``quantization_config`` of the checkpoint, or None.
     """
 
     checkpoint: Checkpoint
     prefix: str
     layout: Layout
     names: frozenset[str]
+    quantization: Mapping[str, Any] | None = None
 
     def first(self, spellings: Iterable[str]) -> str | None:
         """The first of several names that the block has, or None."""
@@ -41,13 +63,17 @@ class Block(NamedTuple):
         return self.checkpoint.read(self.prefix + name, index)
 
 
-def find_block(checkpoint: Checkpoint, layer: int) -> Block:
+def find_block(checkpoint: Checkpoint, layer: int, quantization_config: Mapping[str, Any] | None = None) -> Block:
     """The MoE block of decoder layer ``layer``.
+
+    Args:
+        checkpoint: the open checkpoint.
+        layer: from 0.
+        quantization_config: taken instead of what the configs beside the checkpoint say.
 
     Raises:
         IndexError: the checkpoint has no such layer.
         ValueError: the layer is dense, or its tensors follow no known layout.
-        NotImplementedError: the block is quantized.
 
     Example:
         >>> import tempfile, numpy as np
@@ -68,19 +94,19 @@ def find_block(checkpoint: Checkpoint, layer: int) -> Block:
     root, layout = min(found, key=_preference)
     prefix = f"{root}layers.{layer}.{layout.block}."
     names = frozenset(name.removeprefix(prefix) for name in checkpoint.names if name.startswith(prefix))
-    block = Block(checkpoint, prefix, layout, names)
-    quantized = sorted(name for name in names if name.endswith(QUANTIZED_SUFFIXES))
-    if quantized:
-        raise _quantized(block, quantized[0])
-    return block
+    if quantization_config is None:
+        section = read_section(checkpoint.folder)
+    else:
+        section = quantization_section(quantization_config)
+    return Block(checkpoint, prefix, layout, names, section)
 
 
-def check_tensors(block: Block, expected: Shapes) -> None:
-    """Checks that the block has the tensors ``expected``, in these shapes and in a plain floating-point dtype.
+def check_tensors(block: Block, expected: Mapping[str, Wanted]) -> None:
+    """Checks that the block has the tensors ``expected``, in these shapes and dtypes.
 
     Raises:
         ValueError: tensors are missing or have other shapes; the message lists them.
-        NotImplementedError: a tensor is stored in a quantized dtype.
+        NotImplementedError: a tensor is stored in another dtype.
     """
     missing = [block.prefix + name for name in expected if name not in block.names]
     if missing:
@@ -89,13 +115,13 @@ def check_tensors(block: Block, expected: Shapes) -> None:
             "download the checkpoint again, or check that config is this model's (MoEConfig.from_hf)"
         )
     wrong = []
-    for name, axes in expected.items():
+    for name, wanted in expected.items():
         info = block.checkpoint.info(block.prefix + name)
-        if info.dtype not in FLOAT_DTYPES:
-            raise _quantized(block, name, f" is stored as {info.dtype}, not as {', '.join(FLOAT_DTYPES)}")
-        if info.shape != tuple(axes.values()):
-            wanted = ", ".join(f"{axis}={size}" for axis, size in axes.items())
-            wrong.append(f"{block.prefix}{name} is {list(info.shape)}, expected [{wanted}]")
+        if info.dtype not in wanted.dtypes:
+            raise _other_dtype(block, name, info.dtype, wanted.dtypes)
+        if not wanted.fits(info.shape):
+            axes = ", ".join(f"{axis}={size}" for axis, size in wanted.axes.items())
+            wrong.append(f"{block.prefix}{name} is {list(info.shape)}, expected [{axes}]")
     if wrong:
         raise ValueError(
             f"{len(wrong)} of {len(expected)} tensors in {block.checkpoint.path} have not the shape that config asks "
@@ -114,7 +140,8 @@ def check_nothing_unknown(block: Block, names: Iterable[str], known: Collection[
         raise ValueError(
             f"{block.checkpoint.path} has tensors that {block.layout.name} with this config does not use: "
             f"{listed(unknown)}; make the config from this checkpoint's config.json (MoEConfig.from_hf), or set what "
-            "it has: has_bias, has_router_bias, has_correction_bias, num_shared_experts, shared_expert_gate"
+            "it has: has_bias, has_router_bias, has_correction_bias, num_shared_experts, shared_expert_gate, or in its "
+            "quantization_config what belongs to its number format"
         )
 
 
@@ -177,8 +204,14 @@ def _ranges(numbers: Iterable[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _quantized(block: Block, name: str, what: str = "") -> NotImplementedError:
+def _other_dtype(block: Block, name: str, dtype: str, wanted: tuple[str, ...]) -> NotImplementedError:
+    what = f"{block.prefix}{name} in {block.checkpoint.path} is stored as {dtype}, not as {', '.join(wanted)}"
+    if wanted != FLOAT_DTYPES:
+        return NotImplementedError(
+            f"{what}: its quantization_config and its tensors disagree; download both again, or pass the quantization_config "
+            "that was meant"
+        )
     return NotImplementedError(
-        f"{block.prefix}{name} in {block.checkpoint.path}{what}: quantized checkpoints are not supported yet; use the "
-        "model's bfloat16 release, or dequantize it to bfloat16 first"
+        f"{what}, and no scale is beside it: what it stands for is not known; download the checkpoint again, or use the model's "
+        "bfloat16 release"
     )

@@ -1,13 +1,17 @@
 """Reads the routed experts of a block, those of this rank only, into the layout that the kernels take."""
 
+import dataclasses
 import re
 from collections.abc import Collection
 
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checkpoints.block import Block, check_nothing_unknown, check_tensors
+from moe_jax.checkpoints.block import Block, Wanted, check_nothing_unknown, check_tensors
 from moe_jax.checkpoints.families import PerExpert, Stacked
+from moe_jax.checkpoints.quantized_experts import read_quantized_experts
+from moe_jax.checkpoints.quantized_stacks import read_quantized_stacks
+from moe_jax.checkpoints.stored_matrix import quantized_names
 from moe_jax.config import DTYPES, MoEConfig
 from moe_jax.types import ExpertWeights
 
@@ -15,7 +19,8 @@ from moe_jax.types import ExpertWeights
 def read_experts(block: Block, config: MoEConfig, expert_map: object, dtype: str | None) -> ExpertWeights:
     """The experts of ``block`` that ``expert_map`` places here, checked first and then read one matrix at a time.
 
-    Nothing but the result is held: ``w13`` goes to the device before ``w2`` is read.
+    Nothing but the result is held: ``w13`` goes to the device before ``w2`` is read. Quantized experts stay quantized; ``dtype``
+    is then that of biases.
 
     Raises:
         ValueError, NotImplementedError: as `moe_jax.load_layer`.
@@ -23,13 +28,19 @@ def read_experts(block: Block, config: MoEConfig, expert_map: object, dtype: str
     here = local_experts(expert_map, config.num_experts)
     target = resolve_dtype(dtype, config)
     _check_family(block, config)
-    if isinstance(block.layout.experts, PerExpert):
+    per_expert = isinstance(block.layout.experts, PerExpert)
+    if per_expert:
         _check_count(block, config)
+    quantized = quantized_names(block, ["experts"])
+    if quantized:
+        read = read_quantized_experts if per_expert else read_quantized_stacks
+        experts = read(block, config, here, quantized[0])
+        return experts if per_expert else _with_biases(experts, block, config, here, target)
     stored = [name for name in block.names if name.startswith("experts.")]
     check_nothing_unknown(block, stored, _names(block, config, range(config.num_experts)))
     check_tensors(block, _names(block, config, here))
-    reader = _read_per_expert if isinstance(block.layout.experts, PerExpert) else _read_stacked
-    return reader(block, block.layout.experts, config, here, target)
+    reader = _read_per_expert if per_expert else _read_stacked
+    return reader(block, config, here, target)
 
 
 def local_experts(expert_map: object, num_experts: int) -> list[int]:
@@ -115,27 +126,33 @@ def _check_count(block: Block, config: MoEConfig) -> None:
         )
 
 
-def _names(block: Block, config: MoEConfig, here: Collection[int]) -> dict[str, dict[str, int]]:
-    """The tensors that hold the experts ``here``, each with its axes."""
+def _names(block: Block, config: MoEConfig, here: Collection[int]) -> dict[str, Wanted]:
+    """The tensors that hold the experts ``here``, none of them quantized."""
     experts = block.layout.experts
     count = {"num_experts": config.num_experts}
     hidden, size = {"hidden_size": config.hidden_size}, {"intermediate_size": config.intermediate_size}
     both = {"2*intermediate_size": 2 * config.intermediate_size}
     if isinstance(experts, PerExpert):
         shapes = {experts.gate: size | hidden, experts.up: size | hidden, experts.down: hidden | size}
-        return {name.format(expert): axes for expert in here for name, axes in shapes.items()}
+        return {name.format(expert): Wanted(axes) for expert in here for name, axes in shapes.items()}
     names = {
-        experts.gate_up: count | (hidden | both if experts.transposed else both | hidden),
-        experts.down: count | (size | hidden if experts.transposed else hidden | size),
+        experts.gate_up: Wanted(count | (hidden | both if experts.transposed else both | hidden)),
+        experts.down: Wanted(count | (size | hidden if experts.transposed else hidden | size)),
     }
-    if config.has_bias:
-        names |= {experts.gate_up_bias: count | both, experts.down_bias: count | hidden}
-    return names
+    return names | _bias_names(experts, config)
 
 
-def _read_per_expert(
-    block: Block, names: PerExpert, config: MoEConfig, here: list[int], dtype: np.dtype
-) -> ExpertWeights:
+def _bias_names(experts: Stacked, config: MoEConfig) -> dict[str, Wanted]:
+    if not config.has_bias:
+        return {}
+    count, hidden = {"num_experts": config.num_experts}, {"hidden_size": config.hidden_size}
+    both = {"2*intermediate_size": 2 * config.intermediate_size}
+    return {experts.gate_up_bias: Wanted(count | both), experts.down_bias: Wanted(count | hidden)}
+
+
+def _read_per_expert(block: Block, config: MoEConfig, here: list[int], dtype: np.dtype) -> ExpertWeights:
+    names = block.layout.experts
+
     def matrix(name: str, expert: int) -> np.ndarray:
         return cast(block.read(name.format(expert)), dtype, block.prefix + name.format(expert))
 
@@ -151,25 +168,44 @@ def _read_per_expert(
     return ExpertWeights(w13=w13, w2=jnp.asarray(w2))
 
 
-def _read_stacked(block: Block, names: Stacked, config: MoEConfig, here: list[int], dtype: np.dtype) -> ExpertWeights:
-    def gather(name: str, *shape: int, rows_are_gate_and_up: bool) -> jnp.ndarray:
-        """The entries of the experts here, stacked: matrices as ``[rows, contracted]``, biases as ``[rows]``."""
-        stacked = np.empty((len(here), *shape), dtype)
-        for local, expert in enumerate(here):
-            entry = cast(block.read(name, expert), dtype, block.prefix + name)
-            if names.transposed:
-                entry = entry.T  # leaves a bias as it is
-            if rows_are_gate_and_up and names.interleaved:
-                half = len(entry) // 2
-                stacked[local, :half], stacked[local, half:] = entry[0::2], entry[1::2]
-            else:
-                stacked[local] = entry
-        return jnp.asarray(stacked)
-
-    hidden, size = config.hidden_size, config.intermediate_size
-    return ExpertWeights(
-        w13=gather(names.gate_up, 2 * size, hidden, rows_are_gate_and_up=True),
-        w2=gather(names.down, hidden, size, rows_are_gate_and_up=False),
-        w13_bias=gather(names.gate_up_bias, 2 * size, rows_are_gate_and_up=True) if config.has_bias else None,
-        w2_bias=gather(names.down_bias, hidden, rows_are_gate_and_up=False) if config.has_bias else None,
+def _read_stacked(block: Block, config: MoEConfig, here: list[int], dtype: np.dtype) -> ExpertWeights:
+    names, hidden, size = block.layout.experts, config.hidden_size, config.intermediate_size
+    experts = ExpertWeights(
+        w13=_gather(block, names.gate_up, here, (2 * size, hidden), dtype, rows_are_gate_and_up=True),
+        w2=_gather(block, names.down, here, (hidden, size), dtype, rows_are_gate_and_up=False),
     )
+    return _with_biases(experts, block, config, here, dtype)
+
+
+def _with_biases(
+    experts: ExpertWeights, block: Block, config: MoEConfig, here: list[int], dtype: np.dtype
+) -> ExpertWeights:
+    """The stacked experts with their biases, if the config has them."""
+    names = block.layout.experts
+    check_tensors(block, _bias_names(names, config))
+    if not config.has_bias:
+        return experts
+    rows, hidden = 2 * config.intermediate_size, config.hidden_size
+    return dataclasses.replace(
+        experts,
+        w13_bias=_gather(block, names.gate_up_bias, here, (rows,), dtype, rows_are_gate_and_up=True),
+        w2_bias=_gather(block, names.down_bias, here, (hidden,), dtype, rows_are_gate_and_up=False),
+    )
+
+
+def _gather(
+    block: Block, name: str, here: list[int], shape: tuple[int, ...], dtype: np.dtype, *, rows_are_gate_and_up: bool
+) -> jnp.ndarray:
+    """The entries of the experts here, stacked: matrices as ``[rows, contracted]``, biases as ``[rows]``."""
+    layout = block.layout.experts
+    stacked = np.empty((len(here), *shape), dtype)
+    for local, expert in enumerate(here):
+        entry = cast(block.read(name, expert), dtype, block.prefix + name)
+        if layout.transposed:
+            entry = entry.T  # leaves a bias as it is
+        if rows_are_gate_and_up and layout.interleaved:
+            half = len(entry) // 2
+            stacked[local, :half], stacked[local, half:] = entry[0::2], entry[1::2]
+        else:
+            stacked[local] = entry
+    return jnp.asarray(stacked)

@@ -89,10 +89,18 @@ LAYOUTS = (
         router=("router.weight",),
         shared=("shared_expert",),
     ),
+    Layout(  # as quantization tools save it, which take the stacked tensors apart
+        name="Llama 4, one expert a module",
+        block="feed_forward",
+        pattern=r"experts\.\d+\.(gate|up|down)_proj\.",
+        experts=PerExpert("experts.{}.gate_proj.weight", "experts.{}.up_proj.weight", "experts.{}.down_proj.weight"),
+        router=("router.weight",),
+        shared=("shared_expert",),
+    ),
     Layout(
         name="gpt-oss",
         block="mlp",
-        pattern=r"(experts\.(gate_up|down)_proj_|router\.bias$)",
+        pattern=r"(experts\.(gate_up|down)_proj_(bias|blocks|scales)$|router\.bias$)",
         experts=Stacked(
             gate_up_bias="experts.gate_up_proj_bias",
             down_bias="experts.down_proj_bias",
@@ -114,24 +122,21 @@ LAYOUTS = (
     ),
 )
 
-# Suffixes that quantization schemes add beside, or put in place of, a weight: block-scaled FP8 (weight_scale_inv),
-# MXFP4 (_blocks, _scales), ModelOpt and compressed-tensors, GPTQ and AWQ, bitsandbytes.
+# Suffixes that quantization schemes add beside, or put in place of, a weight: FP8 (weight_scale_inv, weight_scale, input_scale,
+# activation_scale), MXFP4 (_blocks, _scales), ModelOpt and compressed-tensors, GPTQ and AWQ, bitsandbytes.
 QUANTIZED_SUFFIXES = (
-    ".weight_scale_inv",
+    "_scale",
     "_scale_inv",
+    "_scale_2",
     "_blocks",
     "_scales",
-    ".weight_scale",
-    ".weight_scale_2",
-    ".weight_global_scale",
+    ".scales",
     ".weight_packed",
-    ".weight_zero_point",
+    "_zero_point",
     ".weight_shape",
-    ".input_scale",
-    ".input_global_scale",
+    ".weight_g_idx",
     ".qweight",
     ".qzeros",
-    ".scales",
     ".g_idx",
     ".weight.absmax",
 )

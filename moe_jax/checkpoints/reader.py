@@ -5,12 +5,20 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+# The safetensors package hands these dtypes to torch, but not to NumPy: they are mapped here.
+_FLOAT8 = {
+    "F8_E4M3": jnp.dtype("float8_e4m3fn"),
+    "F8_E5M2": jnp.dtype("float8_e5m2"),
+    "F8_E8M0": jnp.dtype("float8_e8m0fnu"),
+}
 
 
 class TensorInfo(NamedTuple):
@@ -25,7 +33,7 @@ class Checkpoint:
 
     Opening reads only the index (or the header of a single file). Each shard is memory-mapped when a tensor of it is
     first needed, so shards that hold other layers or other ranks' experts are never opened. Arrays come back in the
-    dtype they are stored in; bfloat16 is ``ml_dtypes.bfloat16``.
+    dtype they are stored in; bfloat16 and the 8-bit floats are those of ``ml_dtypes``.
 
     Args:
         path: a directory holding ``model.safetensors``, or ``model.safetensors.index.json`` and its shards; or one
@@ -50,11 +58,17 @@ class Checkpoint:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._files: dict[Path, Any] = {}
+        self._headers: dict[Path, dict[str, Any]] = {}
         source = _find(self.path)
         if source.name.endswith(".index.json"):
             self._file_of = {name: source.parent / shard for name, shard in _read_index(source).items()}
         else:
             self._file_of = dict.fromkeys(self._open(source).keys(), source)
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are, and the configs beside them."""
+        return self.path if self.path.is_dir() else self.path.parent
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,12 +83,15 @@ class Checkpoint:
     def read(self, name: str, index: int | None = None) -> np.ndarray:
         """The tensor ``name``, or only its entry ``index`` along the first axis; no other bytes of it are read."""
         lazy = self._slice(name)
+        if lazy.get_dtype() in _FLOAT8:
+            mapped = self._mapped(name, _FLOAT8[lazy.get_dtype()])
+            return mapped if index is None else mapped[index]
         if index is not None:
             return np.asarray(lazy[index])
         return np.asarray(self._open(self._file_of[name]).get_tensor(name))
 
     def close(self) -> None:
-        """Unmaps every file that was opened."""
+        """Unmaps every file that was opened; arrays of 8-bit floats keep their own mapping."""
         for file in self._files.values():
             file.__exit__(None, None, None)
         self._files.clear()
@@ -106,6 +123,20 @@ class Checkpoint:
             except SafetensorError as error:
                 raise ValueError(_unreadable(file, error)) from error
         return self._files[file]
+
+    def _mapped(self, name: str, dtype: np.dtype) -> np.ndarray:
+        """The tensor as it lies in the file: a header's length, the header, and the tensors one after another."""
+        file = self._file_of[name]
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if file not in self._headers:
+                self._headers[file] = json.loads(stream.read(length))
+        header = self._headers[file][name]
+        start, stop = header["data_offsets"]
+        if start == stop:
+            return np.empty(header["shape"], dtype)
+        raw = np.memmap(file, np.uint8, "r", offset=8 + length + start, shape=stop - start)
+        return raw.view(np.ndarray).view(dtype).reshape(header["shape"])
 
     def _missing_shards(self, file: Path) -> str:
         shards = sorted(set(self._file_of.values()))

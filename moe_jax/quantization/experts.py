@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +20,7 @@ from moe_jax.types import ExpertWeights
 
 
 def quantize_experts(experts: ExpertWeights, format: QuantFormat | str, *, progress: bool = False) -> ExpertWeights:
-    """The weights in a number format; biases stay as they are.
+    """The weights in a number format; biases and input scales stay as they are.
 
     Beside the weights given and the result only one expert is held in memory, and weights may be NumPy arrays, mapped from a file
     if need be, that never are on the device as a whole. Inside a jit the weights are there anyway, and taken as a whole.
@@ -54,7 +55,7 @@ def quantize_experts(experts: ExpertWeights, format: QuantFormat | str, *, progr
     with _bar(progress, "quantizing experts", 2 * experts.num_local_experts) as advance:
         w13 = _each(functools.partial(_store_quantized, spec=spec, halves=halves), experts.w13, advance)
         w2 = _each(functools.partial(_store_quantized, spec=spec, halves=1), experts.w2, advance)
-    return ExpertWeights(w13, w2, experts.w13_bias, experts.w2_bias)
+    return dataclasses.replace(experts, w13=w13, w2=w2)
 
 
 def dequantize_experts(
@@ -63,7 +64,8 @@ def dequantize_experts(
     """What quantized weights stand for, as plain arrays; one expert at a time, like `quantize_experts`.
 
     Args:
-        experts: weights that are not quantized are cast; biases stay as they are.
+        experts: weights that are not quantized are cast; biases stay as they are; input scales, which then scale nothing, are
+            dropped.
         dtype: of the result.
         progress: shows a progress bar on the terminal's stderr.
 

@@ -1,0 +1,113 @@
+"""A linear layer of a block on disk: plain, or quantized as the checkpoint's config says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_jax.checkpoints.block import FLOAT_DTYPES, Block, Wanted
+from moe_jax.checkpoints.families import QUANTIZED_SUFFIXES
+from moe_jax.checkpoints.packings import PACKINGS, SCALES, Size
+from moe_jax.checkpoints.quant_config import read_quantization, unquantized_by
+from moe_jax.checkpoints.quant_schemes import Quantization
+from moe_jax.quantization.array import QuantizedArray
+
+INPUT_SCALES = ("input_scale", "activation_scale")
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """The quantized matrix ``[N, K]`` of a module.
+
+    Attributes:
+        block: where it is.
+        module: below the block, e.g. ``experts.3.up_proj``.
+        rows: what N is called, and N.
+        columns: what K is called, and K.
+        quantization: how it is stored.
+    """
+
+    block: Block
+    module: str
+    rows: Size
+    columns: Size
+    quantization: Quantization
+
+    def needed(self) -> dict[str, Wanted]:
+        """The tensors that must be there, and those that may be and are, by their names in the block."""
+        return {self._name(part): wanted for part, wanted in self._parts().items()}
+
+    def read(self) -> QuantizedArray:
+        """The matrix, bit for bit; its leaves are NumPy arrays or on the device.
+
+        Raises:
+            ValueError: contents that a `QuantizedArray` cannot hold, or that contradict the config.
+        """
+        parts = {part: self.block.read(self._name(part)) for part in self._parts() if part != "input_scale"}
+        try:
+            return self._packing.unpack(parts, self.quantization, self.rows[1], self.columns[1])
+        except ValueError as error:
+            raise ValueError(f"{self.block.prefix}{self.module} in {self.block.checkpoint.path}: {error}") from error
+
+    def input_scale(self) -> np.ndarray:
+        """The static scale of the rows that it is multiplied with, float32 ``[]``."""
+        return self.block.read(self._name("input_scale")).astype(np.float32).reshape(())
+
+    @property
+    def has_input_scale(self) -> bool:
+        """Whether its format has a static scale of activations."""
+        activations = self.quantization.format.activations
+        return activations is not None and activations.static
+
+    @property
+    def _packing(self) -> object:
+        return PACKINGS[self.quantization.packing]
+
+    def _parts(self) -> dict[str, Wanted]:
+        arguments = self.quantization, self.rows, self.columns
+        there = {
+            part: wanted
+            for part, wanted in self._packing.optional(*arguments).items()
+            if self._name(part) in self.block.names
+        }
+        parts = self._packing.parts(*arguments) | there
+        if self.has_input_scale:
+            parts["input_scale"] = Wanted({}, FLOAT_DTYPES, ones_count=False)
+        return parts
+
+    def _name(self, part: str) -> str:
+        spellings = {"scale": SCALES, "input_scale": INPUT_SCALES}.get(part, (part,))
+        default = self.quantization.scale if part == "scale" else spellings[0]
+        return self.block.first(f"{self.module}.{word}" for word in spellings) or f"{self.module}.{default}"
+
+
+def quantized_names(block: Block, modules: Iterable[str]) -> list[str]:
+    """The tensors of the block, within ``modules``, that only a quantized layer has."""
+    within = tuple(module + "." for module in modules)
+    return sorted(name for name in block.names if name.startswith(within) and name.endswith(QUANTIZED_SUFFIXES))
+
+
+def quantization_of(block: Block, module: str, evidence: str) -> Quantization:
+    """How the checkpoint's config says that ``module``, which is quantized as the tensor ``evidence`` shows, is stored.
+
+    Raises:
+        ValueError: there is no such config, or it says that the module is not quantized.
+        NotImplementedError: a method, a packing or a number format that cannot be read.
+    """
+    where = f"{block.prefix}{evidence} in {block.checkpoint.path}"
+    if block.quantization is None:
+        raise ValueError(
+            f"{where} is part of a quantized weight, but there is no quantization_config in {block.checkpoint.folder} "
+            "(config.json, hf_quant_config.json) that says how; download it, or pass quantization_config="
+        )
+    name = block.prefix + module
+    reason = unquantized_by(block.quantization, name)
+    found = None if reason else read_quantization(block.quantization, name)
+    if found is None:
+        raise ValueError(
+            f"{where} is part of a quantized weight, but its quantization_config says that {name} is not quantized: "
+            f"{reason or 'no config group targets it'}; correct the config, or pass quantization_config="
+        )
+    return found
