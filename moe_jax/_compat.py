@@ -148,6 +148,11 @@ def copy_rows(source: Any, tile: Any, rows: Any, column: Any, count: Any) -> Non
         )
 
 
+def rounded_reciprocal(x: Any) -> Any:
+    """Emits `rcp.rn.f32`, since `1 / x` becomes `rcp.approx.f32`; within `plgpu.inline_mgpu`."""
+    return x._pointwise(x._lift_fast_instr("rcp.rn.f32"))
+
+
 def store_columns(target: Any, values: Any, first: int, columns: tuple[Any, ...]) -> None:
     """Emits ``target[first + i, column] = values[i]`` for several columns; within `plgpu.inline_mgpu`.
 

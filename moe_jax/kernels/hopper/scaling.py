@@ -4,7 +4,8 @@ Magnitudes are compared as integers. The bits of floats that are not negative so
 one NaN among integers' elements shows in the maximum. FP8 passes NaN over: an addition that takes infinity to the largest
 integer makes NaN negative. Subnormal numbers need no care either.
 
-The interpreter differs in two conversions, which XLA's CPU compiler may leave out or round twice; the GPU's are right.
+Mosaic compiles a division to an approximate one, so reciprocals are an instruction of their own. The interpreter knows no
+instructions; there a division is right, but XLA's CPU compiler may leave two conversions out or round them twice.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe_jax import _compat
 from moe_jax.quantization.formats import Spec
 from moe_jax.quantization.quantize import FP8_AMAX_FLOOR
 from moe_jax.quantization.rounding import to_fp8
@@ -35,6 +38,17 @@ def _bits(x: Any) -> Any:
 
 def _float(bits: Any) -> Any:
     return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _rounded_reciprocal(x: Any, layout: Any) -> Any:
+    """Correctly rounded; zero gives infinity."""
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout))
+    def run(ctx, x):
+        del ctx
+        return _compat.rounded_reciprocal(x)
+
+    return run(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +96,9 @@ class Scaling:
         power = _float((magnitude + _ABOVE_INFINITY) & _INFINITY)
         return jnp.where(power == jnp.inf, jnp.float32(jnp.nan), power)
 
-    def reciprocal(self, scale: Any) -> Any:
-        """`moe_jax.quantization.rounding.reciprocal`: a division of float32 is correctly rounded."""
-        inverse = 1.0 / scale
+    def reciprocal(self, scale: Any, layout: Any) -> Any:
+        """`moe_jax.quantization.rounding.reciprocal` of a vector in that layout."""
+        inverse = 1.0 / scale if self.interpret else _rounded_reciprocal(scale, layout)
         if not self.given and self.spec.is_float:  # a floor keeps those far from any limit
             return inverse
         none = (jnp.abs(scale) < _TINY) | (jnp.abs(scale) > _HAS_RECIPROCAL)
