@@ -25,7 +25,6 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from moe_jax import _compat
 from moe_jax.kernels.hopper import row_stream
-from moe_jax.kernels.hopper.row_stream import TILE
 from moe_jax.kernels.hopper.scaling import Scaling
 from moe_jax.quantization.formats import Spec
 
@@ -40,7 +39,7 @@ class Config:
     Attributes:
         ahead: rows on their way in while one is quantized; None for some KiB.
         leaving: rows of codes, all but one on their way out.
-        tiles: of 1024 columns that are in registers at a time.
+        tiles: of a row that are in registers at a time.
         ctas_per_sm: at most.
     """
 
@@ -73,7 +72,7 @@ def supports(x: Any, spec: Spec, top_k: int = 1) -> str | None:
             f"hidden_size={hidden} must be a multiple of 16 (a bulk copy moves 16 bytes of codes); pad it, "
             "or use implementation='xla'"
         )
-    if not row_stream.Plan.fits(x, Config.leaving):
+    if not row_stream.fits(x, Config.leaving):
         return f"hidden_size={hidden} of {x.dtype}: two rows and their codes must fit in shared memory"
     if top_k > _MAX_SLOTS:
         return f"top_k={top_k} must be at most {_MAX_SLOTS}"
@@ -112,12 +111,12 @@ def gather_quantize(
     tokens, hidden = x.shape
     top_k = 1 if positions is None else positions.shape[1]
     grouped = spec.granularity == "group"
-    block = spec.block[1] if grouped else row_stream.BLOCKS[-1]
-    a_scale = row_stream.layout(block).reduce(1)
+    interpreted = interpret is not None
+    tile = row_stream.Tile(spec.block[1] if grouped else row_stream.BLOCKS[-1], x.dtype, interpreted)
+    a_scale = tile.layout.reduce(1)
     shape_of_scales = scales_shape(tokens * top_k, hidden, spec)
     sms = multiprocessors or _compat.num_multiprocessors()
-    plan = row_stream.Plan.of(x, sms, config.ctas_per_sm, config.leaving, config.ahead)
-    interpreted = interpret is not None
+    plan = row_stream.Plan.of(x, tile, sms, config.ctas_per_sm, config.leaving, config.ahead)
     scaling = Scaling(spec, given=scales is not None, interpret=interpreted)
     operands = {"positions": positions, "scales": scales, "amax": amax, "weights": weights, "num_rows": num_rows}
     operands = {name: operand for name, operand in operands.items() if operand is not None}
@@ -130,52 +129,56 @@ def gather_quantize(
         if amax is not None:
             common = scaling.scale(jnp.max(plgpu.load(given["amax"], layout=plgpu.Layout.WG_STRIDED(amax.shape, 1))))
 
-        def scale_of_row(token, tiles):
+        def scale_of_row(token, elements):
             """The one scale of a row."""
             if scales is not None:
                 return scaling.stored(given["scales"][0 if scales.shape[0] == 1 else token])
             if amax is not None:
                 return common
-            order = scaling.order(tiles(0))
-            for tile in range(1, plan.tiles):
-                order = jnp.maximum(order, scaling.order(tiles(tile)))
+            order = scaling.order(elements(0))
+            for part in range(1, plan.tiles):
+                order = jnp.maximum(order, scaling.order(elements(part)))
             return scaling.scale(scaling.amax(jnp.max(jnp.max(order, axis=1), axis=0)))
 
-        def store_scales(found, tile, rows):
-            _store_scales(scales_g, found, tile * (TILE // block), rows, a_scale, interpreted)
+        def store_scales(found, part, rows):
+            _store_scales(scales_g, found, part * tile.groups, rows, a_scale, interpreted)
 
         @pl.loop(0, stream.size)
         def _row(i):
             token = stream.token(i)
             rows = [token] if positions is None else [given["positions"][token, j] for j in range(top_k)]
             weight = given["weights"][token, 0] if weights is not None else None
-            view = row_stream.View(stream.wait(i), block, interpreted)
-            codes = row_stream.View(codes_s.at[lax.rem(i, config.leaving)], block, interpreted)
+            row, codes = stream.wait(i), codes_s.at[lax.rem(i, config.leaving)]
 
-            def tiles(tile):
-                held = view.load(tile)
-                return held.astype(jnp.float32) if weight is None else scaling.weigh(held, weight)
+            def elements(part):
+                x = tile.load(row, part)
+                return x.astype(jnp.float32) if weight is None else scaling.weigh(x, weight)
 
             if not grouped:
-                scale = row_stream.a_group(scale_of_row(token, tiles), block)
+                scale = tile.a_group(scale_of_row(token, elements))
+                factor = scaling.reciprocal(scale, a_scale)
                 store_scales(scale, 0, rows)
             plgpu.wait_smem_to_gmem(config.leaving - 1, wait_read_only=True)
             for start in range(0, plan.tiles, config.tiles):
-                # Loads first: the compiler does not move them past the stores of codes.
-                held = {tile: tiles(tile) for tile in range(start, min(start + config.tiles, plan.tiles))}
-                for tile, elements in held.items():
-                    if grouped:
-                        scale = scaling.scale(scaling.amax(jnp.max(scaling.order(elements), axis=1)))
-                        store_scales(scale, tile, rows)
-                    factor = row_stream.spread(scaling.reciprocal(scale, a_scale), block)
-                    codes.store(tile, scaling.encode(elements, factor))
+                # Step by step for all tiles that are held, so that their latencies overlap: the compiler moves neither loads
+                # past stores of codes nor anything past a reciprocal, which branches.
+                parts = range(start, min(start + config.tiles, plan.tiles))
+                held = [elements(part) for part in parts]
+                if not grouped:
+                    factors = [factor] * len(held)
+                else:
+                    found = [scaling.scale(scaling.amax(jnp.max(scaling.order(x), axis=1))) for x in held]
+                    factors = [scaling.reciprocal(scale, a_scale) for scale in found]
+                    for part, scale in zip(parts, found, strict=True):
+                        store_scales(scale, part, rows)
+                for part, x, inverse in zip(parts, held, factors, strict=True):
+                    tile.store(codes, part, scaling.encode(x, tile.spread(inverse)))
             plgpu.commit_smem()  # also: every thread is done with the row
             for target in rows:
 
                 @pl.when(target >= 0)
                 def _(target=target):
-                    source = codes.ref.at[pl.ds(0, hidden)]
-                    plgpu.copy_smem_to_gmem(source, out_g.at[target], commit_group=False)
+                    plgpu.copy_smem_to_gmem(codes.at[pl.ds(0, hidden)], out_g.at[target], commit_group=False)
 
             plgpu.commit_smem_to_gmem_group()
 
@@ -189,7 +192,7 @@ def gather_quantize(
         ],
         grid=(plan.workers,),
         grid_names=("sm",),
-        scratch_types=[*plan.scratch, plgpu.SMEM((config.leaving, plan.tiles * TILE), spec.storage_dtype)],
+        scratch_types=[*plan.scratch, plgpu.SMEM((config.leaving, plan.padded_columns), spec.storage_dtype)],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=_compat.LANE),
         interpret=interpret,
     )(x, *operands.values())

@@ -48,8 +48,8 @@ def row_amax(
         interpret: how the kernel is interpreted, None on a GPU.
         multiprocessors: to be used; those of the GPU by default.
     """
-    plan = row_stream.Plan.of(x, multiprocessors or _compat.num_multiprocessors(), _CTAS_PER_SM)
-    block = row_stream.BLOCKS[-1]
+    tile = row_stream.Tile(row_stream.BLOCKS[-1], x.dtype, interpret is not None)
+    plan = row_stream.Plan.of(x, tile, multiprocessors or _compat.num_multiprocessors(), _CTAS_PER_SM)
     total = pl.cdiv(plan.workers, _THREADS) * _THREADS
     scaling = Scaling(spec, given=False, interpret=interpret is not None)
     operands = {"positions": positions, "weights": weights, "num_rows": num_rows}
@@ -67,9 +67,9 @@ def row_amax(
             for j in range(positions.shape[1] if positions is not None else 0):
                 place = given["positions"][token, j]
                 last = place if last is None else jnp.maximum(last, place)
-            view = row_stream.View(stream.wait(i), block, interpret is not None)
-            for tile in range(plan.tiles):
-                held = view.load(tile)
+            row = stream.wait(i)
+            for part in range(plan.tiles):
+                held = tile.load(row, part)
                 held = held.astype(jnp.float32) if weight is None else scaling.weigh(held, weight)
                 mine = scaling.order(held)
                 if last is not None:
@@ -78,8 +78,7 @@ def row_amax(
             plgpu.commit_smem()  # every thread is done with the row
             return order
 
-        shape = (row_stream.TILE // block, block)
-        zero = plgpu.layout_cast(jnp.zeros(shape, jnp.int32), row_stream.layout(block))
+        zero = plgpu.layout_cast(jnp.zeros((tile.groups, tile.block), jnp.int32), tile.layout)
         order = lax.fori_loop(0, stream.size, one, zero)
         found = scaling.amax(jnp.max(jnp.max(order, axis=1), axis=0))
 

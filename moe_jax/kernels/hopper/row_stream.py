@@ -1,10 +1,8 @@
 """Rows of a matrix that pass through shared memory one after the other, for a warpgroup that looks at each as a whole.
 
 A CTA takes every so many-th row. A bulk copy brings a row, whatever its length: no tensor map, no limit of 256 elements. What
-lies behind its end in shared memory is zero. Registers take it in tiles of 1024 columns, eight neighbours a thread; seen as
-``[groups, columns of a group]``, a group is the matter of a few lanes of one warp, which find its maximum with shuffles.
-
-The interpreter knows no reshaped references: there the values are reshaped.
+lies behind its end in shared memory is zero. Registers take it in tiles of 16 bytes a thread, seen as ``[groups, columns of a
+group]``: a group is the matter of a few lanes of one warp, which find its maximum with shuffles.
 """
 
 from __future__ import annotations
@@ -21,57 +19,71 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe_jax import _compat
 from moe_jax.kernels.hopper import tiles
 
-TILE = 1024  # columns that a warpgroup holds as one
 BLOCKS = (32, 64, 128)  # columns of a group
 _IN_FLIGHT = 12 * 1024  # bytes on their way into a CTA that are enough
 _BUFFER_BYTES = 200 * 1024  # shared memory of all CTAs of a multiprocessor
 
 
 @functools.cache
-def layout(block: int) -> Any:
-    """How registers hold a tile ``[TILE / block, block]``."""
-    a_warp = 256 // block  # groups
-    return _compat.tiled_layout(
-        ((4 * a_warp, block), (a_warp, block), (8,)), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
-    )
-
-
-def a_group(value: Any, block: int) -> Any:
-    """One value for all groups of a tile, ``[TILE / block]``."""
-    return plgpu.layout_cast(jnp.full((TILE // block,), value), layout(block).reduce(1))
-
-
-def spread(values: Any, block: int) -> Any:
-    """A value a group, repeated over its columns: a tile."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(values, (TILE // block, block), [0]), layout(block))
+def _layout(block: int, vector: int) -> Any:
+    groups = 32 * vector // block  # of a warp
+    if groups == 1:
+        return _compat.tiled_layout(((4, block), (vector,)), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+    tiling = ((4 * groups, block), (groups, block), (vector,))
+    return _compat.tiled_layout(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
-    """A row in shared memory as tiles.
+class Tile:
+    """What a warpgroup holds as one.
 
     Attributes:
-        ref: ``[columns rounded up to tiles]``.
-        block: columns of a group.
-        interpret: the kernel is interpreted.
+        block: columns of a group, one of `BLOCKS`.
+        dtype: of the rows.
+        interpret: the kernel is interpreted. The interpreter knows no reshaped references: there the values are reshaped.
     """
 
-    ref: Any
     block: int
+    dtype: Any
     interpret: bool
 
-    def load(self, tile: int) -> Any:
-        """A tile in registers."""
-        part, shape = self.ref.at[pl.ds(tile * TILE, TILE)], (TILE // self.block, self.block)
-        if self.interpret:
-            return part[...].reshape(shape)
-        return plgpu.load(part.reshape(shape), layout=layout(self.block))
+    @property
+    def columns(self) -> int:
+        """Of a row."""
+        return 128 * self._vector
 
-    def store(self, tile: int, values: Any) -> None:
-        """A tile from registers."""
-        part = self.ref.at[pl.ds(tile * TILE, TILE)]
+    @property
+    def groups(self) -> int:
+        """Of these columns."""
+        return self.columns // self.block
+
+    @property
+    def layout(self) -> Any:
+        """How registers hold it."""
+        return _layout(self.block, self._vector)
+
+    @property
+    def _vector(self) -> int:
+        return 16 // jnp.dtype(self.dtype).itemsize
+
+    def a_group(self, value: Any) -> Any:
+        """One value for all groups, ``[groups]``."""
+        return plgpu.layout_cast(jnp.full((self.groups,), value), self.layout.reduce(1))
+
+    def spread(self, values: Any) -> Any:
+        """A value a group, repeated over its columns."""
+        return plgpu.layout_cast(lax.broadcast_in_dim(values, (self.groups, self.block), [0]), self.layout)
+
+    def load(self, row: Any, index: int) -> Any:
+        """Tile number `index` of a row in shared memory."""
+        part, shape = row.at[pl.ds(index * self.columns, self.columns)], (self.groups, self.block)
+        return part[...].reshape(shape) if self.interpret else plgpu.load(part.reshape(shape), layout=self.layout)
+
+    def store(self, row: Any, index: int, values: Any) -> None:
+        """Writes tile number `index` of a row in shared memory."""
+        part = row.at[pl.ds(index * self.columns, self.columns)]
         if self.interpret:
-            part[...] = values.reshape(TILE)
+            part[...] = values.reshape(self.columns)
         else:
             part.reshape(values.shape)[...] = values
 
@@ -81,46 +93,55 @@ class Plan:
     """Who takes which rows of ``x`` [T, H], and how many are in shared memory.
 
     Attributes:
+        tile: what is in registers.
         tokens: T.
         columns: H.
-        dtype: of x.
         ahead: rows on their way in while one is looked at.
         workers: CTAs.
     """
 
+    tile: Tile
     tokens: int
     columns: int
-    dtype: Any
     ahead: int
     workers: int
 
     @classmethod
-    def of(cls, x: Any, multiprocessors: int, ctas_per_sm: int, more_bytes: int = 0, ahead: int | None = None) -> Plan:
+    def of(cls, x: Any, tile: Tile, sms: int, ctas_per_sm: int, more_bytes: int = 0, ahead: int | None = None) -> Plan:
         """As many CTAs as fit, if each needs `more_bytes` of shared memory a column beside the rows."""
         tokens, columns = x.shape
         ahead = ahead or min(4, max(1, _IN_FLIGHT // (columns * x.dtype.itemsize)))
-        buffers = pl.cdiv(columns, TILE) * TILE * ((ahead + 1) * x.dtype.itemsize + more_bytes)
+        buffers = _bytes(x, (ahead + 1) * x.dtype.itemsize + more_bytes)
         ctas = max(1, min(ctas_per_sm, _BUFFER_BYTES // buffers))
-        return cls(tokens, columns, x.dtype, ahead, min(multiprocessors * ctas, tokens))
+        return cls(tile, tokens, columns, ahead, min(sms * ctas, tokens))
 
     @property
     def tiles(self) -> int:
         """Of a row, the last one filled up."""
-        return pl.cdiv(self.columns, TILE)
+        return pl.cdiv(self.columns, self.tile.columns)
+
+    @property
+    def padded_columns(self) -> int:
+        """Of these tiles."""
+        return self.tiles * self.tile.columns
 
     @property
     def scratch(self) -> list[Any]:
         """What `Stream` needs of shared memory."""
         stages = self.ahead + 1
         return [
-            plgpu.SMEM((stages, self.tiles * TILE), self.dtype),
+            plgpu.SMEM((stages, self.padded_columns), self.tile.dtype),
             plgpu.Barrier(num_arrivals=1, num_barriers=stages),
         ]
 
-    @staticmethod
-    def fits(x: Any, more_bytes: int = 0) -> bool:
-        """Whether two rows fit in shared memory."""
-        return pl.cdiv(x.shape[1], TILE) * TILE * (2 * x.dtype.itemsize + more_bytes) <= _BUFFER_BYTES
+
+def fits(x: Any, more_bytes: int = 0) -> bool:
+    """Whether two rows of `x` and `more_bytes` a column fit in shared memory."""
+    return _bytes(x, 2 * x.dtype.itemsize + more_bytes) <= _BUFFER_BYTES
+
+
+def _bytes(x: Any, a_column: int) -> int:
+    return pl.cdiv(x.shape[1], 1024) * 1024 * a_column
 
 
 class Stream:
@@ -139,13 +160,11 @@ class Stream:
         self.worker = lax.axis_index("sm")
         total = plan.tokens if counted is None else jnp.clip(counted, 0, plan.tokens)
         self.size = tiles.share(total, self.worker, plan.workers)
-        self._start()
-
-    def _start(self) -> None:
-        plan = self._plan
-        if plan.columns % TILE:
+        tile = plan.tile
+        if plan.columns % tile.columns:
             for slot in range(plan.ahead + 1):
-                self._rows[slot, pl.ds((plan.tiles - 1) * TILE, TILE)] = jnp.zeros((TILE,), plan.dtype)
+                last = pl.ds((plan.tiles - 1) * tile.columns, tile.columns)
+                rows[slot, last] = jnp.zeros((tile.columns,), tile.dtype)
             plgpu.commit_smem()
         pl.loop(0, jnp.minimum(plan.ahead, self.size))(self._fetch)
 
