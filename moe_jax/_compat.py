@@ -187,7 +187,9 @@ def store_columns(target: Any, values: Any, first: int, columns: tuple[Any, ...]
             row = arith.index_cast(i32, row) if isinstance(row.type, ir.IndexType) else row
             row = arith.addi(row, c(first))
             value = llvm.extractelement(value, c(0)) if isinstance(value.type, ir.VectorType) else value
-            element = arith.addi(arith.muli(arith.extsi(i64, row), arith.constant(i64, row_stride)), arith.extsi(i64, column))
+            element = arith.addi(
+                arith.muli(arith.extsi(i64, row), arith.constant(i64, row_stride)), arith.extsi(i64, column)
+            )
             address = arith.addi(base, arith.muli(element, arith.constant(i64, 4)))
             llvm.inline_asm(
                 ir.Type.parse("!llvm.void"),

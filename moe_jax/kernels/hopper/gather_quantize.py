@@ -184,7 +184,7 @@ def gather_quantize(
 
         plgpu.wait_smem_to_gmem(0)
 
-    return _compat.kernel(
+    codes_and_scales = _compat.kernel(
         quantize_rows,
         out_type=[
             jax.ShapeDtypeStruct((tokens * top_k, hidden), spec.storage_dtype),
@@ -196,6 +196,7 @@ def gather_quantize(
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=_compat.LANE),
         interpret=interpret,
     )(x, *operands.values())
+    return tuple(codes_and_scales)
 
 
 def _store_scales(target: Any, found: Any, first: int, rows: list[Any], layout: Any, interpreted: bool) -> None:

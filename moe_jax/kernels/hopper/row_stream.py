@@ -1,8 +1,9 @@
 """Rows of a matrix that pass through shared memory one after the other, for a warpgroup that looks at each as a whole.
 
-A CTA takes every so many-th row. A bulk copy brings a row, whatever its length: no tensor map, no limit of 256 elements. What
-lies behind its end in shared memory is zero. Registers take it in tiles of 16 bytes a thread, seen as ``[groups, columns of a
-group]``: a group is the matter of a few lanes of one warp, which find its maximum with shuffles.
+A CTA takes every so many-th row. A bulk copy brings a row without a tensor map or its limit of 256 elements, if it is whole 128
+bytes; others come in boxes of 256 columns. What lies behind its end in shared memory is zero. Registers take it in tiles of 16
+bytes a thread, seen as ``[groups, columns of a group]``: a group is the matter of a few lanes of one warp, which find its maximum
+with shuffles.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe_jax import _compat
 from moe_jax.kernels.hopper import tiles
 
+_BOX = 256  # columns, TMA's limit per dimension
 BLOCKS = (32, 64, 128)  # columns of a group
 _IN_FLIGHT = 12 * 1024  # bytes on their way into a CTA that are enough
 _BUFFER_BYTES = 200 * 1024  # shared memory of all CTAs of a multiprocessor
@@ -126,12 +128,17 @@ class Plan:
         return self.tiles * self.tile.columns
 
     @property
+    def copies(self) -> int:
+        """That bring a row."""
+        return pl.cdiv(self.columns, _BOX) if self.columns * jnp.dtype(self.tile.dtype).itemsize % 128 else 1
+
+    @property
     def scratch(self) -> list[Any]:
         """What `Stream` needs of shared memory."""
         stages = self.ahead + 1
         return [
             plgpu.SMEM((stages, self.padded_columns), self.tile.dtype),
-            plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=self.copies, num_barriers=stages),
         ]
 
 
@@ -169,10 +176,17 @@ class Stream:
         pl.loop(0, jnp.minimum(plan.ahead, self.size))(self._fetch)
 
     def _fetch(self, i: Any) -> None:
-        slot = lax.rem(i, self._plan.ahead + 1)
-        target = self._rows.at[slot, pl.ds(0, self._plan.columns)]
-        mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS  # what a plain bulk copy asks for
-        plgpu.copy_gmem_to_smem(self._x.at[self.token(i)], target, self._full.at[slot], oob_mode=mode)
+        slot, plan = lax.rem(i, self._plan.ahead + 1), self._plan
+        source, target, full = self._x.at[self.token(i)], self._rows.at[slot], self._full.at[slot]
+        if plan.copies == 1:
+            mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS  # what a plain bulk copy asks for
+            plgpu.copy_gmem_to_smem(source, target.at[pl.ds(0, plan.columns)], full, oob_mode=mode)
+            return
+
+        @pl.loop(0, plan.copies)
+        def _(box):
+            columns = pl.ds(box * _BOX, _BOX)
+            plgpu.copy_gmem_to_smem(source.at[columns], target.at[columns], full)
 
     def token(self, i: Any) -> Any:
         """Where row `i` of this CTA is in x."""

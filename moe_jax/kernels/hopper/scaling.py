@@ -112,7 +112,9 @@ class Scaling:
                 zero = jnp.where(x != x, x, jnp.float32(0))
                 scaled = jnp.where(reciprocal == 0, zero, scaled)
             return to_fp8(scaled) if self.interpret else scaled.astype(jnp.float8_e4m3fn)
-        scaled = jnp.where(scaled != scaled, jnp.float32(0), scaled)
+        # A NaN shows in the scale that was taken from it, which is one comparison for all of a thread's elements.
+        tell = scaled if self.given else reciprocal
+        scaled = jnp.where(tell != tell, jnp.float32(0), scaled)
         limited = jnp.minimum(jnp.maximum(scaled, float(self.spec.smallest)), float(self.spec.largest))
         return _bits(limited + _INTEGERS).astype(jnp.int8)  # the addition rounds to even
 
