@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.ops.gather_quantize import QuantizedRows, gather_quantize, supports
+from moe_jax.ops.gather_quantize import gather_quantize, supports
 from moe_jax.quantization import FORMATS, Spec
+from moe_jax.quantization.rows import QuantizedRows
 from tests.layers import normal, quick_jit
 from tests.quantized_rows import SPECS, check_discriminates, check_quantized_rows, hard_rows, places_of
 from tests.util import without_type_checks
