@@ -146,3 +146,56 @@ def copy_rows(source: Any, tile: Any, rows: Any, column: Any, count: Any) -> Non
             "r,l,r,r,~{memory}",
             has_side_effects=True,
         )
+
+
+def rounded_reciprocal(x: Any) -> Any:
+    """Emits `rcp.rn.f32`, since `1 / x` becomes `rcp.approx.f32`; within `plgpu.inline_mgpu`."""
+    return x._pointwise(x._lift_fast_instr("rcp.rn.f32"))
+
+
+def store_columns(target: Any, values: Any, first: int, columns: tuple[Any, ...]) -> None:
+    """Emits ``target[first + i, column] = values[i]`` for several columns; within `plgpu.inline_mgpu`.
+
+    Lanes that hold the same values share the columns among them. What is past the last row of `target` is not stored.
+
+    Args:
+        target: memref ``[N, R]`` of 32-bit elements in GPU memory.
+        values: fragmented ``[n]``, which neighbouring lanes have in common.
+        first: the row of the first value.
+        columns: int32 splats, negative for none.
+    """
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, llvm
+    from jax.experimental.mosaic.gpu import fragmented_array, utils
+
+    i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+    num_rows, row_stride = ir.MemRefType(target.type).shape
+    shared = values.layout.lane_dims[-1]
+    lanes = shared.times if isinstance(shared, fragmented_array.Replicated) else 1
+
+    def c(value: int) -> Any:
+        return arith.constant(i32, value)
+
+    lane = arith.andi(utils.thread_idx(), c(lanes - 1))
+    base = llvm.ptrtoint(i64, utils.memref_ptr(target))
+    for start in range(0, len(columns), lanes):
+        column = c(-1)
+        for j, splat in enumerate(columns[start : start + lanes]):
+            mine = arith.cmpi(arith.CmpIPredicate.eq, lane, c(j))
+            column = arith.select(mine, splat.registers.flat[0], column)
+        for (row,), value in zip(values.layout.thread_idxs(values.shape), values.registers.flat, strict=True):
+            row = arith.index_cast(i32, row) if isinstance(row.type, ir.IndexType) else row
+            row = arith.addi(row, c(first))
+            value = llvm.extractelement(value, c(0)) if isinstance(value.type, ir.VectorType) else value
+            element = arith.addi(
+                arith.muli(arith.extsi(i64, row), arith.constant(i64, row_stride)), arith.extsi(i64, column)
+            )
+            address = arith.addi(base, arith.muli(element, arith.constant(i64, 4)))
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [address, value, row, column],
+                f"{{ .reg .pred p, q; setp.ge.s32 p, $3, 0; setp.lt.and.s32 q, $2, {num_rows}, p; "
+                "@q st.global.f32 [$0], $1; }",
+                "l,f,r,r,~{memory}",
+                has_side_effects=True,
+            )

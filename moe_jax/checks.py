@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import MoEConfig
+from moe_jax.quantization.array import QuantizedArray
 from moe_jax.types import ExpertWeights, TopK
 
 
-def _shape(name: str, array: jax.Array, expected: tuple[int, ...], letters: str, way_out: str) -> None:
+def _shape(name: str, array: jax.Array | QuantizedArray, expected: tuple[int, ...], letters: str, way_out: str) -> None:
     if tuple(array.shape) != expected:
         raise ValueError(f"{name} has shape {tuple(array.shape)}, but must be {letters} = {expected}; {way_out}")
 
@@ -47,8 +48,9 @@ def check_layer(x: jax.Array, experts: ExpertWeights, config: MoEConfig, expert_
             _shape(name, scale, (local,), "[E_local]", "one scale an expert; broadcast what is one for all")
             if scale.dtype != jnp.float32:
                 raise TypeError(f"{name} is {scale.dtype}, but must be float32, as scales are; cast it")
+    _check_quantization(experts, config)
     for name, array in (("x", x), ("w13", experts.w13), ("w2", experts.w2)):
-        if array.dtype != dtype:
+        if array.dtype != dtype and not isinstance(array, QuantizedArray):
             raise TypeError(
                 f"{name} is {array.dtype}, but config.dtype is {config.dtype}; cast it, or change the config"
             )
@@ -66,6 +68,37 @@ def check_layer(x: jax.Array, experts: ExpertWeights, config: MoEConfig, expert_
     if not jnp.issubdtype(expert_map.dtype, jnp.integer):
         raise TypeError(f"expert_map is {expert_map.dtype}, but must be an integer array; cast it to int32")
     _check_range("expert_map", expert_map, local, "the local experts of w13")
+
+
+def _check_quantization(experts: ExpertWeights, config: MoEConfig) -> None:
+    """Weights are quantized if and only if the config has a number format, as it says, up to the size of blocks."""
+    form = config.quantization
+    for name in ("w13", "w2"):
+        weights = getattr(experts, name)
+        if not isinstance(weights, QuantizedArray):
+            if form is not None:
+                raise TypeError(
+                    f"{name} is {weights.dtype}, but config.quantization is {form.name!r}; "
+                    f"use quantize_experts(experts, {form.name!r}), or a config without"
+                )
+            continue
+        spec = weights.spec
+        if form is None:
+            raise TypeError(
+                f"{name} is quantized ({spec.dtype}, a scale a {spec.granularity}), but config.quantization is None; "
+                "name the format there, or use dequantize_experts(experts)"
+            )
+        if (spec.dtype, spec.granularity) != (form.weights.dtype, form.weights.granularity):
+            raise TypeError(
+                f"{name} is {spec.dtype} with a scale a {spec.granularity}, but config.quantization={form.name!r} has "
+                f"{form.weights.dtype} with a scale a {form.weights.granularity}; make them agree"
+            )
+        weights.validate(name)
+        if form.activations is not None and form.activations.static and getattr(experts, f"{name}_input_scale") is None:
+            raise ValueError(
+                f"config.quantization={form.name!r} has static scales of activations, but ExpertWeights has no "
+                f"{name}_input_scale; give it, or use a format that computes them"
+            )
 
 
 def check_topk(x: jax.Array, topk: TopK, config: MoEConfig) -> None:

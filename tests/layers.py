@@ -76,8 +76,7 @@ def topk_of(seed, config, num_tokens) -> TopK:
 def take(experts: ExpertWeights, chosen: Sequence[int]) -> ExpertWeights:
     """The weights of some experts, in the given order."""
     index = np.asarray(chosen, np.int32)
-    fields = (experts.w13, experts.w2, experts.w13_bias, experts.w2_bias)
-    return ExpertWeights(*(None if array is None else array[index] for array in fields))
+    return jax.tree.map(lambda leaf: leaf[index], experts)
 
 
 def rank_of(experts: ExpertWeights, config: MoEConfig, chosen: Sequence[int]):

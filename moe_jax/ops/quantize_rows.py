@@ -28,9 +28,12 @@ def quantize_tokens(
         scales: one for all, for a static spec.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
     """
-    positions = None if groups.tokens_as_rows else groups.positions
-    counted = groups.positions  # a token without a local expert has no part in a scale that all share
-    found = gather_quantize(x, positions, spec, counted=counted, scales=scales, implementation=implementation)
+    positions = groups.positions
+    if groups.tokens_as_rows:
+        if spec.granularity == "tensor" and not spec.static:  # a token without a local expert has no part in the scale
+            x = jnp.where((positions >= 0).any(axis=1)[:, None], x, 0)
+        positions = None
+    found = gather_quantize(x, positions, spec, scales=scales, implementation=implementation)
     return QuantizedRows(*found, spec)
 
 
@@ -51,6 +54,7 @@ def quantize_rows(
         scales: as `quantize_tokens`.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
     """
-    num_rows = jnp.sum(groups.group_sizes, dtype=jnp.int32)[None]
+    shared = spec.granularity == "tensor" and not spec.static
+    num_rows = jnp.sum(groups.group_sizes, dtype=jnp.int32)[None] if shared else None
     found = gather_quantize(rows, None, spec, num_rows=num_rows, scales=scales, implementation=implementation)
     return QuantizedRows(*found, spec)
