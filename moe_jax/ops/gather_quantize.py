@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
@@ -131,15 +130,14 @@ def plain_gather_quantize(
         [[127], [0]]
     """
     from moe_jax.kernels.hopper.gather_quantize import scales_shape
+    from moe_jax.kernels.hopper.scaling import rounded
 
     tokens = jnp.arange(x.shape[0])
     valid = (tokens < num_rows[0]) if num_rows is not None else tokens >= 0
     if positions is not None:
         valid = (positions >= 0).any(axis=1)
     if weights is not None:
-        info = jnp.finfo(x.dtype)
-        product = x.astype(jnp.float32) * weights
-        x = lax.reduce_precision(product, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+        x = rounded(x.astype(jnp.float32) * weights, x.dtype)
     asked = spec
     if scales is not None:
         spec = dataclasses.replace(spec, granularity="token")  # one a token, whether or not they are the same

@@ -42,6 +42,10 @@ def test_dtypes_and_weights(dtype):
     check(x, places, SPECS["fp8 token"], weights=weights)
 
 
+def test_a_weight_makes_float16_subnormal():
+    check(normal(6, 8, 256, dtype="float16"), None, SPECS["fp8 group ue8m0"], weights=jnp.full((8, 1), 1e-5))
+
+
 @pytest.mark.parametrize("name", ["fp8 group", "fp8 tensor"])
 def test_rows_that_stay(name):
     x = normal(3, 11, 80)
