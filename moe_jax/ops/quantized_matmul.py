@@ -72,7 +72,9 @@ def quantized_matmul(
     """
     from moe_jax.kernels.hopper import matmul_fp8 as kernel
 
-    tile_group = groups.tile_group + group_offset
+    tile_group = groups.tile_group
+    if not (isinstance(group_offset, int) and group_offset == 0):
+        tile_group = tile_group + group_offset
     plain = (weights, groups, bias, activation, tile_group, tokens_as_rows, dtype)
     if not isinstance(rows, QuantizedRows):
         return _weight_only(rows, *plain, config=config, implementation=implementation)
@@ -145,8 +147,10 @@ def _reason_against_codes(rows, weights, bias, activation, tile_rows: int, gathe
 
 
 def _scales(weights: QuantizedArray) -> Array:
-    """Scales of weights as the kernel takes them."""
-    scales = scale_to_float32(weights.scales)
+    """Scales of weights as the kernels take them: powers of two become float32, which is a small kernel of XLA's."""
+    scales = weights.scales
+    if scales.dtype != jnp.float32:
+        scales = scale_to_float32(scales)
     return scales[:, None] if scales.ndim == 1 else scales
 
 
