@@ -137,6 +137,7 @@ def explain(
     activation: Annotated[str, typer.Option(help="Activation of the experts (with a shape only).")] = "silu",
     routing: Annotated[str, typer.Option(help="Routing method (with a shape only).")] = "renormalize",
     dtype: Annotated[Dtype, typer.Option(help="Compute dtype.")] = Dtype.BFLOAT16,
+    quantization: Annotated[str | None, typer.Option(help="Number format of the experts, such as fp8_block.")] = None,
     tokens: Annotated[int, typer.Option(min=0, help="Tokens in a batch, T.")] = 4096,
     platform: Annotated[Platform | None, typer.Option(help="Default: what JAX runs on here.")] = None,
 ) -> None:
@@ -150,12 +151,18 @@ def explain(
     try:
         if config is not None:
             path = config / "config.json" if config.is_dir() else config
-            moe_config = MoEConfig.from_hf(json.loads(path.read_text()), dtype=dtype.value)
+            moe_config = MoEConfig.from_hf(json.loads(path.read_text()), dtype=dtype.value, quantization=quantization)
         else:
             missing = ["--" + name.replace("_", "-") for name, value in shape.items() if value is None]
             if missing:
                 raise ValueError(f"the shape lacks {', '.join(missing)}; or give --config")
-            moe_config = MoEConfig(**shape, activation=activation, routing=RoutingConfig(routing), dtype=dtype.value)
+            moe_config = MoEConfig(
+                **shape,
+                activation=activation,
+                routing=RoutingConfig(routing),
+                dtype=dtype.value,
+                quantization=quantization,
+            )
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise _fail(str(error), 2) from error
     where = platform.value if platform else None

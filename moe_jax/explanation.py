@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.config import MoEConfig
 from moe_jax.ops.implementation import platform_reason
+from moe_jax.quantization.rows import QuantizedRows
 from moe_jax.tuning.cache import device_kind, find_tuned
 from moe_jax.tuning.plan import LayerPlan, LayerShape, default_plan, plan_for
 
@@ -102,14 +104,54 @@ def _kernel_reasons(config: MoEConfig, num_tokens: int, num_local: int) -> list[
     w2 = like(dtype, num_local, hidden, intermediate)
     bias = like(dtype, num_local, config.w13_rows) if config.has_bias else None
     x, y = like(dtype, num_tokens, hidden), like(dtype, pairs, hidden)
-    return [
+    before = [
         (
             "topk",
             topk.supports(logits, config.top_k, rule) if rule else f"{config.routing.method.value} is not a top-k rule",
         ),
         ("group_tokens", group_tokens.supports(config.num_experts, num_local, pairs)),
+    ]
+    if config.quantization is not None:
+        matmuls = _quantized_reasons(config, x, w13, w2, bias, pairs, tile_rows)
+        return [*before, *matmuls, ("combine", combine.supports(y))]
+    return [
+        *before,
         ("gather", gather.supports(x)),
         ("grouped_matmul (up)", matmul_bf16.supports(y, w13, bias, config.act, tile_rows)),
         ("grouped_matmul (down)", matmul_bf16.supports(like(dtype, pairs, intermediate), w2, None, None, tile_rows)),
         ("combine", combine.supports(y)),
     ]
+
+
+def _quantized_reasons(
+    config: MoEConfig, x: Any, w13: Any, w2: Any, bias: Any, pairs: int, tile_rows: int
+) -> list[tuple[str, str | None]]:
+    from moe_jax.kernels.hopper import gather, matmul_bf16
+    from moe_jax.kernels.hopper.gather_quantize import scales_shape
+    from moe_jax.ops import gather_quantize, quantized_matmul
+    from moe_jax.quantization import quantize
+
+    spec, rows_spec = config.quantization.weights, config.quantization.activations
+    halves = {"up": 2 if config.is_gated else 1, "down": 1}
+    found: list[tuple[str, str | None]] = []
+    for name, weights in (("up", w13), ("down", w2)):
+        columns, act = weights.shape[2], config.act if name == "up" else None
+        codes = jax.eval_shape(functools.partial(quantize, spec=spec, halves=halves[name]), weights)
+        rows = jax.ShapeDtypeStruct((pairs, columns), x.dtype)
+        op = f"grouped_matmul ({name})"
+        if rows_spec is None:
+            if name == "up":
+                found.append(("gather", gather.supports(x)))
+            reason = quantized_matmul.reason_against_codes(rows, codes, bias if act else None, act, tile_rows, False)
+            if spec.dtype == "int4":  # the kernel of 16-bit floats runs, on a copy
+                found.append((f"decode ({name})", reason))
+                reason = matmul_bf16.supports(rows, weights, bias if act else None, act, tile_rows)
+            found.append((op, reason))
+            continue
+        source, slots = (x, config.top_k) if name == "up" else (rows, 1)
+        found.append((f"gather_quantize ({name})", gather_quantize.supports(source, rows_spec, slots)))
+        scales = jax.ShapeDtypeStruct(scales_shape(pairs, columns, rows_spec), jnp.float32)
+        values = jax.ShapeDtypeStruct(rows.shape, rows_spec.storage_dtype)
+        quantized = QuantizedRows(values, scales, rows_spec)
+        found.append((op, quantized_matmul.reason_against(quantized, codes, act, tile_rows, config.dtype)))
+    return found

@@ -125,3 +125,15 @@ def test_what_it_says_is_what_happens(name):
     with pytest.raises(ValueError, match="implementation='mosaic' cannot run") as caught:
         lower(layer, x, experts, logits)
     assert any(reason in str(caught.value) for reason in reasons)
+
+
+def test_number_formats():
+    """Rows are quantized twice where activations are; int4 is dequantized before, and that is said."""
+    quantized = {*OPS, "gather_quantize (up)", "gather_quantize (down)"} - {"gather"}
+    for name, ops in (("fp8_block", quantized), ("int8_channel", quantized), ("fp8_weight_block", OPS)):
+        config = dataclasses.replace(GOOD, quantization=name)
+        assert chosen(explain(config, 16, "gpu")) == dict.fromkeys(ops, "mosaic")
+    reasons = kernel_reasons(dataclasses.replace(GOOD, quantization="int4_group64"))
+    assert "dequantized before" in reasons["decode (up)"] and reasons["grouped_matmul (up)"] is None
+    odd = kernel_reasons(MoEConfig(8, 2, 80, 48, quantization="fp8_channel"))
+    assert "size=80" in odd["grouped_matmul (up)"] and "size=48" in odd["grouped_matmul (down)"]

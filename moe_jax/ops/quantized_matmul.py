@@ -110,7 +110,7 @@ def _weight_only(rows, weights, groups, bias, activation, tile_group, tokens_as_
     from moe_jax.kernels.hopper import matmul_bf16 as kernel
 
     gathered = groups.row_tokens if tokens_as_rows else None
-    reason = _reason_against_codes(rows, weights, bias, activation, groups.tile_rows, gathered is not None)
+    reason = reason_against_codes(rows, weights, bias, activation, groups.tile_rows, gathered is not None)
     chosen = impl.choose("grouped_matmul", implementation, None if weights.spec.dtype == "int4" else reason)
     if chosen == "xla":
         return _plain(rows, weights, groups, bias, activation, tile_group, tokens_as_rows, dtype)
@@ -136,7 +136,7 @@ def _weight_only(rows, weights, groups, bias, activation, tile_group, tokens_as_
     )
 
 
-def _reason_against_codes(rows, weights, bias, activation, tile_rows: int, gather: bool) -> str | None:
+def reason_against_codes(rows, weights, bias, activation, tile_rows: int, gather: bool) -> str | None:
     """Why no kernel decodes the weights; None if one does."""
     from moe_jax.kernels.hopper import matmul_bf16 as kernel
 

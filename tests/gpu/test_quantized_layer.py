@@ -1,0 +1,78 @@
+"""Quantized layers on a GPU at real sizes, against float32 on what the codes stand for."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import MoEConfig, moe, quantize_experts
+from moe_jax.quantization import reference
+from moe_jax.routing import route
+from tests.gpu.test_layer import inputs, make_weights, poison_memory, rows, same_bits
+from tests.layers import rank_of
+from tests.util import assert_discriminates, check_close
+
+pytestmark = pytest.mark.gpu
+
+FORMATS = (
+    "fp8_block",
+    "fp8_block_ue8m0",
+    "fp8_channel",
+    "fp8_tensor",
+    "int8_channel",
+    "int8_block",
+    "fp8_weight_tensor",
+    "fp8_weight_channel",
+    "fp8_weight_block",
+    "int8_weight",
+    "int4_group128",
+)
+SHAPES = {"qwen3": (32, 4, 2048, 768), "gpt-oss": (16, 4, 2880, 2880)}
+
+
+@functools.lru_cache(maxsize=2)
+def layer_of(shape, name):
+    """Config, quantized weights, the layer and its oracle."""
+    config = MoEConfig(*SHAPES[shape], has_bias=shape == "gpt-oss", quantization=name)
+    experts = jax.block_until_ready(quantize_experts(make_weights(config, jax.random.key(0)), name))
+
+    def oracle(x, experts, logits, expert_map=None):
+        topk = route(logits, config)
+        return reference.apply_experts(x, experts, topk, config, config.quantization, expert_map=expert_map)
+
+    return config, experts, jax.jit(functools.partial(moe, config=config)), jax.jit(oracle)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_format(shape, name):
+    config, experts, layer, oracle = layer_of(shape, name)
+    for num_tokens in (1, 16, 300, 1500):  # all in every tile, small tiles, large ones
+        x, logits = inputs(config, num_tokens)
+        poison_memory()
+        out = layer(x, experts, logits)
+        right = oracle(x, experts, logits)
+        check_close(out, right, 1e-2)
+        if num_tokens == 300:
+            assert_discriminates(functools.partial(check_close, expected=right, tolerance=1e-2), out)
+        assert same_bits(layer(x, experts, logits), out), "two runs differ"
+        if name != "fp8_tensor":  # one scale for the rows of a batch
+            alone = layer(rows(x, [num_tokens // 2]), experts, rows(logits, [num_tokens // 2]))
+            assert same_bits(alone, rows(out, [num_tokens // 2])), f"of {num_tokens} tokens"
+
+
+@pytest.mark.parametrize("name", ["fp8_block", "fp8_tensor", "int8_weight"])
+def test_ranks_of_a_split(name):
+    """NaN in a token of no local expert reaches no scale."""
+    config, experts, layer, oracle = layer_of("qwen3", name)
+    x, logits = inputs(config, 257)
+    total = jnp.zeros(x.shape, jnp.float32)
+    for chosen in np.split(np.random.default_rng(0).permutation(config.num_experts), 4):
+        expert_map, local = rank_of(experts, config, chosen)
+        poison_memory()
+        part = layer(x, local, logits, expert_map=expert_map)
+        check_close(part, oracle(x, local, logits, expert_map), 1e-2)
+        total = total + part
+    check_close(total, oracle(x, experts, logits), 3e-2)
