@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.quantization import Spec
+from moe_jax.quantization.rows import QuantizedRows
 from tests.quantization import oracle
 
 SPECS = {
@@ -59,7 +60,7 @@ def places_of(seed, num_tokens, top_k, missing=0.2):
 
 def check_quantized_rows(result, x, positions, spec: Spec, *, scales=None, weights=None, num_rows=None) -> None:
     """The rows that hold a token, bit by bit."""
-    values, found = result
+    values, found = (result.values, result.scales) if isinstance(result, QuantizedRows) else result
     x32, tokens = np.asarray(x).astype(np.float32), len(x)
     if weights is not None:
         with np.errstate(all="ignore"):
@@ -88,7 +89,7 @@ def check_quantized_rows(result, x, positions, spec: Spec, *, scales=None, weigh
 def check_discriminates(check, result) -> None:
     """`check` passes the result, and neither zeros nor rows that moved nor scales that are off."""
     check(result)
-    values, scales = result
+    values, scales = result.values, result.scales
     for wrong in (
         (jnp.zeros_like(values), scales),
         (jnp.roll(values, 1, axis=0), jnp.roll(scales, 1, axis=1)),

@@ -12,7 +12,7 @@ from moe_jax import MoEConfig, RoutingConfig, apply_experts, moe, quantize_exper
 from moe_jax.quantization import FORMATS, reference
 from moe_jax.routing import route
 from moe_jax.types import TopK
-from tests.layers import experts_of, logits_of, rank_of, reference_moe, x_of
+from tests.layers import experts_of, logits_of, plain, quick_jit, rank_of, reference_moe, x_of
 from tests.util import assert_discriminates, check_close
 
 CONFIG = MoEConfig(4, 2, 128, 64)
@@ -30,16 +30,21 @@ def problem(name, config=CONFIG, num_tokens=19, seed=0):
     return config, x_of(seed, config, num_tokens), experts, logits_of(seed, config, num_tokens), given
 
 
-def expected(config, x, experts, logits, given, **kwargs):
+layer = plain(moe)
+
+
+@functools.partial(quick_jit, static_argnums=0)
+def expected(config, x, experts, logits, given, expert_map=None):
+    topk = route(logits, config)
     return reference.apply_experts(
-        x, experts, route(logits, config), config, config.quantization, input_scales=given, **kwargs
+        x, experts, topk, config, config.quantization, input_scales=given, expert_map=expert_map
     )
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format(name):
     config, x, experts, logits, given = problem(name)
-    out = moe(x, experts, logits, config)
+    out = layer(x, experts, logits, config)
     right = expected(config, x, experts, logits, given)
     assert out.dtype == x.dtype
     check_close(out, right, 1e-2)
@@ -48,25 +53,14 @@ def test_every_format(name):
     check_close(out, whole, 0.5 if "int4" in name or given else 0.08)
 
 
-@pytest.mark.parametrize(
-    ("name", "num_tokens"),
-    [("fp8_block", 5), ("fp8_tensor", 5), ("fp8_block", 19), ("int8_channel", 19), ("int8_weight", 19)],
-)
-def test_kernels(name, num_tokens):
-    config, x, experts, logits, given = problem(name, num_tokens=num_tokens)
-    out = moe(x, experts, logits, config, implementation="mosaic_interpret")
-    check_close(out, expected(config, x, experts, logits, given), 1e-2)
-
-
 @pytest.mark.parametrize("name", ["fp8_block", "fp8_tensor", "fp8_tensor_static", "int8_channel", "int4_group32_zp"])
 def test_ranks_of_a_split_add_up(name):
     """NaN in tokens of other ranks reaches no scale."""
     config, x, experts, logits, given = problem(name)
-    total, parts = 0, []
+    total = 0
     for chosen in ([3, 1], [0, 2]):
         expert_map, local = rank_of(experts, config, chosen)
-        part = moe(x, local, logits, config, expert_map=expert_map)
-        parts.append(part)
+        part = layer(x, local, logits, config, expert_map=expert_map)
         check_close(part, expected(config, x, local, logits, given, expert_map=expert_map), 1e-2)
         total = total + part.astype(jnp.float32)
     check_close(total, expected(config, x, experts, logits, given), 3e-2)
@@ -86,13 +80,13 @@ def test_rows_of_no_expert_reach_no_scale():
 def test_router_weight_on_the_input_is_applied_before_quantizing():
     config = MoEConfig(4, 1, 128, 128, routing=RoutingConfig("llama4"), apply_router_weight_on_input=True)
     config, x, experts, logits, given = problem("fp8_channel", config)
-    check_close(moe(x, experts, logits, config), expected(config, x, experts, logits, given), 1e-2)
+    check_close(layer(x, experts, logits, config), expected(config, x, experts, logits, given), 1e-2)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1])
 def test_few_tokens(num_tokens):
     config, x, experts, logits, given = problem("fp8_block", num_tokens=num_tokens)
-    out = moe(x, experts, logits, config)
+    out = layer(x, experts, logits, config)
     assert out.shape == (num_tokens, 128)
     if num_tokens:
         check_close(out, expected(config, x, experts, logits, given), 1e-2)
@@ -101,17 +95,15 @@ def test_few_tokens(num_tokens):
 def test_sizes_that_the_block_does_not_divide():
     config = MoEConfig(4, 2, 192, 80, activation="swigluoai", has_bias=True)
     config, x, experts, logits, given = problem("fp8_block", config)
-    check_close(moe(x, experts, logits, config), expected(config, x, experts, logits, given), 1e-2)
+    check_close(layer(x, experts, logits, config), expected(config, x, experts, logits, given), 1e-2)
 
 
 def test_it_is_a_pytree_that_jit_and_scan_take():
     config, x, experts, logits, _ = problem("int8_block")
-    layer = functools.partial(moe, config=config)
-    once = jax.jit(layer)(x, experts, logits)
-    np.testing.assert_array_equal(once, layer(x, experts, logits))
+    once = layer(x, experts, logits, config)
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), experts)
-    twice, _ = jax.lax.scan(lambda x, weights: (layer(x, weights, logits), None), x, stacked)
-    np.testing.assert_array_equal(twice, layer(once, experts, logits))
+    scan = quick_jit(lambda x: jax.lax.scan(lambda x, weights: (moe(x, weights, logits, config), None), x, stacked)[0])
+    np.testing.assert_array_equal(scan(x), layer(once, experts, logits, config))
 
 
 def test_format_and_weights_must_agree():

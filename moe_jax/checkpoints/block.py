@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.checkpoints.families import LAYOUTS, Layout
-from moe_jax.checkpoints.quant_config import quantization_section, read_section
 from moe_jax.checkpoints.reader import Checkpoint, listed
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
@@ -45,14 +44,14 @@ class Block(NamedTuple):
         prefix: what comes before every name of the block, e.g. ``model.layers.3.mlp.``.
         layout: the `Layout` that the names follow.
         names: the names of the block's tensors, without the prefix.
-        quantization: the ``quantization_config`` of the checkpoint, or None.
+        quantization_config: what was passed instead of what the configs beside the checkpoint say, or None.
     """
 
     checkpoint: Checkpoint
     prefix: str
     layout: Layout
     names: frozenset[str]
-    quantization: Mapping[str, Any] | None = None
+    quantization_config: Mapping[str, Any] | None = None
 
     def first(self, spellings: Iterable[str]) -> str | None:
         """The first of several names that the block has, or None."""
@@ -94,11 +93,7 @@ def find_block(checkpoint: Checkpoint, layer: int, quantization_config: Mapping[
     root, layout = min(found, key=_preference)
     prefix = f"{root}layers.{layer}.{layout.block}."
     names = frozenset(name.removeprefix(prefix) for name in checkpoint.names if name.startswith(prefix))
-    if quantization_config is None:
-        section = read_section(checkpoint.folder)
-    else:
-        section = quantization_section(quantization_config)
-    return Block(checkpoint, prefix, layout, names, section)
+    return Block(checkpoint, prefix, layout, names, quantization_config)
 
 
 def check_tensors(block: Block, expected: Mapping[str, Wanted]) -> None:

@@ -36,11 +36,11 @@ def load_layer(
 
     Quantized experts stay as they are, codes and scales bit for bit, as `moe_jax.quantization.QuantizedArray`: FP8 in blocks
     (DeepSeek-V3, Qwen3, MiniMax-M2), per tensor or per channel (compressed-tensors, ModelOpt); int8; int4 of GPTQ, AWQ and
-    compressed-tensors. How they are stored is read from the checkpoint's ``quantization_config``, and the format to run
-    them in is ``quant_format_from_hf`` of it. Gate and up keep scales of their own (``halves=2``;
-    `moe_jax.quantization.merge_half_scales` makes them one). Static scales of activations go to ``w13_input_scale`` (the larger
-    of gate's and up's) and ``w2_input_scale``. Experts that are stored in a plain dtype are plain arrays, whatever the config
-    says.
+    compressed-tensors. How they are stored is read from the checkpoint's ``quantization_config``; the format to run them in
+    is ``quant_format_from_hf`` of it, as in ``MoEConfig.from_hf(hf, quantization=quant_format_from_hf(hf))``. Gate and up
+    keep scales of their own (``halves=2``; `moe_jax.quantization.merge_half_scales` makes them one). Static scales of
+    activations go to ``w13_input_scale`` (the larger of gate's and up's) and ``w2_input_scale``. Experts
+    that are stored in a plain dtype are plain arrays, whatever the config says.
 
     A quantized shared expert is dequantized to ``dtype``, and its static input scale is not used: it is a dense MLP that runs
     unquantized here, a little more accurate than the checkpoint's own arithmetic, and takes twice the memory.
@@ -65,7 +65,7 @@ def load_layer(
         IndexError: the checkpoint has no such layer.
         ValueError: a file is truncated; tensors are missing, have other shapes than ``config`` asks for, or are not
             accounted for by it; the layer is dense; ``expert_map`` is not a placement; a value overflows float16; a quantized
-            checkpoint whose ``quantization_config`` is missing or contradicts its tensors.
+            checkpoint whose ``quantization_config`` is missing or contradicts its tensors or ``config.quantization``.
         NotImplementedError: the checkpoint is quantized in a way that cannot be read, or its router is.
 
     Example:

@@ -11,7 +11,7 @@ import numpy as np
 from moe_jax.checkpoints.block import Block, check_nothing_unknown, check_tensors
 from moe_jax.checkpoints.families import PerExpert
 from moe_jax.checkpoints.quant_schemes import Quantization
-from moe_jax.checkpoints.stored_matrix import StoredMatrix, quantization_of
+from moe_jax.checkpoints.stored_matrix import StoredMatrix, check_format, quantization_of
 from moe_jax.config import MoEConfig
 from moe_jax.quantization.array import QuantizedArray
 from moe_jax.quantization.blocks import Blocks
@@ -33,6 +33,7 @@ def read_quantized_experts(block: Block, config: MoEConfig, here: list[int], evi
     """
     names = block.layout.experts
     quantization = _common(block, names, evidence)
+    check_format(block, quantization, config)
     hidden, size = ("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)
 
     def matrices(expert: int) -> list[StoredMatrix]:

@@ -11,7 +11,7 @@ import numpy as np
 from moe_jax.checkpoints.block import FLOAT_DTYPES, Block, Wanted, check_nothing_unknown, check_tensors
 from moe_jax.checkpoints.packings import STORED, Size, scale_array, scale_axes
 from moe_jax.checkpoints.quant_schemes import Quantization
-from moe_jax.checkpoints.stored_matrix import quantization_of
+from moe_jax.checkpoints.stored_matrix import check_format, quantization_of
 from moe_jax.config import MoEConfig
 from moe_jax.quantization.array import QuantizedArray
 from moe_jax.quantization.blocks import Blocks
@@ -39,6 +39,7 @@ def read_quantized_stacks(block: Block, config: MoEConfig, here: list[int], evid
     """
     names = block.layout.experts
     quantization = quantization_of(block, names.down, evidence)
+    check_format(block, quantization, config)
     hidden = ("hidden_size", config.hidden_size)
     both, size = ("2*intermediate_size", 2 * config.intermediate_size), ("intermediate_size", config.intermediate_size)
     gate_up = _Stack(block, config, quantization, names.gate_up, both, hidden, halves=2)

@@ -10,8 +10,9 @@ import numpy as np
 from moe_jax.checkpoints.block import FLOAT_DTYPES, Block, Wanted
 from moe_jax.checkpoints.families import QUANTIZED_SUFFIXES
 from moe_jax.checkpoints.packings import PACKINGS, SCALES, Size
-from moe_jax.checkpoints.quant_config import read_quantization, unquantized_by
+from moe_jax.checkpoints.quant_config import quantization_section, read_quantization, read_section, unquantized_by
 from moe_jax.checkpoints.quant_schemes import Quantization
+from moe_jax.config import MoEConfig
 from moe_jax.quantization.array import QuantizedArray
 
 INPUT_SCALES = ("input_scale", "activation_scale")
@@ -89,6 +90,21 @@ def quantized_names(block: Block, modules: Iterable[str]) -> list[str]:
     return sorted(name for name in block.names if name.startswith(within) and name.endswith(QUANTIZED_SUFFIXES))
 
 
+def check_format(block: Block, quantization: Quantization, config: MoEConfig) -> None:
+    """Checks that experts are stored as ``config.quantization`` says, if it says anything.
+
+    Raises:
+        ValueError: it says that they are of another number format.
+    """
+    wanted, found = config.quantization, quantization.format
+    if wanted is not None and wanted.weights != found.weights:
+        raise ValueError(
+            f"{block.prefix}experts in {block.checkpoint.path} are stored as {found.name} ({found.weights}), but config has "
+            f"quantization={wanted.name!r} ({wanted.weights}); use quantization=quant_format_from_hf(...) of the checkpoint's "
+            "config, or dequantize the experts and quantize them again (moe_jax.quantization)"
+        )
+
+
 def quantization_of(block: Block, module: str, evidence: str) -> Quantization:
     """How the checkpoint's config says that ``module``, which is quantized as the tensor ``evidence`` shows, is stored.
 
@@ -96,15 +112,18 @@ def quantization_of(block: Block, module: str, evidence: str) -> Quantization:
         ValueError: there is no such config, or it says that the module is not quantized.
         NotImplementedError: a method, a packing or a number format that cannot be read.
     """
-    where = f"{block.prefix}{evidence} in {block.checkpoint.path}"
-    if block.quantization is None:
+    where, folder = f"{block.prefix}{evidence} in {block.checkpoint.path}", block.checkpoint.folder
+    given = block.quantization_config
+    section = read_section(folder) if given is None else quantization_section(given)
+    if section is None:
+        said = f"there is no quantization_config in {folder} (config.json, hf_quant_config.json)"
         raise ValueError(
-            f"{where} is part of a quantized weight, but there is no quantization_config in {block.checkpoint.folder} "
-            "(config.json, hf_quant_config.json) that says how; download it, or pass quantization_config="
+            f"{where} is part of a quantized weight, but {said if given is None else 'nothing in quantization_config='} "
+            "that says how; download config.json again, or pass its quantization_config as quantization_config="
         )
     name = block.prefix + module
-    reason = unquantized_by(block.quantization, name)
-    found = None if reason else read_quantization(block.quantization, name)
+    reason = unquantized_by(section, name)
+    found = None if reason else read_quantization(section, name)
     if found is None:
         raise ValueError(
             f"{where} is part of a quantized weight, but its quantization_config says that {name} is not quantized: "

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 from moe_jax.ops import implementation as impl
 from moe_jax.ops.group_tokens import row_tokens
 from moe_jax.quantization import Spec
 from moe_jax.quantization.quantize import quantize
 from moe_jax.quantization.rounding import scale_to_float32
-
-
-class QuantizedRows(NamedTuple):
-    """Rows of activations as a matmul reads them.
-
-    Attributes:
-        values: codes ``[R, H]``, float8_e4m3fn or int8.
-        scales: float32 ``[G, Rp]``, a line for each group of columns (one line if a row has one scale, or all have); the R rows
-            and at least 192 to spare, so that a run of rows that begins with the last can be read. Powers of two, if the
-            format has only these, are float32 too.
-    """
-
-    values: Shaped[Array, "R H"]
-    scales: Float[Array, "G Rp"]
+from moe_jax.quantization.rows import QuantizedRows
 
 
 def supports(x: Any, spec: Spec, top_k: int = 1) -> str | None:
@@ -75,8 +61,8 @@ def gather_quantize(
 
     Example:
         >>> x, places = jnp.array([[448.0, 1.0], [3.0, 6.0]]), jnp.array([[1], [0]], jnp.int32)
-        >>> values, scales = gather_quantize(x, places, Spec("float8_e4m3fn", "token"))
-        >>> values.astype(jnp.float32).tolist(), scales[0, :2].tolist(), scales.shape
+        >>> rows = gather_quantize(x, places, Spec("float8_e4m3fn", "token"))
+        >>> rows.values.astype(jnp.float32).tolist(), rows.scales[0, :2].tolist(), rows.scales.shape
         ([[224.0, 448.0], [448.0, 1.0]], [0.0133928582072258, 1.0], (1, 196))
     """
     from moe_jax.kernels.hopper import gather_quantize as kernel
@@ -88,7 +74,7 @@ def gather_quantize(
     rows = x.shape[0] * top_k
     if x.size == 0 or rows == 0:
         shape = kernel.scales_shape(rows, x.shape[1], spec)
-        return QuantizedRows(jnp.zeros((rows, x.shape[1]), spec.storage_dtype), jnp.zeros(shape, jnp.float32))
+        return QuantizedRows(jnp.zeros((rows, x.shape[1]), spec.storage_dtype), jnp.zeros(shape, jnp.float32), spec)
     chosen = impl.choose("gather_quantize", implementation, kernel.supports(x, spec, top_k))
     if chosen == "xla":
         return plain_gather_quantize(x, positions, spec, scales, weights, num_rows)
@@ -96,7 +82,7 @@ def gather_quantize(
     amax = None
     if scales is None and spec.granularity == "tensor":
         amax = row_amax(x, positions, spec, **options)
-    return QuantizedRows(*kernel.gather_quantize(x, positions, spec, scales=scales, amax=amax, **options))
+    return QuantizedRows(*kernel.gather_quantize(x, positions, spec, scales=scales, amax=amax, **options), spec)
 
 
 def _checked(x: Any, positions: Any, spec: Spec, scales: ArrayLike | None, num_rows: Any) -> Array | None:
@@ -144,15 +130,15 @@ def plain_gather_quantize(
         [[127], [0]]
     """
     from moe_jax.kernels.hopper.gather_quantize import scales_shape
+    from moe_jax.kernels.hopper.scaling import rounded
 
     tokens = jnp.arange(x.shape[0])
     valid = (tokens < num_rows[0]) if num_rows is not None else tokens >= 0
     if positions is not None:
         valid = (positions >= 0).any(axis=1)
     if weights is not None:
-        info = jnp.finfo(x.dtype)
-        product = x.astype(jnp.float32) * weights
-        x = lax.reduce_precision(product, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+        x = rounded(x.astype(jnp.float32) * weights, x.dtype)
+    asked = spec
     if scales is not None:
         spec = dataclasses.replace(spec, granularity="token")  # one a token, whether or not they are the same
         scales = jnp.broadcast_to(scales, tokens.shape)
@@ -167,4 +153,4 @@ def plain_gather_quantize(
         values = jnp.where(has_one[:, None], values[token], jnp.zeros((), values.dtype))
         per_token = jnp.where(has_one[:, None], per_token[token], 0)
     spare = scales_shape(values.shape[0], x.shape[1], spec)[1] - values.shape[0]
-    return QuantizedRows(values, jnp.pad(per_token.T, ((0, 0), (0, spare))))
+    return QuantizedRows(values, jnp.pad(per_token.T, ((0, 0), (0, spare))), asked)

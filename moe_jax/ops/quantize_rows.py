@@ -33,8 +33,7 @@ def quantize_tokens(
         if spec.granularity == "tensor" and not spec.static:  # a token without a local expert has no part in the scale
             x = jnp.where((positions >= 0).any(axis=1)[:, None], x, 0)
         positions = None
-    found = gather_quantize(x, positions, spec, scales=scales, implementation=implementation)
-    return QuantizedRows(*found, spec)
+    return gather_quantize(x, positions, spec, scales=scales, implementation=implementation)
 
 
 def quantize_rows(
@@ -56,5 +55,4 @@ def quantize_rows(
     """
     shared = spec.granularity == "tensor" and not spec.static
     num_rows = jnp.sum(groups.group_sizes, dtype=jnp.int32)[None] if shared else None
-    found = gather_quantize(rows, None, spec, num_rows=num_rows, scales=scales, implementation=implementation)
-    return QuantizedRows(*found, spec)
+    return gather_quantize(rows, None, spec, num_rows=num_rows, scales=scales, implementation=implementation)

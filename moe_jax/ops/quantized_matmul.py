@@ -41,7 +41,7 @@ def reason_against(
 
 
 def quantized_matmul(
-    rows: Float[Array, "R K"] | QuantizedRows,
+    rows: Float[Array, "rows K"] | QuantizedRows,
     weights: QuantizedArray,
     groups: Groups,
     *,
@@ -55,8 +55,8 @@ def quantized_matmul(
 ) -> Float[Array, "R N_out"]:
     """`moe_jax.ops.grouped_matmul.grouped_matmul` with quantized weights; its arguments are checked there.
 
-    Rows that are not quantized are multiplied with the weights dequantized to their dtype: a copy of all weights, where the
-    kernels run, for there is none yet that multiplies codes with them.
+    Rows that are not quantized are multiplied with codes that the kernel decodes on their way into the tensor cores. It cannot
+    decode int4: there, where the kernels run, all weights are dequantized before.
 
     Args:
         rows: quantized, or not with a weight-only format.
@@ -72,28 +72,16 @@ def quantized_matmul(
     """
     from moe_jax.kernels.hopper import matmul_fp8 as kernel
 
-    tile_group = groups.tile_group + group_offset
+    tile_group = groups.tile_group
+    if not (isinstance(group_offset, int) and group_offset == 0):
+        tile_group = tile_group + group_offset
+    plain = (weights, groups, bias, activation, tile_group, tokens_as_rows, dtype)
     if not isinstance(rows, QuantizedRows):
-        if impl.choose("grouped_matmul", implementation, None) != "xla":
-            from moe_jax.ops.grouped_matmul import grouped_matmul
-
-            plain_weights = weights.dequantize(rows.dtype)
-            return grouped_matmul(
-                rows,
-                plain_weights,
-                groups,
-                bias=bias,
-                activation=activation,
-                group_offset=group_offset,
-                tokens_as_rows=tokens_as_rows,
-                config=config,
-                implementation=implementation,
-            )
-        return _plain(rows, weights, groups, bias, activation, tile_group, tokens_as_rows, dtype)
+        return _weight_only(rows, *plain, config=config, implementation=implementation)
     reason = reason_against(rows, weights, activation, groups.tile_rows, dtype)
     chosen = impl.choose("grouped_matmul", implementation, reason)
     if chosen == "xla":
-        return _plain(rows.dequantize(), weights, groups, bias, activation, tile_group, tokens_as_rows, dtype)
+        return _plain(rows.dequantize(), *plain)
     if config is None:
         gated = activation is not None and activation.is_gated
         n_out = weights.shape[1] // (2 if gated else 1)
@@ -118,9 +106,51 @@ def quantized_matmul(
     )
 
 
+def _weight_only(rows, weights, groups, bias, activation, tile_group, tokens_as_rows, dtype, *, config, implementation):
+    from moe_jax.kernels.hopper import matmul_bf16 as kernel
+
+    gathered = groups.row_tokens if tokens_as_rows else None
+    reason = _reason_against_codes(rows, weights, bias, activation, groups.tile_rows, gathered is not None)
+    chosen = impl.choose("grouped_matmul", implementation, None if weights.spec.dtype == "int4" else reason)
+    if chosen == "xla":
+        return _plain(rows, weights, groups, bias, activation, tile_group, tokens_as_rows, dtype)
+    gated = activation is not None and activation.is_gated
+    n_out = weights.shape[1] // (2 if gated else 1)
+    likely_tiles = min(groups.num_rows, weights.shape[0])
+    coded = reason is None
+    return kernel.grouped_matmul(
+        rows,
+        weights.values if coded else weights.dequantize(rows.dtype),
+        tile_group,
+        groups.tile_starts,
+        groups.tile_sizes,
+        groups.num_tiles,
+        bias,
+        activation,
+        config=config or default_config(groups.tile_rows, gated, n_out, likely_tiles),
+        tile_tokens=groups.tile_tokens if tokens_as_rows else None,
+        row_tokens=gathered,
+        weight_scales=_scales(weights) if coded else None,
+        total_rows=groups.num_rows,
+        interpret=impl.interpret_params(chosen),
+    )
+
+
+def _reason_against_codes(rows, weights, bias, activation, tile_rows: int, gather: bool) -> str | None:
+    """Why no kernel decodes the weights; None if one does."""
+    from moe_jax.kernels.hopper import matmul_bf16 as kernel
+
+    if weights.spec.dtype == "int4" or weights.columns is not None or weights.spec.granularity == "group":
+        return f"{weights.spec} with columns={weights.columns} has no kernel that decodes it; it is dequantized before"
+    scales = jax.eval_shape(_scales, weights)
+    return kernel.supports(rows, weights.values, bias, activation, tile_rows, gather, scales)
+
+
 def _scales(weights: QuantizedArray) -> Array:
-    """Scales of weights as the kernel takes them."""
-    scales = scale_to_float32(weights.scales)
+    """Scales of weights as the kernels take them: powers of two become float32, which is a small kernel of XLA's."""
+    scales = weights.scales
+    if scales.dtype != jnp.float32:
+        scales = scale_to_float32(scales)
     return scales[:, None] if scales.ndim == 1 else scales
 
 

@@ -11,8 +11,6 @@ from jaxtyping import Array, Float, Shaped
 
 from moe_jax.quantization.formats import Spec
 
-PADDING = 192  # rows that a kernel may read past the last: a tile
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -21,7 +19,8 @@ class QuantizedRows:
 
     Attributes:
         values: ``[R, K]`` of the spec's dtype.
-        scales: float32 ``[G, padded R]``, one line for each group of columns, or one alone; undefined past R.
+        scales: float32 ``[G, R and more]``, one line for each group of columns, or one alone: a kernel reads a tile of rows that
+            begins with any of them. Undefined past R. Powers of two, if the format has only these, are float32 too.
         spec: the number format (static): ``tensor``, ``token`` or ``group``.
 
     Example:
@@ -50,13 +49,3 @@ class QuantizedRows:
         group = self.spec.block[1] if self.spec.granularity == "group" else columns
         scales = jnp.repeat(self.scales[:, :rows].T, max(1, group), axis=1)[:, :columns]
         return self.values.astype(jnp.float32) * scales
-
-
-def padded_rows(rows: int) -> int:
-    """Length of a line of scales: `PADDING` more than there are rows, whole multiples of 16 bytes.
-
-    Example:
-        >>> padded_rows(3), padded_rows(4)
-        (196, 196)
-    """
-    return -(-(rows + PADDING) // 4) * 4

@@ -1,5 +1,6 @@
 """What is said about quantized checkpoints that are broken, contradict their config, or cannot be read."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -97,6 +98,8 @@ def test_no_quantization_config(tmp_path):
     (path / "config.json").write_text("{")
     with raises(ValueError, "config.json is not JSON", "download it again"):
         load_layer(path, 0, CONFIG)
+    with raises(ValueError, "is part of a quantized weight, but nothing in quantization_config="):
+        load_layer(path, 0, CONFIG, quantization_config={"model_type": "mixtral"})
     (path / "config.json").write_text("[]")
     with raises(ValueError, "config.json holds a list, not a JSON object"):
         load_layer(path, 0, CONFIG)
@@ -111,6 +114,20 @@ def test_a_config_that_contradicts_the_tensors(tmp_path):
     path = saved("ct fp8 channel", tmp_path, config=config | {"config_groups": groups})
     with raises(ValueError, "is not quantized: no config group targets it"):
         load_layer(path, 0, CONFIG)
+
+
+def test_a_layer_of_another_format(tmp_path):
+    path = saved("fp8 blocks", tmp_path)
+    for name in ("fp8_block", "fp8_weight_block"):  # the same weights
+        load_layer(path, 0, dataclasses.replace(CONFIG, quantization=name))
+    with raises(
+        ValueError,
+        "experts in",
+        "are stored as fp8_block",
+        "config has quantization='fp8_channel'",
+        "quant_format_from_hf",
+    ):
+        load_layer(path, 0, dataclasses.replace(CONFIG, quantization="fp8_channel"))
 
 
 def test_matrices_in_different_formats(tmp_path):

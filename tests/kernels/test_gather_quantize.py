@@ -49,6 +49,10 @@ def test_dtypes_and_weights(dtype, name):
     check(x, places, SPECS[name], weights=weights)
 
 
+def test_a_weight_makes_float16_subnormal():
+    check(normal(2, 3, 256, dtype="float16"), None, SPECS["fp8 group ue8m0"], weights=jnp.full((3, 1), 1e-5))
+
+
 @pytest.mark.parametrize("hidden", [16, 1024, 2880])
 def test_widths(hidden):
     check(normal(3, 3, hidden, dtype="bfloat16"), places_of(3, 3, 2), SPECS["fp8 group"])

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.ops.gather_quantize import QuantizedRows, gather_quantize, supports
+from moe_jax.ops.gather_quantize import gather_quantize, supports
 from moe_jax.quantization import FORMATS, Spec
+from moe_jax.quantization.rows import QuantizedRows
 from tests.layers import normal, quick_jit
 from tests.quantized_rows import SPECS, check_discriminates, check_quantized_rows, hard_rows, places_of
 from tests.util import without_type_checks
@@ -39,6 +40,10 @@ def test_the_check_can_fail(name):
 def test_dtypes_and_weights(dtype):
     x, places, weights = hard_rows(2, 12, 40, dtype), places_of(2, 12, 2), jnp.abs(normal(2, 12, 1))
     check(x, places, SPECS["fp8 token"], weights=weights)
+
+
+def test_a_weight_makes_float16_subnormal():
+    check(normal(6, 8, 256, dtype="float16"), None, SPECS["fp8 group ue8m0"], weights=jnp.full((8, 1), 1e-5))
 
 
 @pytest.mark.parametrize("name", ["fp8 group", "fp8 tensor"])

@@ -1,5 +1,6 @@
 """Whole experts: one at a time, from NumPy, in a jit; and the float32 oracle of a quantized layer."""
 
+import dataclasses
 import functools
 
 import jax
@@ -70,6 +71,15 @@ def test_ungated_experts_have_one_half():
     assert quantize_experts(experts_of(1, UNGATED), "fp8_tensor").w13.scales.shape == (6,)
     gated = quantize_experts(EXPERTS, "fp8_tensor").w13
     assert gated.scales.shape == (6, 2) and merge_half_scales(gated).scales.shape == (6,)
+
+
+def test_input_scales_stay_until_nothing_is_quantized():
+    scale = jnp.arange(6, dtype=jnp.float32)
+    scaled = dataclasses.replace(EXPERTS, w13_input_scale=scale, w2_input_scale=2 * scale)
+    quantized = quantize_experts(scaled, "fp8_tensor")
+    assert quantized.w13_input_scale is scale and quantized.w2_input_scale is scaled.w2_input_scale
+    back = dequantize_experts(quantized)
+    assert back.w13_input_scale is None and back.w2_input_scale is None
 
 
 def test_no_experts_at_all():

@@ -23,7 +23,8 @@ from moe_jax.kernels.hopper import tiles
 _BOX = 256  # columns, TMA's limit per dimension
 BLOCKS = (32, 64, 128)  # columns of a group
 _IN_FLIGHT = 12 * 1024  # bytes on their way into a CTA that are enough
-_BUFFER_BYTES = 200 * 1024  # shared memory of all CTAs of a multiprocessor
+_SHARED_BYTES = 228 * 1024  # of a multiprocessor
+_BESIDE = 3200  # bytes of it that a CTA takes beside its rows: for the system, for reductions over warps, barriers
 
 
 @functools.cache
@@ -109,12 +110,19 @@ class Plan:
     workers: int
 
     @classmethod
-    def of(cls, x: Any, tile: Tile, sms: int, ctas_per_sm: int, more_bytes: int = 0, ahead: int | None = None) -> Plan:
-        """As many CTAs as fit, if each needs `more_bytes` of shared memory a column beside the rows."""
+    def of(
+        cls, x: Any, tile: Tile, sms: int, ctas_per_sm: int | None, more_bytes: int = 0, ahead: int | None = None
+    ) -> Plan:
+        """As many CTAs as fit, if each needs `more_bytes` of shared memory a column beside the rows.
+
+        A CTA more than a multiprocessor has room for would begin when others have ended. Up to 48 registers a thread leave room
+        for 10 CTAs, up to 80 for 6: what ptxas makes of `gather_quantize` with at most two tiles in registers, and with four
+        (up to 8 slots; benchmarks/machine_code.py shows how to see it).
+        """
         tokens, columns = x.shape
         ahead = ahead or min(4, max(1, _IN_FLIGHT // (columns * x.dtype.itemsize)))
-        buffers = _bytes(x, (ahead + 1) * x.dtype.itemsize + more_bytes)
-        ctas = max(1, min(ctas_per_sm, _BUFFER_BYTES // buffers))
+        in_registers = ctas_per_sm or (10 if columns <= 2 * tile.columns else 6)
+        ctas = max(1, min(in_registers, _SHARED_BYTES // _bytes(x, (ahead + 1) * x.dtype.itemsize + more_bytes)))
         return cls(tile, tokens, columns, ahead, min(sms * ctas, tokens))
 
     @property
@@ -144,11 +152,11 @@ class Plan:
 
 def fits(x: Any, more_bytes: int = 0) -> bool:
     """Whether two rows of `x` and `more_bytes` a column fit in shared memory."""
-    return _bytes(x, 2 * x.dtype.itemsize + more_bytes) <= _BUFFER_BYTES
+    return _bytes(x, 2 * x.dtype.itemsize + more_bytes) <= _SHARED_BYTES
 
 
 def _bytes(x: Any, a_column: int) -> int:
-    return pl.cdiv(x.shape[1], 1024) * 1024 * a_column
+    return pl.cdiv(x.shape[1], 1024) * 1024 * a_column + _BESIDE
 
 
 class Stream:

@@ -40,6 +40,20 @@ def _float(bits: Any) -> Any:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def rounded(x: Any, dtype: Any) -> Any:
+    """float32 rounded to a narrower dtype, as float32; a compiler may leave out a conversion there and back, but not this.
+
+    Example:
+        >>> rounded(jnp.float32([0.1, 3e-7, 1e5]), jnp.float16).tolist()
+        [0.0999755859375, 2.980232238769531e-07, inf]
+    """
+    info = jnp.finfo(dtype)
+    normal = lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    if info.dtype != jnp.float16:
+        return normal  # what is subnormal there is subnormal here
+    return jnp.where(jnp.abs(x) < 2.0**-14, jnp.round(x * 2.0**24) * 2.0**-24, normal)
+
+
 def _rounded_reciprocal(x: Any, layout: Any) -> Any:
     """Correctly rounded; zero gives infinity."""
 
@@ -123,5 +137,4 @@ class Scaling:
         product = x.astype(jnp.float32) * weight
         if not self.interpret:
             return product.astype(x.dtype).astype(jnp.float32)
-        info = jnp.finfo(x.dtype)
-        return lax.reduce_precision(product, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+        return rounded(product, x.dtype)

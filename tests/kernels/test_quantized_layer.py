@@ -1,0 +1,37 @@
+"""Whole layers of quantized experts, their kernels one after the other in the interpreter, and lowered for CUDA."""
+
+import functools
+
+import jax
+import pytest
+
+from moe_jax import MoEConfig, moe, quantize_experts
+from moe_jax.quantization import reference
+from moe_jax.routing import route
+from tests.layers import experts_of, logits_of, quick_jit, x_of
+from tests.lowering import like, lower, num_kernels
+from tests.util import assert_discriminates, check_close
+
+
+@pytest.mark.parametrize(("name", "num_tokens"), [("fp8_block", 5), ("fp8_tensor", 19), ("int8_weight", 19)])
+def test_layer(name, num_tokens):
+    """A few tokens are quantized where they are; one scale for all rows takes a kernel of its own."""
+    config = MoEConfig(4, 2, 128, 64, quantization=name)
+    x, logits = x_of(0, config, num_tokens), logits_of(0, config, num_tokens)
+    experts = quantize_experts(experts_of(0, config), name)
+    out = moe(x, experts, logits, config, implementation="mosaic_interpret")
+    oracle = quick_jit(lambda *a: reference.apply_experts(*a[:2], route(a[2], config), config, config.quantization))
+    right = oracle(x, experts, logits)
+    check_close(out, right, 1e-2)
+    assert_discriminates(lambda y: check_close(y, right, 1e-2), out)
+
+
+@pytest.mark.parametrize(("name", "kernels"), [("fp8_block", 7), ("int8_channel", 7), ("fp8_weight_channel", 5)])
+def test_lowers_for_cuda_to_mosaic_alone(monkeypatch, name, kernels):
+    """Routing, grouping, gather with quantizing, up, quantizing, down, combine; codes alone need no quantizing."""
+    monkeypatch.undo()
+    config = MoEConfig(32, 4, 2048, 768, quantization=name)
+    experts = jax.eval_shape(lambda: quantize_experts(experts_of(0, config), name))
+    layer = functools.partial(moe, config=config, implementation="mosaic")
+    text = lower(layer, like("bfloat16", 1000, 2048), experts, like("float32", 1000, 32))
+    assert num_kernels(text) == kernels
