@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import ExpertWeights, MoEConfig, TopK, reference
+from moe_jax.bench.environment import describe
 from moe_jax.quantization import FORMATS, QuantFormat, quantize, quantize_experts
 from moe_jax.quantization.reference import apply_experts
 
@@ -92,7 +93,8 @@ def measure(
             row[f"layer_{tail}"] = layers[tail].error(FORMATS[name])
         rows.append(row)
     sizes = {"weights": list(shape), "hidden": config.hidden_size, "intermediate": config.intermediate_size}
-    return {"jax": jax.__version__, "dtype": config.dtype, **sizes, "tokens": tokens, "rows": rows}
+    sizes |= {"num_experts": config.num_experts, "top_k": config.top_k, "tokens": tokens}
+    return describe(None, ()) | {"dtype": config.dtype, **sizes, "rows": rows}
 
 
 def table(result: dict) -> str:
