@@ -58,7 +58,7 @@ def test_float16():
     run(*problem(2, groups_of(2, 9, 2, 3, 64), 80, 96, "float16"), activation="silu")
 
 
-@pytest.mark.parametrize("activation", ["swigluoai", "swiglustep", "gelu", "gelu_tanh_no_mul", "relu2_no_mul"])
+@pytest.mark.parametrize("activation", ["swigluoai", "gelu", "relu2_no_mul"])
 def test_activations_with_bias(activation):
     bias = normal(3, 3, 96, dtype="bfloat16")
     run(*problem(3, groups_of(3, 9, 2, 3, 64), 80, 96), activation=activation, bias=bias)
@@ -112,7 +112,7 @@ def test_neighbours_fetch_their_rows_together(tile_rows, n):
     check_grouped_matmul(out, rows, weights, groups, None, None, 0)
 
 
-@pytest.mark.parametrize("num_tokens", [1, pytest.param(11, marks=pytest.mark.once), 16])
+@pytest.mark.parametrize("num_tokens", [1, 16])
 def test_tokens_as_rows(num_tokens):
     """Every expert visited multiplies all hidden states and keeps the rows of its own tokens."""
     logits, rule = normal(12, num_tokens, 4), RoutingConfig().rule
@@ -205,8 +205,10 @@ def test_tokens_are_no_rows_of_other_groups():
         grouped_matmul(jnp.ones((9, 16)), jnp.ones((3, 16, 16)), groups_of(6, 9, 2, 3, 64), tokens_as_rows=True)
 
 
-@pytest.mark.parametrize("columns", [16, 32])
-@pytest.mark.parametrize(("gated", "halves", "consumers"), [(True, 2, 1), (True, 2, 2), (False, 2, 1), (False, 1, 1)])
+@pytest.mark.parametrize(
+    ("columns", "gated", "halves", "consumers"),
+    [(16, True, 2, 1), (32, True, 2, 2), (16, False, 1, 1), (32, False, 2, 1)],
+)
 def test_narrow_tiles(columns, gated, halves, consumers):
     """Blocks of less than 64 columns, whose stages hold several pieces of K; the last past the end of K and of the columns."""
     groups = groups_with_sizes(14, (3, 0, 17, 1), 16)
