@@ -58,7 +58,7 @@ def test_float16():
     run(*problem(2, groups_of(2, 9, 2, 3, 64), 80, 96, "float16"), activation="silu")
 
 
-@pytest.mark.parametrize("activation", ["swigluoai", "gelu", "relu2_no_mul"])
+@pytest.mark.parametrize("activation", ["swigluoai", "swiglustep", "gelu", "gelu_tanh_no_mul", "relu2_no_mul"])
 def test_activations_with_bias(activation):
     bias = normal(3, 3, 96, dtype="bfloat16")
     run(*problem(3, groups_of(3, 9, 2, 3, 64), 80, 96), activation=activation, bias=bias)
