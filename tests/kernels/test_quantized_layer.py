@@ -30,8 +30,8 @@ def test_layer(name, num_tokens):
 def test_lowers_for_cuda_to_mosaic_alone(monkeypatch, name, kernels):
     """Routing, grouping, gather with quantizing, up, quantizing, down, combine; codes alone need no quantizing."""
     monkeypatch.undo()
-    config = MoEConfig(32, 4, 2048, 768, quantization=name)
+    config = MoEConfig(8, 4, 256, 128, quantization=name)
     experts = jax.eval_shape(lambda: quantize_experts(experts_of(0, config), name))
     layer = functools.partial(moe, config=config, implementation="mosaic")
-    text = lower(layer, like("bfloat16", 1000, 2048), experts, like("float32", 1000, 32))
+    text = lower(layer, like("bfloat16", 1000, 256), experts, like("float32", 1000, 8))
     assert num_kernels(text) == kernels
