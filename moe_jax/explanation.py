@@ -143,7 +143,7 @@ def _quantized_reasons(
             if name == "up":
                 found.append(("gather", gather.supports(x)))
             reason = quantized_matmul.reason_against_codes(rows, codes, bias if act else None, act, tile_rows, False)
-            if spec.dtype == "int4":  # the kernel of 16-bit floats runs, on a copy
+            if reason is not None:  # the kernel of 16-bit floats runs, on a copy
                 found.append((f"decode ({name})", reason))
                 reason = matmul_bf16.supports(rows, weights, bias if act else None, act, tile_rows)
             found.append((op, reason))

@@ -56,7 +56,7 @@ def quantized_matmul(
     """`moe_jax.ops.grouped_matmul.grouped_matmul` with quantized weights; its arguments are checked there.
 
     Rows that are not quantized are multiplied with codes that the kernel decodes on their way into the tensor cores. It cannot
-    decode int4: there, where the kernels run, all weights are dequantized before.
+    decode int4 and odd sizes: there, where the kernels run, all weights are dequantized before, with a warning.
 
     Args:
         rows: quantized, or not with a weight-only format.
@@ -77,7 +77,11 @@ def quantized_matmul(
         tile_group = tile_group + group_offset
     plain = (weights, groups, bias, activation, tile_group, tokens_as_rows, dtype)
     if not isinstance(rows, QuantizedRows):
-        return _weight_only(rows, *plain, config=config, implementation=implementation)
+        if impl.choose("grouped_matmul", implementation, None) == "xla":
+            return _plain(rows, *plain)
+        return _weight_only(
+            rows, weights, groups, bias, activation, group_offset, tile_group, tokens_as_rows, config, implementation
+        )
     reason = reason_against(rows, weights, activation, groups.tile_rows, dtype)
     chosen = impl.choose("grouped_matmul", implementation, reason)
     if chosen == "xla":
@@ -106,21 +110,34 @@ def quantized_matmul(
     )
 
 
-def _weight_only(rows, weights, groups, bias, activation, tile_group, tokens_as_rows, dtype, *, config, implementation):
+def _weight_only(
+    rows, weights, groups, bias, activation, group_offset, tile_group, tokens_as_rows, config, implementation
+):
     from moe_jax.kernels.hopper import matmul_bf16 as kernel
 
     gathered = groups.row_tokens if tokens_as_rows else None
     reason = reason_against_codes(rows, weights, bias, activation, groups.tile_rows, gathered is not None)
-    chosen = impl.choose("grouped_matmul", implementation, None if weights.spec.dtype == "int4" else reason)
-    if chosen == "xla":
-        return _plain(rows, weights, groups, bias, activation, tile_group, tokens_as_rows, dtype)
+    if reason is not None:
+        from moe_jax.ops.grouped_matmul import grouped_matmul
+
+        impl.choose("decode", "auto", reason)  # says so, on a GPU
+        return grouped_matmul(
+            rows,
+            weights.dequantize(rows.dtype),
+            groups,
+            bias=bias,
+            activation=activation,
+            group_offset=group_offset,
+            tokens_as_rows=tokens_as_rows,
+            config=config,
+            implementation=implementation,
+        )
     gated = activation is not None and activation.is_gated
     n_out = weights.shape[1] // (2 if gated else 1)
     likely_tiles = min(groups.num_rows, weights.shape[0])
-    coded = reason is None
     return kernel.grouped_matmul(
         rows,
-        weights.values if coded else weights.dequantize(rows.dtype),
+        weights.values,
         tile_group,
         groups.tile_starts,
         groups.tile_sizes,
@@ -130,9 +147,9 @@ def _weight_only(rows, weights, groups, bias, activation, tile_group, tokens_as_
         config=config or default_config(groups.tile_rows, gated, n_out, likely_tiles),
         tile_tokens=groups.tile_tokens if tokens_as_rows else None,
         row_tokens=gathered,
-        weight_scales=_scales(weights) if coded else None,
+        weight_scales=_scales(weights),
         total_rows=groups.num_rows,
-        interpret=impl.interpret_params(chosen),
+        interpret=impl.interpret_params(impl.choose("grouped_matmul", implementation, None)),
     )
 
 

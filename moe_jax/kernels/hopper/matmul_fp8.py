@@ -3,16 +3,16 @@
 The same machine as `matmul_bf16`: a producer warp, a ring of stages, consumers with weights on the M side of wgmma, one copy of
 the loop for each row count. What is different are the scales.
 
-- One scale a row and one a channel, or one for all (`promote` None): products are summed over all of K in the tensor cores,
+- One scale a row and one a channel, or one for all: products are summed over all of K in the tensor cores,
   int8 exactly, and scaled once, before the bias.
 - A scale for each 128 columns of a row and for each block of weights: a sum over 128 of K is scaled and added up in float32
   registers. Scales of rows come with the stage, those of blocks are loaded as numbers: 64 rows of weights have one.
 
-FP8 wgmma alone adds up with some 14 bits, 1.3e-3 off at K = 4096; what is promoted every 128 is as good as float32. Both ways
-sum in an order that depends on nothing but K: a row has the same bits in any tile.
+FP8 wgmma alone adds up with fewer bits than float32; what is promoted every 128 does not lose them. Both ways sum in an order
+that depends on nothing but K: a row has the same bits in any tile.
 
 Registers bind: a consumer holds both sums of its 64 columns, gate and up, and one product of 128 of K, which is scaled while
-the other consumer's is computed. That allows 128 rows: 233 instructions a thread and step beside 8 of wgmma, no spills.
+the other consumer's is computed. That allows 128 rows. Not timed yet.
 """
 
 from __future__ import annotations
