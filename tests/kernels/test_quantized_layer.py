@@ -13,9 +13,11 @@ from tests.lowering import like, lower, num_kernels
 from tests.util import assert_discriminates, check_close
 
 
-@pytest.mark.parametrize(("name", "num_tokens"), [("fp8_block", 5), ("fp8_tensor", 19), ("int8_weight", 19)])
+@pytest.mark.parametrize(
+    ("name", "num_tokens"), [("fp8_block", 5), ("fp8_tensor", 19), ("int8_weight", 19), ("int4_group32", 5)]
+)
 def test_layer(name, num_tokens):
-    """A few tokens are quantized where they are; one scale for all rows takes a kernel of its own."""
+    """A few tokens are quantized where they are; one scale for all rows takes a kernel of its own; int4 is dequantized before."""
     config = MoEConfig(4, 2, 128, 64, quantization=name)
     x, logits = x_of(0, config, num_tokens), logits_of(0, config, num_tokens)
     experts = quantize_experts(experts_of(0, config), name)
