@@ -33,11 +33,11 @@ from moe_jax.kernels.hopper import tiles, views
 from moe_jax.kernels.hopper.codes import block_rows
 from moe_jax.kernels.hopper.epilogue import Columns, Epilogue
 from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
+from moe_jax.kernels.hopper.row_scales import MULTIPLE, RowScales
 
 MOST_ROWS = 160  # of a tile
 MOST_PROMOTED = 128  # of a tile whose products are promoted
 GROUP = 128  # columns of K that share a scale where they are promoted
-_SCALES = 32  # scales of rows come in multiples of 128 bytes
 _DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8))
 _OUTPUTS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -134,7 +134,8 @@ def grouped_matmul(
     epilogue = Epilogue(
         config, n_out, out_dtype, activation, bias_dtype, marked=shared, interpret=interpret is not None
     )
-    channels = Columns(config, n_out, gated, jnp.float32)
+    channels, of_rows = Columns(config, n_out, gated, jnp.float32), RowScales(config)
+    row_counts = tuple(c for c in config.row_counts if dtype != jnp.int8 or c <= 32 or c % 16 == 0 or c == tile_rows)
     block = block_rows(n_out, weight_scales.shape[1], gated) if promote else None
     sums = jnp.int32 if dtype == jnp.int8 else jnp.float32
     pieces = [  # of the weights of a stage: (its row there, the row of the expert's matrix, the first column of K)
@@ -155,6 +156,7 @@ def grouped_matmul(
         out_g, rows_s, weights_s, full, empty = refs[:5]
         refs = refs[5:]
         row_scales_s = refs.pop(0) if promote else None
+        a_row = None if promote else (row_scales_g, refs.pop(0), refs.pop(0))
         of_channels = (weight_scales_g, refs.pop(0), refs.pop(0)) if by_channel else None
         ends = epilogue.references(out_g, bias_g, refs)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
@@ -174,7 +176,7 @@ def grouped_matmul(
         def for_row_count(size, run):
             """Calls `run(count, below)` for the smallest row count that covers `size`, and the one before, which does not."""
             below = 0
-            for count in config.row_counts:
+            for count in row_counts:
                 pl.when((size > below) & (size <= count))(lambda count=count, below=below: run(count, below))
                 below = count
 
@@ -188,6 +190,8 @@ def grouped_matmul(
             m, n = tile_at(i)
             col = n * tile_cols + wg * wg_cols
             epilogue.fetch_bias(ends, wg, group_g[m], col)
+            if not promote:
+                of_rows.fetch(a_row, wg, m * 0 if shared else starts_g[m])
             if by_channel:
                 channels.fetch(of_channels, wg, group_g[m], col)
             multiply = promoted if promote else scaled_once
@@ -215,16 +219,13 @@ def grouped_matmul(
 
             accs = pl.run_scoped(accumulate, *[plgpu.ACC((WGMMA_ROWS, count), sums) for _ in range(halves)])
             shape = WGMMA_ROWS, count
-            first_row = m * 0 if shared else starts_g[m]
-            of_rows = row_scales_g.at[0, pl.ds(first_row, count)]
-            of_rows = plgpu.load(of_rows, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-            of_rows = lax.broadcast_in_dim(of_rows, shape, [1])
+            scales = of_rows.spread(a_row, wg, shape)
             if by_channel:
                 of_weights = channels.spread(of_channels, wg, shape)
             else:
                 last = weight_scales.shape[1] - 1
                 of_weights = [weight_scales_g[group_g[m], min(half, last) if gated else 0] for half in range(halves)]
-            accs = [acc.astype(jnp.float32) * of_rows * scale for acc, scale in zip(accs, of_weights, strict=True)]
+            accs = [acc.astype(jnp.float32) * scales * scale for acc, scale in zip(accs, of_weights, strict=True)]
             finish(m, col, accs, below)
 
         def promoted(first_turn, m, col, count, below):
@@ -245,8 +246,8 @@ def grouped_matmul(
                 ]
                 plgpu.barrier_wait(full.at[slot])
                 for group in range(groups):
-                    of_rows = row_scales_s.at[slot, group, pl.ds(0, count)]
-                    of_rows = plgpu.load(of_rows, layout=plgpu.Layout.WGMMA.reduce(0))
+                    a_scale = row_scales_s.at[slot, group, pl.ds(0, count)]
+                    a_scale = plgpu.load(a_scale, layout=plgpu.Layout.WGMMA.reduce(0))
                     for half in range(halves):
 
                         def one(acc, group=group, half=half):
@@ -255,7 +256,7 @@ def grouped_matmul(
                             return acc[...]
 
                         part = pl.run_scoped(one, plgpu.ACC(shape, sums)).astype(jnp.float32)
-                        scale = lax.broadcast_in_dim(of_rows * of_weights[group][half], shape, [1])
+                        scale = lax.broadcast_in_dim(a_scale * of_weights[group][half], shape, [1])
                         totals[half] = totals[half] + part * scale
                 if interpret is not None:  # it does not know that each thread arrives, after its own loads
                     plgpu.commit_smem()
@@ -287,7 +288,7 @@ def grouped_matmul(
 
                     def load_rows(count, below):
                         del below
-                        whole = pl.cdiv(count, _SCALES) * _SCALES
+                        whole = pl.cdiv(count, MULTIPLE) * MULTIPLE
                         for piece in range(operand.pieces):
                             source = rows_g.at[pl.ds(first_row, count), pl.ds(step * tk + piece * swizzled, swizzled)]
                             tile = operand.singles(rows_s).at[slot, piece, pl.ds(0, count)]
@@ -327,7 +328,8 @@ def grouped_matmul(
         plgpu.SMEM((stages, config.stage_rows, tk // depth), dtype, transforms=tiles.transforms(k, dtype)),
         plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
-        *([plgpu.SMEM((stages, groups, pl.cdiv(tile_rows, _SCALES) * _SCALES), jnp.float32)] if promote else []),
+        *([plgpu.SMEM((stages, groups, pl.cdiv(tile_rows, MULTIPLE) * MULTIPLE), jnp.float32)] if promote else []),
+        *([] if promote else of_rows.scratch),
         *(channels.scratch if by_channel else []),
         *epilogue.scratch,
     ]
