@@ -199,3 +199,37 @@ def store_columns(target: Any, values: Any, first: int, columns: tuple[Any, ...]
                 "l,f,r,r,~{memory}",
                 has_side_effects=True,
             )
+
+
+def load_singly(ref: Any, first: Any, layout: Any, count: int) -> Any:
+    """Emits loads of ``ref[first : first + count]``, one element each, into a layout; within `plgpu.inline_mgpu`.
+
+    Args:
+        ref: memref of 32-bit floats.
+        first: a splat.
+        layout: of the result, with a vector dimension.
+        count: elements.
+    """
+    import numpy as np
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, llvm, memref
+    from jax.experimental.mosaic.gpu import fragmented_array
+
+    layout = layout.to_mgpu()
+    index, f32 = ir.IndexType.get(), ir.F32Type.get()
+    i32 = ir.IntegerType.get_signless(32)
+    length = layout.vector_length
+    offset = arith.index_cast(index, first.registers.flat[0])
+    registers = []
+    for (start,) in layout.thread_idxs((count,)):
+        start = arith.addi(start, offset)
+        vector = llvm.mlir_undef(ir.VectorType.get((length,), f32))
+        for j in range(length):
+            element = memref.load(ref, [arith.addi(start, arith.constant(index, j))])
+            vector = llvm.insertelement(vector, element, arith.constant(i32, j))
+        registers.append(vector)
+    held = np.empty(len(registers), dtype=object)
+    held[:] = registers
+    return fragmented_array.FragmentedArray(
+        _registers=held.reshape(layout.registers_shape((count,))), _layout=layout, _is_signed=None
+    )

@@ -29,11 +29,11 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from moe_jax import _compat
 from moe_jax.activations import Activation
+from moe_jax.kernels.hopper import row_scales as of_rows
 from moe_jax.kernels.hopper import tiles, views
 from moe_jax.kernels.hopper.codes import block_rows
 from moe_jax.kernels.hopper.epilogue import Columns, Epilogue
 from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
-from moe_jax.kernels.hopper.row_scales import MULTIPLE, RowScales
 
 MOST_ROWS = 160  # of a tile
 MOST_PROMOTED = 128  # of a tile whose products are promoted
@@ -90,6 +90,7 @@ def grouped_matmul(
     out_dtype: Any,
     tile_tokens: Int[Array, "tiles"] | None = None,
     total_rows: int | None = None,
+    aligned: bool = False,
     interpret: Any = None,
     multiprocessors: int | None = None,
 ) -> Float[Array, "R N_out"]:
@@ -111,6 +112,7 @@ def grouped_matmul(
         out_dtype: bfloat16 or float16.
         tile_tokens: the tokens that have a row in each tile, a bit each.
         total_rows: R, with `tile_tokens`.
+        aligned: every tile begins at a multiple of 4 rows: their scales then come in pairs.
         interpret: for the interpreter.
         multiprocessors: of the device, by default.
     """
@@ -134,7 +136,8 @@ def grouped_matmul(
     epilogue = Epilogue(
         config, n_out, out_dtype, activation, bias_dtype, marked=shared, interpret=interpret is not None
     )
-    channels, of_rows = Columns(config, n_out, gated, jnp.float32), RowScales(config)
+    channels = Columns(config, n_out, gated, jnp.float32)
+    scales_of_rows = of_rows.RowScales(config, aligned=aligned, interpret=interpret is not None)
     row_counts = tuple(c for c in config.row_counts if dtype != jnp.int8 or c <= 32 or c % 16 == 0 or c == tile_rows)
     block = block_rows(n_out, weight_scales.shape[1], gated) if promote else None
     sums = jnp.int32 if dtype == jnp.int8 else jnp.float32
@@ -191,7 +194,7 @@ def grouped_matmul(
             col = n * tile_cols + wg * wg_cols
             epilogue.fetch_bias(ends, wg, group_g[m], col)
             if not promote:
-                of_rows.fetch(a_row, wg, m * 0 if shared else starts_g[m])
+                scales_of_rows.fetch(a_row, wg, m * 0 if shared else starts_g[m])
             if by_channel:
                 channels.fetch(of_channels, wg, group_g[m], col)
             multiply = promoted if promote else scaled_once
@@ -219,7 +222,7 @@ def grouped_matmul(
 
             accs = pl.run_scoped(accumulate, *[plgpu.ACC((WGMMA_ROWS, count), sums) for _ in range(halves)])
             shape = WGMMA_ROWS, count
-            scales = of_rows.spread(a_row, wg, shape)
+            scales = scales_of_rows.spread(a_row, wg, m * 0 if shared else starts_g[m], shape)
             if by_channel:
                 of_weights = channels.spread(of_channels, wg, shape)
             else:
@@ -230,6 +233,7 @@ def grouped_matmul(
 
         def promoted(first_turn, m, col, count, below):
             shape = WGMMA_ROWS, count
+            first_row = m * 0 if shared else starts_g[m]
             last = weight_scales.shape[2] - 1
             per_half = weight_scales.shape[1] // 2
 
@@ -246,8 +250,7 @@ def grouped_matmul(
                 ]
                 plgpu.barrier_wait(full.at[slot])
                 for group in range(groups):
-                    a_scale = row_scales_s.at[slot, group, pl.ds(0, count)]
-                    a_scale = plgpu.load(a_scale, layout=plgpu.Layout.WGMMA.reduce(0))
+                    a_scale = of_rows.load(row_scales_s.at[slot, group], first_row, count, aligned, interpret is not None)
                     for half in range(halves):
 
                         def one(acc, group=group, half=half):
@@ -288,15 +291,13 @@ def grouped_matmul(
 
                     def load_rows(count, below):
                         del below
-                        whole = pl.cdiv(count, MULTIPLE) * MULTIPLE
                         for piece in range(operand.pieces):
                             source = rows_g.at[pl.ds(first_row, count), pl.ds(step * tk + piece * swizzled, swizzled)]
                             tile = operand.singles(rows_s).at[slot, piece, pl.ds(0, count)]
                             plgpu.copy_gmem_to_smem(source, tile, full.at[slot])
                         for group in range(groups if promote else 0):
-                            source = row_scales_g.at[step * groups + group, pl.ds(first_row, whole)]
-                            part = row_scales_s.at[slot, group, pl.ds(0, whole)]
-                            plgpu.copy_gmem_to_smem(source, part, full.at[slot])
+                            part = row_scales_s.at[slot, group]
+                            of_rows.copy(row_scales_g, step * groups + group, first_row, count, part, full.at[slot])
 
                     for_row_count(size, load_rows)
 
@@ -328,8 +329,8 @@ def grouped_matmul(
         plgpu.SMEM((stages, config.stage_rows, tk // depth), dtype, transforms=tiles.transforms(k, dtype)),
         plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
-        *([plgpu.SMEM((stages, groups, pl.cdiv(tile_rows, MULTIPLE) * MULTIPLE), jnp.float32)] if promote else []),
-        *([] if promote else of_rows.scratch),
+        *([plgpu.SMEM((stages, groups, of_rows.held(tile_rows)), jnp.float32)] if promote else []),
+        *([] if promote else scales_of_rows.scratch),
         *(channels.scratch if by_channel else []),
         *epilogue.scratch,
     ]
