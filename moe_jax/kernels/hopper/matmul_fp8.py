@@ -250,7 +250,9 @@ def grouped_matmul(
                 ]
                 plgpu.barrier_wait(full.at[slot])
                 for group in range(groups):
-                    a_scale = of_rows.load(row_scales_s.at[slot, group], first_row, count, aligned, interpret is not None)
+                    a_scale = of_rows.load(
+                        row_scales_s.at[slot, group], first_row, count, aligned, interpret is not None
+                    )
                     for half in range(halves):
 
                         def one(acc, group=group, half=half):
