@@ -40,6 +40,20 @@ def gather_rows(
     return quantize_tokens(x, spec, groups, scales=scale, implementation=implementation)
 
 
+def row_multiple(config: MoEConfig) -> int:
+    """Of which the first row of a group should be a multiple, see `moe_jax.ops.group_tokens.Groups`.
+
+    Example:
+        >>> layer = MoEConfig(num_experts=4, top_k=2, hidden_size=128, intermediate_size=128, quantization="fp8_block")
+        >>> row_multiple(layer)
+        4
+    """
+    from moe_jax.kernels.hopper.matmul_fp8 import ROW_MULTIPLE
+
+    spec = None if config.quantization is None else config.quantization.activations
+    return ROW_MULTIPLE if spec is not None and spec.granularity == "group" else 1
+
+
 def _of_all(scales: Float[Array, " E_local"] | None) -> Float[Array, ""] | None:
     """One scale that serves all experts: the largest."""
     return None if scales is None else jnp.max(scales)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import checks
 from moe_jax.config import MoEConfig
-from moe_jax.experts import expert_mlp, gather_rows
+from moe_jax.experts import expert_mlp, gather_rows, row_multiple
 from moe_jax.ops.combine import combine
 from moe_jax.ops.group_tokens import Groups, group_tokens
 from moe_jax.ops.implementation import check_name, choose
@@ -71,6 +71,7 @@ def moe(
         expert_map=expert_map,
         tile_rows=None if plan is None else plan.tile_rows,
         row_tokens=plan is not None and plan.up.gather,
+        row_multiple=1 if plan is None else row_multiple(config),
         correction_bias=correction_bias,
         hidden_states=x,
         input_ids=input_ids,
@@ -125,6 +126,7 @@ def apply_experts(
         expert_map=expert_map,
         tile_rows=None if plan is None else plan.tile_rows,
         row_tokens=plan is not None and plan.up.gather,
+        row_multiple=1 if plan is None else row_multiple(config),
         implementation=implementation,
     )
     return _run_experts(x, experts, topk.weights, groups, config, plan, implementation)

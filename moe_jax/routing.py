@@ -99,6 +99,7 @@ def route_and_group(
     expert_map: Int[Array, " E"] | None = None,
     tile_rows: int | None = None,
     row_tokens: bool = False,
+    row_multiple: int = 1,
     correction_bias: Float[Array, " E"] | None = None,
     implementation: str = "auto",
     **more: Array | None,
@@ -112,6 +113,7 @@ def route_and_group(
         expert_map: int32 ``[E]``, global to local id, -1 for experts that live elsewhere.
         tile_rows: rows of a tile; by default what `group_tokens` takes. A few tokens may get smaller tiles.
         row_tokens: as in `group_tokens`.
+        row_multiple: as in `group_tokens`; a few tokens have 1.
         correction_bias: ``[E]``, as in `route`.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
         **more: what else `route` takes, for the methods that are not a top-k rule.
@@ -135,6 +137,7 @@ def route_and_group(
             tile_rows=tile_rows,
             share_rows=True,
             row_tokens=row_tokens,
+            row_multiple=row_multiple,
             implementation=implementation,
         )
     topk = route(router_logits, config, correction_bias=correction_bias, implementation=implementation, **more)
@@ -145,6 +148,7 @@ def route_and_group(
         expert_map=expert_map,
         tile_rows=tile_rows,
         row_tokens=row_tokens,
+        row_multiple=row_multiple,
         implementation=implementation,
     )
     return topk, groups

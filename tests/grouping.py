@@ -15,7 +15,7 @@ def share_of_tile(size: int, tile_rows: int) -> int:
     return tile_rows if tiles == 0 else min(-(-size // tiles // 8) * 8, tile_rows)
 
 
-def python_groups(ids, num_experts, num_local, expert_map, tile_rows):
+def python_groups(ids, num_experts, num_local, expert_map, tile_rows, row_multiple=1):
     """The fields of `Groups`, pair by pair. Rows without a token are -1 here."""
     ids = np.asarray(ids)
     members = [[] for _ in range(num_local)]
@@ -33,6 +33,7 @@ def python_groups(ids, num_experts, num_local, expert_map, tile_rows):
     tile = row = 0
     for local, pairs in enumerate(members):
         share = share_of_tile(len(pairs), tile_rows)
+        row += -row % row_multiple
         for start in range(0, len(pairs), share):
             here = pairs[start : start + share]
             tile_group[tile], tile_starts[tile], tile_sizes[tile] = local, row, len(here)
@@ -53,7 +54,9 @@ def python_groups(ids, num_experts, num_local, expert_map, tile_rows):
 def check_groups(groups: Groups, ids, num_experts, num_local=None, expert_map=None) -> None:
     """`groups` are those of the counting sort."""
     num_local = num_experts if num_local is None else num_local
-    for name, array in python_groups(ids, num_experts, num_local, expert_map, groups.tile_rows).items():
+    sort = python_groups(ids, num_experts, num_local, expert_map, groups.tile_rows, groups.row_multiple)
+    assert groups.num_rows >= sort["positions"].max(initial=-1) + 1
+    for name, array in sort.items():
         actual = np.asarray(getattr(groups, name))
         assert actual.dtype == np.int32 and actual.shape == array.shape, (name, actual.dtype, actual.shape, array.shape)
         np.testing.assert_array_equal(actual, array, err_msg=name)
@@ -94,8 +97,11 @@ def check_invariants(groups: Groups, ids) -> None:
     """What holds for any grouping: a row a pair, groups from tile to tile, tokens in order. Independent of the sort above."""
     positions = np.asarray(groups.positions)
     rows = positions.reshape(-1)
-    placed, total = rows >= 0, int(np.asarray(groups.group_sizes).sum())
-    assert sorted(rows[placed].tolist()) == list(range(total)), "rows are not packed"
+    sizes = np.asarray(groups.group_sizes)
+    wide = -(-sizes // groups.row_multiple) * groups.row_multiple
+    firsts = np.cumsum(wide) - wide
+    packed = [first + i for first, size in zip(firsts, sizes, strict=True) for i in range(size)]
+    assert sorted(rows[rows >= 0].tolist()) == packed, "rows are not packed"
     row_token = token_of_rows(groups)
 
     num_tiles = int(groups.num_tiles[0])
@@ -105,7 +111,9 @@ def check_invariants(groups: Groups, ids) -> None:
     assert (np.diff(tile_group[:num_tiles]) >= 0).all()
     assert (tile_sizes[:num_tiles] > 0).all() and (tile_sizes[num_tiles:] == 0).all()
     assert tile_sizes.max(initial=0) <= groups.tile_rows
-    np.testing.assert_array_equal(tile_starts[:num_tiles], np.cumsum(tile_sizes[:num_tiles]) - tile_sizes[:num_tiles])
+    before = np.cumsum(tile_sizes[:num_tiles]) - tile_sizes[:num_tiles]
+    gaps = (firsts - (np.cumsum(sizes) - sizes))[tile_group[:num_tiles]]
+    np.testing.assert_array_equal(tile_starts[:num_tiles], before + gaps)
     for group, size in enumerate(np.asarray(groups.group_sizes).tolist()):
         mine = np.flatnonzero(tile_group == group)
         assert len(mine) == -(-size // groups.tile_rows)
@@ -119,7 +127,7 @@ def check_invariants(groups: Groups, ids) -> None:
 def token_of_rows(groups: Groups):
     """The token of every row, -1 for rows without one."""
     positions = np.asarray(groups.positions)
-    tokens = np.full(positions.size, -1)
+    tokens = np.full(groups.num_rows, -1)
     for token, rows in enumerate(positions.tolist()):
         for row in rows:
             if row >= 0:

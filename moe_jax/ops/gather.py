@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -35,20 +37,23 @@ def gather(x: Float[Array, "T H"], groups: Groups, *, implementation: str = "aut
         return jnp.zeros((groups.num_rows, x.shape[1]), x.dtype)
     chosen = impl.choose("gather", implementation, kernel.supports(x))
     if chosen == "xla":
-        return plain_gather(x, groups.positions)
+        return plain_gather(x, groups.positions, groups.num_rows)
 
     def run(x, positions):
-        return kernel.gather(x, positions, positions.size, interpret=impl.interpret_params(chosen))
+        return kernel.gather(x, positions, groups.num_rows, interpret=impl.interpret_params(chosen))
 
-    return impl.with_plain_gradient(run, plain_gather)(x, groups.positions)
+    plain = functools.partial(plain_gather, num_rows=groups.num_rows)
+    return impl.with_plain_gradient(run, plain)(x, groups.positions)
 
 
-def plain_gather(x: Float[Array, "T H"], positions: Int[Array, "T k"]) -> Float[Array, "R H"]:
+def plain_gather(
+    x: Float[Array, "T H"], positions: Int[Array, "T k"], num_rows: int | None = None
+) -> Float[Array, "R H"]:
     """In plain JAX, with zeros in rows without a token.
 
     Example:
         >>> plain_gather(jnp.array([[1.0], [2.0]]), jnp.array([[1], [-1]])).tolist()
         [[0.0], [1.0]]
     """
-    token = row_tokens(positions)
+    token = row_tokens(positions, num_rows)
     return jnp.where((token >= 0)[:, None], x[jnp.maximum(token, 0)], 0)

@@ -37,6 +37,7 @@ def gather_quantize(
     scales: ArrayLike | None = None,
     weights: Float[Array, "T 1"] | None = None,
     num_rows: Int[Array, "1"] | None = None,
+    total_rows: int | None = None,
     implementation: str = "auto",
 ) -> QuantizedRows:
     """The rows of the tokens, quantized as `moe_jax.quantization.quantize` does it, bit for bit.
@@ -46,13 +47,15 @@ def gather_quantize(
 
     Args:
         x: ``[T, H]``, bfloat16, float16 or float32.
-        positions: int32 ``[T, k]``, the row of each slot, -1 for none; rows are R = T * k. None: R = T rows where they are.
+        positions: int32 ``[T, k]``, the row of each slot, -1 for none; there are R = `total_rows`. None: R = T rows where they
+            are.
         spec: of activations: float8_e4m3fn or int8; a scale a tensor, a token or a group of columns.
         scales: given instead of taken from x, where a row has one: a scalar, or ``[T]``, one a token. A static spec needs
             them.
         weights: float32 ``[T, 1]``: the router's weight, where it belongs to the input. Multiplied in float32 and rounded to the
             dtype of x, before quantizing.
         num_rows: int32 ``[1]``, without positions: only the first so many rows count, the others are rows without a token.
+        total_rows: R, with positions; T * k by default.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Raises:
@@ -71,18 +74,19 @@ def gather_quantize(
     impl.check_name(implementation)
     scales = _checked(x, positions, spec, scales, num_rows)
     top_k = 1 if positions is None else positions.shape[1]
-    rows = x.shape[0] * top_k
+    rows = x.shape[0] * top_k if total_rows is None or positions is None else total_rows
     if x.size == 0 or rows == 0:
         shape = kernel.scales_shape(rows, x.shape[1], spec)
         return QuantizedRows(jnp.zeros((rows, x.shape[1]), spec.storage_dtype), jnp.zeros(shape, jnp.float32), spec)
     chosen = impl.choose("gather_quantize", implementation, kernel.supports(x, spec, top_k))
     if chosen == "xla":
-        return plain_gather_quantize(x, positions, spec, scales, weights, num_rows)
+        return plain_gather_quantize(x, positions, spec, scales, weights, num_rows, rows)
     options = {"weights": weights, "num_rows": num_rows, "interpret": impl.interpret_params(chosen)}
     amax = None
     if scales is None and spec.granularity == "tensor":
         amax = row_amax(x, positions, spec, **options)
-    return QuantizedRows(*kernel.gather_quantize(x, positions, spec, scales=scales, amax=amax, **options), spec)
+    found = kernel.gather_quantize(x, positions, spec, scales=scales, amax=amax, total_rows=rows, **options)
+    return QuantizedRows(*found, spec)
 
 
 def _checked(x: Any, positions: Any, spec: Spec, scales: ArrayLike | None, num_rows: Any) -> Array | None:
@@ -121,6 +125,7 @@ def plain_gather_quantize(
     scales: Float[Array, " one_or_T"] | None = None,
     weights: Float[Array, "T 1"] | None = None,
     num_rows: Int[Array, "1"] | None = None,
+    total_rows: int | None = None,
 ) -> QuantizedRows:
     """In plain JAX, with zeros in rows without a token.
 
@@ -148,7 +153,7 @@ def plain_gather_quantize(
     if per_token.ndim < 2:
         per_token = jnp.broadcast_to(per_token, tokens.shape)[:, None]
     if positions is not None:
-        token = row_tokens(positions)
+        token = row_tokens(positions, total_rows)
         has_one, token = token >= 0, jnp.maximum(token, 0)
         values = jnp.where(has_one[:, None], values[token], jnp.zeros((), values.dtype))
         per_token = jnp.where(has_one[:, None], per_token[token], 0)

@@ -17,7 +17,7 @@ class Groups:
     """Where the rows of each local expert lie, and which tile belongs to which expert.
 
     Groups follow one another without a gap, so there are as many rows as pairs, R = T * k, those of pairs without a local
-    expert at the end. A tile is at most `tile_rows` rows of one group. A group that needs several tiles is spread evenly over
+    expert at the end. With `row_multiple` each begins at a multiple of it, and there are a few rows more (`padded_rows`). A tile is at most `tile_rows` rows of one group. A group that needs several tiles is spread evenly over
     them, in shares of a multiple of 8 rows: no tile is left with a few rows for which all weights would be read again. Rows of a
     group keep token order.
 
@@ -29,6 +29,7 @@ class Groups:
         group_sizes: int32 ``[E_local]``, rows of each local expert.
         num_tiles: int32 ``[1]``, tiles that hold rows; they come first.
         tile_rows: the most rows of a tile (static).
+        row_multiple: 1, 2, 4 or 8: the first row of a group is a multiple of it, and so is that of a tile (static).
         tile_tokens: None, or for at most 16 tokens int32 ``[tiles]``, bit t set if token t has a row in the tile: an
             up-projection then takes its rows from the hidden states themselves, and nothing is gathered (see
             `moe_jax.ops.route_groups`). A token has one row in a tile, whatever slots lead there.
@@ -45,6 +46,7 @@ class Groups:
     tile_rows: int = field(metadata={"static": True})
     tile_tokens: Int[Array, " tiles"] | None = None
     row_tokens: Int[Array, " padded_rows"] | None = None
+    row_multiple: int = field(default=1, metadata={"static": True})
 
     @property
     def tokens_as_rows(self) -> bool:
@@ -52,26 +54,38 @@ class Groups:
         return self.tile_tokens is not None or self.row_tokens is not None
 
     @classmethod
-    def of(cls, found: tuple[Array, ...], tile_rows: int) -> Groups:
+    def of(cls, found: tuple[Array, ...], tile_rows: int, row_multiple: int = 1) -> Groups:
         """What the kernel and plain JAX give, in the order of the attributes, the tokens of the rows last if they are there."""
-        return cls(*found[:6], tile_rows=tile_rows, row_tokens=found[6] if len(found) > 6 else None)
+        row_tokens = found[6] if len(found) > 6 else None
+        return cls(*found[:6], tile_rows=tile_rows, row_tokens=row_tokens, row_multiple=row_multiple)
 
     @property
     def num_rows(self) -> int:
         """R."""
-        return self.positions.size
+        return padded_rows(self.positions.size, self.group_sizes.shape[0], self.row_multiple)
 
 
-def row_tokens(positions: Int[Array, "T k"]) -> Int[Array, " R"]:
-    """The token of each row; -1 for rows without one.
+def padded_rows(num_pairs: int, num_local_experts: int, row_multiple: int) -> int:
+    """Rows of that many pairs, each group beginning at a multiple of `row_multiple`.
+
+    Example:
+        >>> padded_rows(10, 4, 1), padded_rows(10, 4, 4), padded_rows(2, 4, 4)
+        (10, 22, 8)
+    """
+    return num_pairs + (row_multiple - 1) * min(num_pairs, num_local_experts)
+
+
+def row_tokens(positions: Int[Array, "T k"], num_rows: int | None = None) -> Int[Array, " R"]:
+    """The token of each row; -1 for rows without one. There are as many rows as pairs, or `num_rows`.
 
     Example:
         >>> row_tokens(jnp.array([[1, 0], [2, -1]])).tolist()
         [0, 0, 1, -1]
     """
-    rows = jnp.where(positions < 0, positions.size, positions).reshape(-1)
+    num_rows = positions.size if num_rows is None else num_rows
+    rows = jnp.where(positions < 0, num_rows, positions).reshape(-1)
     token = jnp.arange(positions.size, dtype=jnp.int32) // max(1, positions.shape[1])
-    return jnp.full(positions.size, -1, jnp.int32).at[rows].set(token, mode="drop")
+    return jnp.full(num_rows, -1, jnp.int32).at[rows].set(token, mode="drop")
 
 
 def max_tiles(num_pairs: int, num_local_experts: int, tile_rows: int) -> int:
@@ -124,6 +138,7 @@ def group_tokens(
     group_offset: int | Array = 0,
     tile_rows: int | None = None,
     row_tokens: bool = False,
+    row_multiple: int = 1,
     implementation: str = "auto",
 ) -> Groups:
     """Sorts the pairs of `topk_ids` by local expert.
@@ -139,7 +154,11 @@ def group_tokens(
         group_offset: the first local expert, if there is no map.
         tile_rows: rows of a tile; `default_tile_rows` by default.
         row_tokens: where the kernel runs, also give `Groups.row_tokens`.
+        row_multiple: 1, 2, 4 or 8, see `Groups.row_multiple`.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
+
+    Raises:
+        ValueError: another `row_multiple`, or one together with `row_tokens`; an implementation that cannot do it.
 
     Example:
         >>> groups = group_tokens(jnp.array([[1, 0], [1, -1]], jnp.int32), num_experts=2, tile_rows=2)
@@ -148,6 +167,7 @@ def group_tokens(
     """
     from moe_jax.kernels.hopper import group_tokens as kernel
 
+    check_row_multiple(row_multiple, row_tokens)
     tokens, top_k = topk_ids.shape
     num_local = num_experts if num_local_experts is None else num_local_experts
     reason = kernel.supports(num_experts, num_local, tokens * top_k)
@@ -157,7 +177,7 @@ def group_tokens(
     if expert_map is None and not (num_local == num_experts and isinstance(group_offset, int) and group_offset == 0):
         expert_map = offset_map(num_experts, num_local, group_offset)
     if chosen == "xla" or topk_ids.size == 0:
-        found = _xla(topk_ids, expert_map, num_experts, num_local, tile_rows, tiles)
+        found = _xla(topk_ids, expert_map, num_experts, num_local, tile_rows, tiles, row_multiple)
     else:
         found = kernel.group_tokens(
             topk_ids.astype(jnp.int32),
@@ -167,12 +187,26 @@ def group_tokens(
             tile_rows=tile_rows,
             max_tiles=tiles,
             row_tokens=row_tokens,
+            row_multiple=row_multiple,
             interpret=impl.interpret_params(chosen),
         )
-    return Groups.of(found, tile_rows)
+    return Groups.of(found, tile_rows, row_multiple)
 
 
-def _xla(topk_ids, expert_map, num_experts, num_local, tile_rows, tiles):
+def check_row_multiple(row_multiple: int, row_tokens: bool) -> None:
+    """Raises ValueError for groups that nobody can make."""
+    if row_multiple not in (1, 2, 4, 8):
+        raise ValueError(
+            f"row_multiple={row_multiple} must be 1, 2, 4 or 8: tiles of a group are multiples of 8 rows apart"
+        )
+    if row_tokens and row_multiple != 1:
+        raise ValueError(
+            f"row_multiple={row_multiple} is for rows that are written to memory, row_tokens for those that are not; "
+            "leave one of them out"
+        )
+
+
+def _xla(topk_ids, expert_map, num_experts, num_local, tile_rows, tiles, row_multiple):
     ids = topk_ids.reshape(-1).astype(jnp.int32)
     known = (ids >= 0) & (ids < num_experts)
     local = ids if expert_map is None else jnp.asarray(expert_map, jnp.int32)[jnp.where(known, ids, 0)]
@@ -180,11 +214,12 @@ def _xla(topk_ids, expert_map, num_experts, num_local, tile_rows, tiles):
 
     order = jnp.argsort(local, stable=True).astype(jnp.int32)  # the pair of each row
     placed = local[order] < num_local
-    rows = jnp.arange(ids.size, dtype=jnp.int32)
-    positions = jnp.zeros_like(ids).at[order].set(jnp.where(placed, rows, -1)).reshape(topk_ids.shape)
-
     sizes = jnp.zeros(num_local, jnp.int32).at[local].add(1, mode="drop")
-    starts = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
+    wide = -(-sizes // row_multiple) * row_multiple
+    starts = jnp.cumsum(wide, dtype=jnp.int32) - wide
+    moved = starts - (jnp.cumsum(sizes, dtype=jnp.int32) - sizes)  # by the gaps before each group
+    rows = jnp.arange(ids.size, dtype=jnp.int32) + jnp.append(moved, jnp.zeros(1, jnp.int32))[local[order]]
+    positions = jnp.zeros_like(ids).at[order].set(jnp.where(placed, rows, -1)).reshape(topk_ids.shape)
     group_tiles = -(-sizes // tile_rows)
     last_tile = jnp.cumsum(group_tiles, dtype=jnp.int32)
     even = -(-sizes // jnp.maximum(group_tiles, 1))

@@ -28,12 +28,12 @@ def quantize_tokens(
         scales: one for all, for a static spec.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
     """
-    positions = groups.positions
+    positions, total_rows = groups.positions, groups.num_rows
     if groups.tokens_as_rows:
         if spec.granularity == "tensor" and not spec.static:  # a token without a local expert has no part in the scale
             x = jnp.where((positions >= 0).any(axis=1)[:, None], x, 0)
-        positions = None
-    return gather_quantize(x, positions, spec, scales=scales, implementation=implementation)
+        positions = total_rows = None
+    return gather_quantize(x, positions, spec, scales=scales, total_rows=total_rows, implementation=implementation)
 
 
 def quantize_rows(
@@ -52,7 +52,15 @@ def quantize_rows(
         groups: of the rows.
         scales: as `quantize_tokens`.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
+
+    Raises:
+        ValueError: one scale for all, and rows of no group between the groups.
     """
     shared = spec.granularity == "tensor" and not spec.static
+    if shared and groups.row_multiple != 1:
+        raise ValueError(
+            f"one scale for all rows, and row_multiple={groups.row_multiple}: the rows between the groups would have a part in "
+            "it; group the tokens with row_multiple=1"
+        )
     num_rows = jnp.sum(groups.group_sizes, dtype=jnp.int32)[None] if shared else None
     return gather_quantize(rows, None, spec, num_rows=num_rows, scales=scales, implementation=implementation)

@@ -106,6 +106,7 @@ def quantized_matmul(
         out_dtype=jnp.dtype(dtype),
         tile_tokens=groups.tile_tokens if tokens_as_rows else None,
         total_rows=groups.num_rows,
+        aligned=tokens_as_rows or groups.row_multiple % kernel.ROW_MULTIPLE == 0,
         interpret=impl.interpret_params(chosen),
     )
 
@@ -174,7 +175,7 @@ def _scales(weights: QuantizedArray) -> Array:
 def _plain(rows, weights, groups, bias, activation, tile_group, tokens_as_rows, dtype):
     """One small matmul per tile that holds rows, in float32 on what the codes stand for; an expert at a time is dequantized."""
     if tokens_as_rows:
-        rows = plain_gather(rows, groups.positions)
+        rows = plain_gather(rows, groups.positions, groups.num_rows)
     n_out = weights.shape[1] // (2 if activation is not None and activation.is_gated else 1)
     source = jnp.pad(rows.astype(jnp.float32), ((0, groups.tile_rows), (0, 0)))  # a whole tile from any row on
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.ops import implementation as impl
 from moe_jax.ops import topk as plain_topk
-from moe_jax.ops.group_tokens import Groups, default_tile_rows, group_tokens, max_tiles
+from moe_jax.ops.group_tokens import Groups, check_row_multiple, default_tile_rows, group_tokens, max_tiles
 from moe_jax.routing_methods import RoutingRule
 from moe_jax.types import TopK
 
@@ -36,6 +36,7 @@ def route_groups(
     tile_rows: int | None = None,
     share_rows: bool = False,
     row_tokens: bool = False,
+    row_multiple: int = 1,
     implementation: str = "auto",
 ) -> tuple[TopK, Groups]:
     """`topk`, then `group_tokens` of its ids, in two launches where both have a kernel, in one with `share_rows`.
@@ -51,6 +52,7 @@ def route_groups(
         share_rows: for at most 16 tokens, and where the kernel runs: let every expert visited multiply all tokens and keep
             the rows of its own (`Groups.tile_tokens`).
         row_tokens: where the kernel runs, and not with shared rows: also give `Groups.row_tokens`.
+        row_multiple: see `Groups.row_multiple`; where rows are shared it is 1.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Example:
@@ -62,6 +64,7 @@ def route_groups(
     from moe_jax.kernels.hopper import group_tokens as grouping
     from moe_jax.kernels.hopper import topk as routing
 
+    check_row_multiple(row_multiple, row_tokens)
     tokens, num_experts = router_logits.shape
     num_local = num_experts if num_local_experts is None else num_local_experts
     if expert_map is None and num_local != num_experts:
@@ -79,6 +82,7 @@ def route_groups(
             expert_map=expert_map,
             tile_rows=tile_rows,
             row_tokens=row_tokens,
+            row_multiple=row_multiple,
             implementation=implementation,
         )
 
@@ -125,6 +129,7 @@ def route_groups(
         tiles,
         tile_tokens=counted_tokens,
         row_tokens=row_tokens,
+        row_multiple=row_multiple,
         interpret=interpret,
     )
-    return TopK(ids, weights), Groups.of((positions.reshape(tokens, top_k), *rest), tile_rows)
+    return TopK(ids, weights), Groups.of((positions.reshape(tokens, top_k), *rest), tile_rows, row_multiple)

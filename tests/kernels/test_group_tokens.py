@@ -45,6 +45,15 @@ def test_random_pairs(shape):
         check_groups(groups, np.where(ids < 0, 0, -1), num_experts)
 
 
+@pytest.mark.parametrize("row_multiple", [4, 8])
+def test_groups_begin_at_multiples(row_multiple):
+    ids = random_ids(0, 41, 3, 5)
+    groups = run(ids, 5, tile_rows=16, row_multiple=row_multiple)
+    check_groups(groups, ids, 5)
+    check_invariants(groups, ids)
+    assert not (np.asarray(groups.tile_starts) % row_multiple).any()
+
+
 @pytest.mark.parametrize("expert", [4, -1])
 def test_all_pairs_on_one_expert_or_none(expert):
     ids = np.full((13, 2), expert)

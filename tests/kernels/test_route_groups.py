@@ -48,6 +48,13 @@ def with_holes(logits):
     return logits
 
 
+def test_groups_begin_at_multiples():
+    logits = with_holes(logits_of(0, 33, 8))
+    ids, groups = run(logits, config_of("renormalize", 3, 8), tile_rows=8, row_multiple=4)
+    check_groups(groups, ids, 8)
+    assert groups.row_multiple == 4 and not (np.asarray(groups.tile_starts) % 4).any()
+
+
 @pytest.mark.parametrize(
     ("num_tokens", "top_k", "expert_map"), [(21, 3, None), (33, 2, MAP), (5, 1, None), (16, 8, MAP)]
 )

@@ -12,7 +12,7 @@ from moe_jax.ops.group_tokens import default_tile_rows, group_tokens, max_tiles,
 from tests.grouping import check_groups, check_invariants, python_groups, token_of_rows
 from tests.layers import quick_jit
 
-STATIC = ("num_experts", "num_local_experts", "tile_rows", "implementation")
+STATIC = ("num_experts", "num_local_experts", "tile_rows", "row_multiple", "implementation")
 compiled = quick_jit(group_tokens, static_argnames=STATIC)
 
 
@@ -42,6 +42,24 @@ def test_random_pairs(shape, tile_rows):
     num_tokens, top_k, num_experts = shape
     ids = random_ids(0, num_tokens, top_k, num_experts)
     check_groups(run(ids, num_experts, tile_rows=tile_rows), ids, num_experts)
+
+
+@pytest.mark.parametrize("row_multiple", [2, 4, 8])
+@pytest.mark.parametrize("num_tokens", [0, 1, 37])
+def test_groups_begin_at_multiples(num_tokens, row_multiple):
+    ids = random_ids(0, num_tokens, 2, 5)
+    groups = run(ids, 5, row_multiple=row_multiple)
+    check_groups(groups, ids, 5)
+    assert not (np.asarray(groups.tile_starts) % row_multiple).any()
+    assert groups.num_rows == ids.size + (row_multiple - 1) * min(5, ids.size)
+
+
+def test_row_multiples_that_there_are_not():
+    ids = jnp.zeros((3, 1), jnp.int32)
+    with pytest.raises(ValueError, match=r"row_multiple=3 must be 1, 2, 4 or 8"):
+        group_tokens(ids, num_experts=2, row_multiple=3)
+    with pytest.raises(ValueError, match=r"row_multiple=4 is for rows that are written to memory"):
+        group_tokens(ids, num_experts=2, row_multiple=4, row_tokens=True)
 
 
 @pytest.mark.parametrize("expert", [0, 2, 4, -1])

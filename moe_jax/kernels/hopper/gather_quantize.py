@@ -89,6 +89,7 @@ def gather_quantize(
     amax: Float[Array, " W"] | None = None,
     weights: Float[Array, "T 1"] | None = None,
     num_rows: Int[Array, "1"] | None = None,
+    total_rows: int | None = None,
     config: Config = Config(),
     interpret: Any = None,
     multiprocessors: int | None = None,
@@ -103,6 +104,7 @@ def gather_quantize(
         amax: where one scale for all is taken from x: what `row_amax` found.
         weights: float32, a factor of each token, before quantizing.
         num_rows: without positions, the rows that count: none after them is written.
+        total_rows: R; T * k by default.
         config: what is in shared memory.
         interpret: how the kernel is interpreted, None on a GPU.
         multiprocessors: to be used; those of the GPU by default.
@@ -113,7 +115,8 @@ def gather_quantize(
     interpreted = interpret is not None
     tile = row_stream.Tile(spec.block[1] if grouped else row_stream.BLOCKS[-1], x.dtype, interpreted)
     a_scale = tile.layout.reduce(1)
-    shape_of_scales = scales_shape(tokens * top_k, hidden, spec)
+    total_rows = tokens * top_k if total_rows is None else total_rows
+    shape_of_scales = scales_shape(total_rows, hidden, spec)
     sms = multiprocessors or _compat.num_multiprocessors()
     plan = row_stream.Plan.of(x, tile, sms, config.ctas_per_sm, config.leaving, config.ahead)
     scaling = Scaling(spec, given=scales is not None, interpret=interpreted)
@@ -186,7 +189,7 @@ def gather_quantize(
     codes_and_scales = _compat.kernel(
         quantize_rows,
         out_type=[
-            jax.ShapeDtypeStruct((tokens * top_k, hidden), spec.storage_dtype),
+            jax.ShapeDtypeStruct((total_rows, hidden), spec.storage_dtype),
             jax.ShapeDtypeStruct(shape_of_scales, jnp.float32),
         ],
         grid=(plan.workers,),

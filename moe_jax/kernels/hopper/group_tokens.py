@@ -176,6 +176,7 @@ def place_pairs(
     *,
     tile_tokens: int,
     row_tokens: bool = False,
+    row_multiple: int = 1,
     config: Config = Config(),
     interpret: Any = None,
 ) -> tuple[Array, ...]:
@@ -191,6 +192,7 @@ def place_pairs(
         max_tiles: the most tiles.
         tile_tokens: a block of counts is that of a multiple of so many tokens.
         row_tokens: also the token of each row.
+        row_multiple: of which the first row of a group is a multiple.
         config: how the work is spread.
         interpret: for the interpreter.
     """
@@ -239,9 +241,10 @@ def place_pairs(
         def _():
             plgpu.barrier_wait(summed)
             total = add_up([vector(partial_s.at[0, other]) for other in range(warpgroups)])
-            ends, _ = ranks.scan(total, scan_s, num_local)
-            starts_s[...] = ends - total
-            base_s[...] = ends - total + add_up([vector(partial_s.at[1, other]) for other in range(warpgroups)])
+            wide = total if row_multiple == 1 else (total + (row_multiple - 1)) & -row_multiple
+            ends, _ = ranks.scan(wide, scan_s, num_local)
+            starts_s[...] = ends - wide
+            base_s[...] = ends - wide + add_up([vector(partial_s.at[1, other]) for other in range(warpgroups)])
             num_tiles = lax.div(total + (tile_rows - 1), jnp.full_like(total, tile_rows))
             even = lax.div(total + num_tiles - 1, jnp.maximum(num_tiles, 1))
             shares_s[...] = jnp.minimum(lax.div(even + 7, jnp.full_like(even, 8)) * 8, tile_rows)
@@ -348,6 +351,7 @@ def group_tokens(
     tile_rows: int,
     max_tiles: int,
     row_tokens: bool = False,
+    row_multiple: int = 1,
     config: Config = Config(),
     interpret: Any = None,
 ) -> tuple[Array, ...]:
@@ -363,6 +367,7 @@ def group_tokens(
         max_tiles,
         tile_tokens=_ROWS,
         row_tokens=row_tokens,
+        row_multiple=row_multiple,
         config=config,
         interpret=interpret,
     )
