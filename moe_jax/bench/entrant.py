@@ -13,7 +13,7 @@ from moe_jax.bench import peers
 from moe_jax.bench.cases import Case
 from moe_jax.bench.compiling import Job, compile_all
 from moe_jax.bench.environment import has_gpu
-from moe_jax.bench.expected import Expected, finite, tolerance, wrong_output
+from moe_jax.bench.expected import Expected, finite, shared_scale, tolerance, wrong_output
 from moe_jax.bench.inputs import in_format, make_inputs, make_weights, weights_shape
 from moe_jax.bench.options import BenchOptions
 from moe_jax.bench.roofline import Ceilings
@@ -68,8 +68,9 @@ class Entrant:
         """Compiles what does not need the device to itself."""
         tokens = set(self.options.tokens)
         shapes = weights_shape(self.config)
-        # The checks also run a token alone; no tokens are a check too, and nothing to time.
-        alone = tokens | {1} if self.options.checks else tokens & {0}
+        # The checks also run a token alone, where that means something; no tokens are a check too, and nothing to time.
+        single = set() if shared_scale(self.config) else {1}
+        alone = tokens | single if self.options.checks else tokens & {0}
         jobs = [Job(self.layer, self.config, shapes, count, stack=False) for count in sorted(alone)]
         jobs += [Job(self.layer, self.config, shapes, count) for count in sorted(tokens - {0})]
         for peer in self.peers.values():
@@ -150,8 +151,11 @@ def measure_peer(
     try:
         bound = peer(x, logits)
         found["implementation"] = bound.what
-        error = expected.error(bound.rows(bound.wait(bound.call()), expected.sample))
+        sample = bound.rows(bound.wait(bound.call()), expected.sample)
+        error, unquantized = expected.error(sample), expected.error_unquantized(sample)
         found["error"] = finite(error)
+        if unquantized is not None:
+            found["error_unquantized"] = finite(unquantized)
         wrong = wrong_output(error, tolerance(config, peer=True))
         if wrong:
             return found | {"reason": wrong}
