@@ -38,8 +38,8 @@ def head(result: dict, source: str) -> str:
         matmul = rates.get("matmul") or dtype
         ceilings = (
             f" In the same run a large {matmul} matmul reaches {rates['matmul_tflops']:.3g} TFLOP/s, sums read "
-            f"{rates['read_gb_per_s']:.0f} GB/s."
-            + (f" {rates['matmul_reason']}." if rates.get("matmul_reason") else "")
+            f"{rates['read_gb_per_s']:.0f} GB/s"
+            + (f" ({rates['matmul_reason']})." if rates.get("matmul_reason") else ".")
         )
     calls = result.get("layers_a_call")
     where = "inside one jit" if calls is None else f"one of {calls} in one jit, each on the output of the last"
