@@ -32,16 +32,19 @@ def section(path: Path, root: Path = ROOT) -> str:
 def head(result: dict, source: str) -> str:
     """What the figures are and where they come from."""
     rates, dtype = result.get("ceilings"), result["rows"][0]["dtype"]
+    experts = f" of `{result['quantization']}` experts" if result.get("quantization") else ""
     ceilings = ""
     if rates:
+        matmul = rates.get("matmul") or dtype
         ceilings = (
-            f" In the same run a large {dtype} matmul reaches {rates['matmul_tflops']:.3g} TFLOP/s, sums read "
-            f"{rates['read_gb_per_s']:.0f} GB/s."
+            f" In the same run a large {matmul} matmul reaches {rates['matmul_tflops']:.3g} TFLOP/s, sums read "
+            f"{rates['read_gb_per_s']:.0f} GB/s"
+            + (f" ({rates['matmul_reason']})." if rates.get("matmul_reason") else ".")
         )
     calls = result.get("layers_a_call")
     where = "inside one jit" if calls is None else f"one of {calls} in one jit, each on the output of the last"
     return (
-        f"Microseconds for the whole {dtype} layer, router logits and hidden states in, output out, {where} (in "
+        f"Microseconds for the whole {dtype} layer{experts}, router logits and hidden states in, output out, {where} (in "
         f"brackets: the sum of its kernels alone), on one {result['device']}, jax {result['jax']}, commit "
         f"`{result['commit']}`, {result['date']}.{ceilings} From `{source}`, which also has each kernel and the error of "
         "each row."

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 
-from moe_jax import moe, quantize_experts
+from moe_jax import moe
 from moe_jax.bench.cases import parse_case
 from moe_jax.bench.compiling import CALLS, Layer, stack_logits
-from moe_jax.bench.inputs import make_inputs, make_weights, parse_routings
+from moe_jax.bench.inputs import in_format, make_inputs, make_weights, parse_routings, weights_shape
 from moe_jax.bench.timing import call_time, kernel_times
 from moe_jax.config import MoEConfig
 from moe_jax.tuning.plan import LayerPlan, LayerShape, default_plan
@@ -48,7 +48,7 @@ def parse_cell(text: str, quantization: str | None = None) -> Cell:
         (4096, ('uniform', 'half'))
     """
     case, tokens, *routings = text.split(":")
-    config = dataclasses.replace(parse_case(case).config("bfloat16"), quantization=quantization)
+    config = parse_case(case).config("bfloat16", quantization)
     return Cell(case, config, int(tokens), parse_routings(routings[0] if routings else "uniform"))
 
 
@@ -78,21 +78,15 @@ def lowered(cell: Cell, plan: LayerPlan, dry: bool) -> tuple[Layer, object]:
     layer = Layer(functools.partial(moe, config=config, plan=plan, implementation="mosaic"))
     x = jax.ShapeDtypeStruct((cell.tokens, config.hidden_size), config.dtype)
     logits = jax.ShapeDtypeStruct((cell.tokens, config.num_experts), jnp.float32)
-    weights = jax.eval_shape(functools.partial(weights_of, config))
+    weights = weights_shape(config)
     if dry:
         return layer, layer.jitted.trace(x, weights, logits).lower(lowering_platforms=("cuda",))
     return layer, layer.stacked.lower(x, weights, stack_logits(logits))
 
 
-def weights_of(config: MoEConfig):
-    """Random weights in the format of the config."""
-    plain = make_weights(dataclasses.replace(config, quantization=None), jax.random.key(0))
-    return plain if config.quantization is None else quantize_experts(plain, config.quantization)
-
-
 def measure(cell: Cell, stacks: dict[str, Layer], turns: int) -> None:
     """Prints a line for each routing and variant."""
-    weights = jax.block_until_ready(weights_of(cell.config))
+    weights = jax.block_until_ready(in_format(make_weights(cell.config, jax.random.key(0)), cell.config))
     for routing in cell.routings:
         x, logits = make_inputs(cell.config, cell.tokens, routing)
         logits = stack_logits(logits)

@@ -193,12 +193,15 @@ def bench(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Compute dtype. Default: bfloat16 on a GPU, else float32.")
     ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="Number format of the experts, such as fp8_block. Default: not quantized.")
+    ] = None,
     implementation: Annotated[Implementation, typer.Option(help="What to measure.")] = Implementation.AUTO,
     compare: Annotated[
         str,
         typer.Option(
-            help="Peers to run beside it, of torch, vllm, sonicmoe, tokamax, ragged_dot (jax.lax's) and xla (our plain-JAX "
-            "form); one that cannot run here says why."
+            help="Peers to run beside it, of torch, vllm, sonicmoe, cutlass and deepgemm (vLLM's, for FP8 experts), tokamax, "
+            "ragged_dot (jax.lax's) and xla (our plain-JAX form); one that cannot run here says why."
         ),
     ] = "",
     peer_seconds: Annotated[
@@ -220,7 +223,16 @@ def bench(
     """Measure the layer: kernel and layer times, error, share of what the hardware can do."""
     if implementation is Implementation.MOSAIC_INTERPRET:
         os.environ.setdefault("NPROC", "64")  # see demo
-    from moe_jax.bench import BenchOptions, failures, parse_case, parse_peers, parse_routings, parse_tokens, run_bench
+    from moe_jax.bench import (
+        BenchOptions,
+        failures,
+        parse_case,
+        parse_format,
+        parse_peers,
+        parse_routings,
+        parse_tokens,
+        run_bench,
+    )
     from moe_jax.bench.environment import has_gpu
     from moe_jax.bench.plot import save_plots
     from moe_jax.bench.report import case_table, headline
@@ -231,6 +243,7 @@ def bench(
             tokens=parse_tokens(tokens) if tokens is not None else (),
             routings=parse_routings(routing),
             dtype=dtype.value if dtype else None,
+            quantization=parse_format(quantization),
             implementation=implementation.value,
             compare=parse_peers(compare),
             peer_seconds=peer_seconds,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from moe_jax.config import MoEConfig
+from moe_jax.quantization import FORMATS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +26,10 @@ class Case:
     hidden_size: int
     intermediate_size: int
 
-    def config(self, dtype: str) -> MoEConfig:
-        """The layer of this shape in a compute dtype."""
-        return MoEConfig(self.num_experts, self.top_k, self.hidden_size, self.intermediate_size, dtype=dtype)
+    def config(self, dtype: str, quantization: str | None = None) -> MoEConfig:
+        """The layer of this shape in a compute dtype, its experts in a number format."""
+        sizes = self.num_experts, self.top_k, self.hidden_size, self.intermediate_size
+        return MoEConfig(*sizes, dtype=dtype, quantization=quantization)
 
 
 CASES = {
@@ -79,6 +81,21 @@ def parse_case(text: str) -> Case:
     except ValueError as error:
         raise ValueError(f"--case {text}: {error}") from error
     return case
+
+
+def parse_format(text: str | None) -> str | None:
+    """The name of a number format of experts; None for experts that are not quantized.
+
+    Raises:
+        ValueError: no such format.
+
+    Example:
+        >>> parse_format("fp8_block")
+        'fp8_block'
+    """
+    if text is not None and text not in FORMATS:
+        raise ValueError(f"--quantization {text}: no such number format; give one of {', '.join(FORMATS)}, or none")
+    return text
 
 
 def parse_tokens(text: str) -> tuple[int, ...]:

@@ -13,7 +13,8 @@ from moe_jax.bench import peers
 from moe_jax.bench.cases import Case
 from moe_jax.bench.compiling import Job, compile_all
 from moe_jax.bench.environment import has_gpu
-from moe_jax.bench.inputs import make_inputs, make_weights
+from moe_jax.bench.expected import Expected, finite, shared_scale, tolerance, wrong_output
+from moe_jax.bench.inputs import in_format, make_inputs, make_weights, weights_shape
 from moe_jax.bench.options import BenchOptions
 from moe_jax.bench.roofline import Ceilings
 from moe_jax.bench.timing import ITERATIONS, call_time, kernel_times
@@ -44,6 +45,11 @@ def plan(case: Case, options: BenchOptions) -> list[Row]:
     ]
 
 
+def number_format(options: BenchOptions) -> Row:
+    """What the numbers of a row's layer are."""
+    return {"dtype": options.dtype, "quantization": options.quantization}
+
+
 class Entrant:
     """A case and its peers, in this process.
 
@@ -53,16 +59,18 @@ class Entrant:
     """
 
     def __init__(self, case: Case, options: BenchOptions):
-        self.case, self.options, self.config = case, options, case.config(options.dtype)
+        self.case, self.options = case, options
+        self.config = case.config(options.dtype, options.quantization)
         self.layer = measuring.make_layer(self.config, options.implementation)
         self.peers = {name: peers.find_peer(name, self.config) for name in options.compare}
 
     def compile(self) -> None:
         """Compiles what does not need the device to itself."""
         tokens = set(self.options.tokens)
-        shapes = jax.eval_shape(make_weights, self.config, jax.random.key(0))
-        # The checks also run a token alone; no tokens are a check too, and nothing to time.
-        alone = tokens | {1} if self.options.checks else tokens & {0}
+        shapes = weights_shape(self.config)
+        # The checks also run a token alone, where that means something; no tokens are a check too, and nothing to time.
+        single = set() if shared_scale(self.config) else {1}
+        alone = tokens | single if self.options.checks else tokens & {0}
         jobs = [Job(self.layer, self.config, shapes, count, stack=False) for count in sorted(alone)]
         jobs += [Job(self.layer, self.config, shapes, count) for count in sorted(tokens - {0})]
         for peer in self.peers.values():
@@ -80,26 +88,30 @@ class Entrant:
         peers.free_memory()
 
     def _rows(self, turn: Turn, progress: Progress) -> Iterator[Row]:
-        weights, prepared = None, {}
+        weights, unquantized, prepared = None, None, {}
         for head in plan(self.case, self.options):
             if time.monotonic() > turn.deadline:
                 return
             if weights is None:
                 progress(f"{self.case.name}: making weights")
-                weights = jax.block_until_ready(make_weights(self.config, jax.random.key(0)))
+                made = make_weights(self.config, jax.random.key(0))
+                weights = jax.block_until_ready(in_format(made, self.config))
+                unquantized = None if self.config.quantization is None else made
                 prepared = {name: peers.prepare(name, peer, weights) for name, peer in self.peers.items()}
-            yield self._row(head, weights, prepared, turn, progress)
+            yield self._row(head, weights, unquantized, prepared, turn, progress)
             peers.free_memory()
 
-    def _row(self, head: Row, weights: Any, prepared: dict[str, Any], turn: Turn, progress: Progress) -> Row:
+    def _row(
+        self, head: Row, weights: Any, unquantized: Any, prepared: dict[str, Any], turn: Turn, progress: Progress
+    ) -> Row:
         config, options, tokens = self.config, self.options, head["tokens"]
         what = f"{self.case.name}: T = {tokens}, {head['routing']}"
         progress(what)
-        row: Row = head | {"dtype": config.dtype}
+        row: Row = head | number_format(options)
         expected = None
         try:
             x, logits = jax.block_until_ready(make_inputs(config, tokens, head["routing"]))
-            expected = measuring.Expected(config, weights, x, logits) if tokens else None
+            expected = Expected(config, weights, x, logits, unquantized) if tokens else None
             row |= measuring.measure(
                 config,
                 self.layer,
@@ -128,7 +140,7 @@ def measure_peer(
     config: MoEConfig,
     x: jax.Array,
     logits: jax.Array,
-    expected: measuring.Expected,
+    expected: Expected,
     seconds: float,
     on_gpu: bool,
 ) -> Row:
@@ -139,9 +151,12 @@ def measure_peer(
     try:
         bound = peer(x, logits)
         found["implementation"] = bound.what
-        error = expected.error(bound.rows(bound.wait(bound.call()), expected.sample))
-        found["error"] = measuring.finite(error)
-        wrong = measuring.wrong_output(error, config.dtype)
+        sample = bound.rows(bound.wait(bound.call()), expected.sample)
+        error, unquantized = expected.error(sample), expected.error_unquantized(sample)
+        found["error"] = finite(error)
+        if unquantized is not None:
+            found["error_unquantized"] = finite(unquantized)
+        wrong = wrong_output(error, tolerance(config, peer=True))
         if wrong:
             return found | {"reason": wrong}
         call_us = call_time(bound.call, bound.wait, seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -9,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import MoEConfig
+from moe_jax.quantization import quantize_experts
 from moe_jax.types import ExpertWeights
 
 ROUTINGS = ("uniform", "zipf", "half", "eight")
+# What static scales allow for in hidden states and in hidden rows, both made of normal numbers: hardly one is larger.
+LARGEST = (8.0, 16.0)
 
 
 def parse_routings(text: str) -> tuple[str, ...]:
@@ -33,12 +37,38 @@ def parse_routings(text: str) -> tuple[str, ...]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def make_weights(config: MoEConfig, key: jax.Array) -> ExpertWeights:
-    """Random weights, made on the device, that keep the RMS of what passes through them near that of the input."""
+    """Random weights of the compute dtype, made on the device, that keep the RMS of what passes through them near the input's."""
     k1, k2 = jax.random.split(key)
     hidden, intermediate, dtype = config.hidden_size, config.intermediate_size, config.dtype
     w13 = jax.random.normal(k1, (config.num_experts, config.w13_rows, hidden), dtype) * hidden**-0.5
     w2 = jax.random.normal(k2, (config.num_experts, hidden, intermediate), dtype) * intermediate**-0.5
     return ExpertWeights(w13.astype(dtype), w2.astype(dtype))
+
+
+def in_format(weights: ExpertWeights, config: MoEConfig) -> ExpertWeights:
+    """The weights as the layer takes them: in the number format of the config, quantized one expert at a time.
+
+    Without a format they are the weights given. A format with static scales of activations gets those that `LARGEST` needs.
+
+    Example:
+        >>> config = MoEConfig(2, 1, 16, 16, quantization="int8_channel_static")
+        >>> weights = in_format(make_weights(config, jax.random.key(0)), config)
+        >>> weights.w13.dtype.name, weights.w13_input_scale.shape
+        ('int8', (2,))
+    """
+    form = config.quantization
+    if form is None:
+        return weights
+    weights = quantize_experts(weights, form)
+    if form.activations is None or not form.activations.static:
+        return weights
+    scales = (jnp.full(config.num_experts, largest / form.activations.largest, jnp.float32) for largest in LARGEST)
+    return dataclasses.replace(weights, **dict(zip(("w13_input_scale", "w2_input_scale"), scales, strict=True)))
+
+
+def weights_shape(config: MoEConfig) -> ExpertWeights:
+    """Shapes and dtypes of what `in_format` makes; nothing is computed."""
+    return jax.eval_shape(lambda: in_format(make_weights(config, jax.random.key(0)), config))
 
 
 def make_inputs(config: MoEConfig, tokens: int, routing: str = "uniform") -> tuple[jax.Array, jax.Array]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import reference
 from moe_jax.bench.compiling import CALLS, Layer, stack_logits
+from moe_jax.bench.expected import Expected, finite, shared_scale, tolerance, wrong_output
 from moe_jax.bench.inputs import expert_loads
 from moe_jax.bench.roofline import Ceilings, bound_us, expert_bytes, floors, layer_flops
 from moe_jax.bench.timing import call_time, kernel_times
@@ -21,9 +20,6 @@ from moe_jax.explanation import explain
 from moe_jax.moe import moe
 from moe_jax.types import ExpertWeights
 
-REFERENCE_TOKENS = 48  # compared with the reference, which is slow
-# Largest relative error that is rounding: inputs, hidden rows and outputs are rounded once each.
-TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 # Of the floating-point operations and of the weights.
 MATMUL_SHARES = {"grouped_matmul_up": 2 / 3, "grouped_matmul_down": 1 / 3, "down_combine": 1 / 3}
 SMALL_BUFFERS = 2**20  # that routing may take beside the rows
@@ -32,42 +28,6 @@ SMALL_BUFFERS = 2**20  # that routing may take beside the rows
 def make_layer(config: MoEConfig, implementation: str) -> Layer:
     """The whole layer, router logits and hidden states in, output out, inside one jit: ``layer(x, weights, logits)``."""
     return Layer(functools.partial(moe, config=config, implementation=implementation))
-
-
-class Expected:
-    """What the float32 reference makes of a sample of the tokens; computed once, compared with every implementation.
-
-    The sample has the same size at every T, small ones repeat tokens: the reference compiles once for a case.
-
-    Attributes:
-        sample: numbers of the tokens.
-        output: float32, of the sample.
-    """
-
-    def __init__(self, config: MoEConfig, weights: ExpertWeights, x: jax.Array, logits: jax.Array):
-        self.sample = np.linspace(0, x.shape[0] - 1, REFERENCE_TOKENS).round().astype(int)
-        self.output = reference.moe(x[self.sample], weights, jnp.asarray(np.asarray(logits)[self.sample]), config)
-
-    def error(self, rows: jax.Array) -> float:
-        """Relative Frobenius error of the sample, `rows` of an output."""
-        return float(jnp.linalg.norm(rows.astype(jnp.float32) - self.output) / jnp.linalg.norm(self.output))
-
-
-def wrong_output(error: float, dtype: str) -> str | None:
-    """Why an output with this error cannot be counted, or None.
-
-    Example:
-        >>> wrong_output(0.003, "bfloat16"), wrong_output(0.5, "bfloat16")
-        (None, 'wrong output: relative error 0.5 is more than 0.01')
-    """
-    if error <= TOLERANCE[dtype]:
-        return None
-    return f"wrong output: relative error {error:.2g} is more than {TOLERANCE[dtype]:g}"
-
-
-def finite(error: float) -> float | None:
-    """The error as JSON has it, which has no NaN."""
-    return error if math.isfinite(error) else None
 
 
 def measure(
@@ -89,7 +49,7 @@ def measure(
     Args:
         config: the layer's.
         layer: from `make_layer`.
-        weights: from `make_weights`.
+        weights: from `make_weights` and `in_format`.
         operands: hidden states and logits, from `make_inputs`.
         expected: what comes out; None for no tokens.
         implementation: what was asked for.
@@ -110,15 +70,18 @@ def measure(
     output, _ = jax.block_until_ready(stack(*operands))
     if output.shape != x.shape:
         return row | {"failed": f"wrong output: shape {list(output.shape)}, not {list(x.shape)}"}
-    error = expected.error(output[expected.sample])
+    sample = output[expected.sample]
+    error, unquantized = expected.error(sample), expected.error_unquantized(sample)
     row["error"] = finite(error)
-    failed = wrong_output(error, config.dtype)
+    if unquantized is not None:
+        row["error_unquantized"] = finite(unquantized)
+    failed = wrong_output(error, tolerance(config))
     if failed:
         return row | {"failed": failed}
     with jax.transfer_guard("disallow"):
         again, _ = jax.block_until_ready(stack(*operands))
     if checks:
-        row |= _bit_checks(layer, weights, x, logits, output, again) | _memory(config, layer, tokens)
+        row |= _bit_checks(config, layer, weights, x, logits, output, again) | _memory(config, layer, tokens)
     del output, again
     return row | _times(config, stack, operands, logits, ceilings, on_gpu)
 
@@ -130,15 +93,17 @@ def _implementations(config: MoEConfig, tokens: int, implementation: str) -> str
     return " + ".join(sorted(set(chosen(explain(config, tokens)).values())))
 
 
-def _bit_checks(layer: Layer, weights: ExpertWeights, x, logits, output, again) -> dict[str, Any]:
-    tokens = x.shape[0]
-    picked = sorted({0, tokens // 3, tokens - 1})
-    alone = [layer(x[t : t + 1], weights, logits[t : t + 1])[0] for t in picked]
-    found: dict[str, Any] = {
-        "two_runs_bit_equal": bool((again == output).all()),
-        "alone_bit_equal": all(bool((a == output[t]).all()) for a, t in zip(alone, picked, strict=True)),
-    }
+def _bit_checks(config: MoEConfig, layer: Layer, weights: ExpertWeights, x, logits, output, again) -> dict[str, Any]:
+    found: dict[str, Any] = {"two_runs_bit_equal": bool((again == output).all())}
+    if shared_scale(config) is None:
+        tokens = x.shape[0]
+        picked = sorted({0, tokens // 3, tokens - 1})
+        alone = [layer(x[t : t + 1], weights, logits[t : t + 1])[0] for t in picked]
+        found["alone_bit_equal"] = all(bool((a == output[t]).all()) for a, t in zip(alone, picked, strict=True))
     broken = [name for name, holds in found.items() if not holds]
+    if shared_scale(config) is not None:
+        name = config.quantization.name
+        found["alone_reason"] = f"not checked: {name} takes one scale from all rows of a batch, other tokens change it"
     return found | ({"failed": f"{' and '.join(broken)} does not hold"} if broken else {})
 
 
@@ -148,7 +113,9 @@ def _memory(config: MoEConfig, layer: Layer, tokens: int) -> dict[str, int]:
     analysis = analyse()
     if analysis is None:
         return {}
-    row_bytes = (config.intermediate_size + config.hidden_size) * jnp.dtype(config.dtype).itemsize
+    form = config.quantization
+    codes = 0 if form is None or form.is_weight_only else 1  # bytes: rows of both widths are quantized too
+    row_bytes = (config.intermediate_size + config.hidden_size) * (jnp.dtype(config.dtype).itemsize + codes)
     return {
         "temp_bytes": analysis.temp_size_in_bytes,
         "temp_bound_bytes": tokens * config.top_k * row_bytes + SMALL_BUFFERS,

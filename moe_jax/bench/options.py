@@ -17,6 +17,7 @@ class BenchOptions:
         tokens: T, ascending.
         routings: names of routings, see `moe_jax.bench.inputs`.
         dtype: compute dtype; None for bfloat16 on a GPU, else float32.
+        quantization: name of the experts' number format, see `moe_jax.quantization.quant_format`; None: not quantized.
         implementation: what is measured.
         compare: names of peers.
         peer_seconds: about how long the times of a peer are taken in a row.
@@ -31,6 +32,7 @@ class BenchOptions:
     tokens: tuple[int, ...] = ()
     routings: tuple[str, ...] = ("uniform",)
     dtype: str | None = None
+    quantization: str | None = None
     implementation: str = "auto"
     compare: tuple[str, ...] = ()
     peer_seconds: float = 1.0

@@ -24,18 +24,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.bench.compiling import CALLS, Layer, stack_logits
+from moe_jax.bench.inputs import weights_shape
 from moe_jax.bench.jax_layers import JAX_LAYERS
-from moe_jax.bench.torch_layers import COMPILED_AT_CALL, TORCH_LAYERS
+from moe_jax.bench.quantized_layers import QUANTIZED_LAYERS, Coded, torch_layer
+from moe_jax.bench.torch_layers import COMPILED_AT_CALL, TORCH_LAYERS, PeerUnavailable
 from moe_jax.config import MoEConfig
+from moe_jax.quantization import QuantizedArray
 from moe_jax.types import ExpertWeights
 
-PEERS = (*TORCH_LAYERS, *JAX_LAYERS)
-PACKAGES = {"torch": "torch", "vllm": "vllm", "sonicmoe": "sonic-moe", "tokamax": "tokamax"}  # as pip calls them
+TORCH_PEERS = tuple(dict.fromkeys((*TORCH_LAYERS, *QUANTIZED_LAYERS)))
+PEERS = (*TORCH_PEERS, *JAX_LAYERS)
+# As pip calls them.
+PACKAGES = {
+    "torch": "torch",
+    "vllm": "vllm",
+    "cutlass": "vllm",
+    "deepgemm": "vllm",
+    "sonicmoe": "sonic-moe",
+    "tokamax": "tokamax",
+}
+OURS = "xla"  # the one JAX peer that takes quantized weights
 TORCH_BYTES = 8 * 2**30  # that torch needs for activations at the largest sizes
-
-
-class PeerUnavailable(Exception):
-    """A peer cannot run here; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +75,8 @@ class JaxPeer:
     """A peer under jit, for one config. With `ahead` its `layer` is to be compiled ahead, for weights as `weights_shape` says."""
 
     def __init__(self, name: str, config: MoEConfig):
+        if config.quantization is not None and name != OURS:
+            raise PeerUnavailable("takes no quantized weights")
         function, self.to_weights, self.what, self.ahead = JAX_LAYERS[name](config)
         self.layer = Layer(function)
 
@@ -93,10 +104,11 @@ class TorchPeer:
     """A peer under torch, for one config."""
 
     def __init__(self, name: str, config: MoEConfig):
+        make = torch_layer(name, config)
         import torch
 
         self.torch, self.config = torch, config
-        self.place = TORCH_LAYERS[name](torch, config)
+        self.place = make(torch, config)
         self.compiled_at_call = name in COMPILED_AT_CALL
 
     def warm(self, counts: Iterable[int]) -> None:
@@ -107,16 +119,19 @@ class TorchPeer:
             free_memory()
 
     def _run_on_zeros(self, counts: Iterable[int]) -> None:
-        config = self.config
+        config, torch = self.config, self.torch
 
         def zeros(*shape, dtype=config.dtype):
-            return self.torch.zeros(shape, dtype=getattr(self.torch, dtype), device="cuda")
+            if dtype == "float8_e4m3fn":  # which torch does not fill everywhere
+                return zeros(*shape, dtype="uint8").view(torch.float8_e4m3fn)
+            return torch.zeros(shape, dtype=getattr(torch, dtype), device="cuda")
 
-        w13 = zeros(config.num_experts, config.w13_rows, config.hidden_size)
-        layer = self.place(w13, zeros(config.num_experts, config.hidden_size, config.intermediate_size))
+        shapes = weights_shape(config)
+        tensors = (_tensors(w, lambda leaf: zeros(*leaf.shape, dtype=leaf.dtype.name)) for w in (shapes.w13, shapes.w2))
+        layer = self.place(*tensors)
         for count in counts:
             layer.function(zeros(count, config.hidden_size), zeros(count, config.num_experts, dtype="float32"))
-        self.torch.cuda.synchronize()
+        torch.cuda.synchronize()
 
     def prepare(self, weights: ExpertWeights) -> Prepared:
         """Puts the weights in place.
@@ -125,10 +140,10 @@ class TorchPeer:
             PeerUnavailable: torch cannot use the device, or JAX has left it no memory.
         """
         torch = self.torch
-        if weights.w13.device.platform in ("gpu", "cuda"):
+        if jax.tree.leaves(weights.w13)[0].device.platform in ("gpu", "cuda"):
             _check_device(torch)
         # Tensors on JAX's memory: `weights` outlives them, and each side waits for its work before the other starts.
-        layer = self.place(torch.from_dlpack(weights.w13), torch.from_dlpack(weights.w2))
+        layer = self.place(*(_tensors(w, torch.from_dlpack) for w in (weights.w13, weights.w2)))
 
         def wait(output):
             if output.is_cuda:
@@ -147,6 +162,13 @@ class TorchPeer:
             return _in_cuda_graph(torch, Bound(call, wait, rows, layer.what))
 
         return bind
+
+
+def _tensors(weights: Any, make: Callable[[Any], Any]) -> Any:
+    """What a torch layer takes in the place of one matrix of all experts; `make` gives the tensor of an array."""
+    if isinstance(weights, QuantizedArray):
+        return Coded(make(weights.values), make(weights.scales))
+    return make(weights)
 
 
 def _check_device(torch: Any) -> None:
@@ -202,7 +224,7 @@ def parse_peers(text: str) -> tuple[str, ...]:
 
 def runs_under_torch(name: str) -> bool:
     """Whether the peer shares the GPU through torch."""
-    return name in TORCH_LAYERS
+    return name in TORCH_PEERS
 
 
 def find_peer(name: str, config: MoEConfig) -> JaxPeer | TorchPeer | str:

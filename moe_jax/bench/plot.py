@@ -10,6 +10,8 @@ Row = dict[str, Any]
 COLORS = {
     "moe_jax": "tab:blue",
     "vllm": "tab:orange",
+    "cutlass": "tab:olive",
+    "deepgemm": "tab:pink",
     "sonicmoe": "tab:green",
     "torch": "tab:red",
     "tokamax": "tab:purple",
@@ -101,10 +103,9 @@ def _save_plot(result: Row, routing: str, rows: list[Row], file: Path) -> None:
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 3 * across), frameon=False
     )
-    figure.suptitle(
-        f"Whole {rows[0]['dtype']} layer, {routing} routing\n{result['device']}, commit {result['commit']}, {result['date']}",
-        fontsize=11,
-    )
+    experts = f", {rows[0]['quantization']} experts" if rows[0].get("quantization") else ""
+    what = f"Whole {rows[0]['dtype']} layer{experts}, {routing} routing"
+    figure.suptitle(f"{what}\n{result['device']}, commit {result['commit']}, {result['date']}", fontsize=11)
     try:
         # Without the version of matplotlib, so that the same result gives the same file.
         figure.savefig(file, dpi=100, metadata={"Software": None} if file.suffix == ".png" else None)

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from moe_jax.bench.cases import Case
-from moe_jax.bench.entrant import Entrant, Progress, Row, Turn, plan
+from moe_jax.bench.entrant import Entrant, Progress, Row, Turn, number_format, plan
 from moe_jax.bench.environment import has_gpu
 from moe_jax.bench.options import BenchOptions
 
@@ -62,7 +62,7 @@ class RemoteEntrant:
                 return
         head = next(heads, None)
         if head is not None and self.failure is not None:
-            yield head | {"dtype": self.options.dtype, "failed": self.failure}
+            yield head | number_format(self.options) | {"failed": self.failure}
 
     def close(self) -> None:
         """Ends the process if it has not ended by itself."""

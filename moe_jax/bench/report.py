@@ -28,10 +28,12 @@ def headline(result: dict[str, Any]) -> str:
     spent = (
         f"\n{len(skipped)} rows not measured: the budget of {result['budget_seconds']:g} s is spent" if skipped else ""
     )
+    of = f" of {ceilings['matmul']}" if ceilings.get("matmul") else ""
+    reason = f"\n{ceilings['matmul_reason']}" if ceilings.get("matmul_reason") else ""
     return (
         f"{result['device']}, jax {result['jax']}, commit {result['commit'] or 'unknown (give --commit)'}, {result['date']}\n"
-        f"measured ceilings: {ceilings['matmul_tflops']:.3g} TFLOP/s, copies {ceilings['copy_gb_per_s']:.4g} GB/s, "
-        f"reads {ceilings['read_gb_per_s']:.4g} GB/s{spent}"
+        f"measured ceilings: {ceilings['matmul_tflops']:.3g} TFLOP/s{of}, copies {ceilings['copy_gb_per_s']:.4g} GB/s, "
+        f"reads {ceilings['read_gb_per_s']:.4g} GB/s{reason}{spent}"
     )
 
 
@@ -42,7 +44,8 @@ def case_table(rows: list[dict[str, Any]]) -> Table:
     "Of floor" is the share of the layer's time that the hardware needs at least. The pairs of rates are those of the up- and the
     down-projection.
     """
-    table = Table(title=f"{rows[0]['case']}, {rows[0]['dtype']}", title_justify="left", box=box.SIMPLE_HEAD)
+    experts = f", {rows[0]['quantization']}" if rows[0].get("quantization") else ""
+    table = Table(title=f"{rows[0]['case']}, {rows[0]['dtype']}{experts}", title_justify="left", box=box.SIMPLE_HEAD)
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "what ran" else "right", no_wrap=column != "what ran")
     table.add_column("note")
@@ -85,7 +88,7 @@ def _own_note(row: dict[str, Any]) -> str:
     if "failed" in row:
         return f"[bold red]FAILED[/] {escape(row['failed'])}"
     if "two_runs_bit_equal" in row:
-        return "bit-equal: two runs, alone"
+        return "bit-equal: two runs" + (", alone" if "alone_bit_equal" in row else "")
     return f"shape {row['shape']}" if "shape" in row else ""
 
 

@@ -16,6 +16,7 @@ from moe_jax.bench.environment import describe, has_gpu
 from moe_jax.bench.options import BenchOptions
 from moe_jax.bench.processes import RemoteEntrant
 from moe_jax.bench.roofline import measure_ceilings
+from moe_jax.quantization import quant_format
 
 
 def run_bench(
@@ -39,10 +40,16 @@ def run_bench(
     on_gpu = has_gpu()
     options = options.filled(on_gpu)
     progress("measuring what the device can do")
-    ceilings = measure_ceilings(options.dtype, on_gpu)
+    form = None if options.quantization is None else quant_format(options.quantization)
+    ceilings = measure_ceilings(options.dtype, on_gpu, form)
     packages = [peers.PACKAGES[name] for name in options.compare if name in peers.PACKAGES]
     result: Row = describe(options.commit, packages) | {
-        "ceilings": {name: round(rate, 3) for name, rate in ceilings._asdict().items()},
+        "quantization": options.quantization,
+        "ceilings": {
+            name: round(value, 3) if isinstance(value, float) else value
+            for name, value in ceilings._asdict().items()
+            if value not in ("", None)
+        },
         "budget_seconds": options.budget,
         "peer_seconds": options.peer_seconds,
         "layers_a_call": CALLS,

@@ -1,4 +1,4 @@
-"""Peers that run under torch. Each gets the torch module and the config, and gives what makes a layer of the weights.
+"""Peers that run under torch, with plain weights. Each gets the torch module and the config, and makes a layer of the weights.
 
 ``w13`` is ``[E, 2I, H]``, gate rows first, ``w2`` is ``[E, H, I]``: all three take them as they are.
 """
@@ -27,6 +27,11 @@ class TorchLayer(NamedTuple):
 
 
 Place = Callable[[Any, Any], TorchLayer]  # of w13 and w2
+TRITON, NOT_TUNED = "vLLM fused_experts, Triton", "ships no tuning for this shape"
+
+
+class PeerUnavailable(Exception):
+    """A peer cannot run here; the message says why."""
 
 
 def torch_grouped_mm(torch: Any, config: MoEConfig) -> Place:
@@ -34,33 +39,58 @@ def torch_grouped_mm(torch: Any, config: MoEConfig) -> Place:
     return lambda w13, w2: _torch_layer(torch, config, w13, w2)
 
 
-def _torch_layer(torch: Any, config: MoEConfig, w13: Any, w2: Any) -> TorchLayer:
-    def route(logits):
-        chosen, ids = torch.topk(logits, config.top_k)
-        return torch.softmax(chosen, dim=-1), ids
+class Routed:
+    """Router logits as torch operations make groups of them.
 
+    Args:
+        torch: the module.
+        config: the layer.
+        logits: ``[T, E]``.
+
+    Attributes:
+        ids: of experts, ``[T, k]``.
+        weight: of the slots, ``[T, k]``.
+    """
+
+    def __init__(self, torch: Any, config: MoEConfig, logits: Any):
+        self._torch, self._config = torch, config
+        chosen, self.ids = torch.topk(logits, config.top_k)
+        self.weight = torch.softmax(chosen, dim=-1)
+
+    def group(self) -> tuple[Any, Any]:
+        """The token of each row, grouped by expert, and where the groups end."""
+        torch, experts = self._torch, self._config.num_experts
+        sorted_ids, self._order = torch.sort(self.ids.reshape(-1), stable=True)
+        ends = torch.searchsorted(sorted_ids, torch.arange(experts, device=self.ids.device), right=True).int()
+        return self._order // self._config.top_k, ends
+
+    def combine(self, rows: Any) -> Any:
+        """The weighted sum of each token's rows, from grouped ones."""
+        pairs = self._torch.empty_like(rows).index_copy_(0, self._order, rows)
+        pairs = pairs.view(*self.ids.shape, -1)
+        return (pairs.float() * self.weight[:, :, None]).sum(1).to(rows.dtype)
+
+
+def _torch_layer(torch: Any, config: MoEConfig, w13: Any, w2: Any) -> TorchLayer:
     def expert(rows, local):
         gate, up = torch.nn.functional.linear(rows, w13[local]).chunk(2, dim=-1)
         return torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, w2[local])
 
     def loop_layer(x, logits):
-        weight, ids = route(logits)
+        routed = Routed(torch, config, logits)
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for local in range(config.num_experts):
-            token, slot = torch.nonzero(ids == local, as_tuple=True)
+            token, slot = torch.nonzero(routed.ids == local, as_tuple=True)
             if token.numel():
-                out.index_add_(0, token, expert(x[token], local).float() * weight[token, slot, None])
+                out.index_add_(0, token, expert(x[token], local).float() * routed.weight[token, slot, None])
         return out.to(x.dtype)
 
     def grouped_layer(x, logits):
-        weight, ids = route(logits)
-        sorted_ids, order = torch.sort(ids.reshape(-1), stable=True)
-        ends = torch.searchsorted(sorted_ids, torch.arange(config.num_experts, device=x.device), right=True).int()
-        rows = x.index_select(0, order // config.top_k)
+        routed = Routed(torch, config, logits)
+        token, ends = routed.group()
+        rows = x.index_select(0, token)
         gate, up = torch._grouped_mm(rows, w13.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        rows = torch._grouped_mm(torch.nn.functional.silu(gate) * up, w2.transpose(1, 2), offs=ends)
-        pairs = torch.empty_like(rows).index_copy_(0, order, rows).view(x.shape[0], config.top_k, -1)
-        return (pairs.float() * weight[:, :, None]).sum(1).to(x.dtype)
+        return routed.combine(torch._grouped_mm(torch.nn.functional.silu(gate) * up, w2.transpose(1, 2), offs=ends))
 
     if takes_grouped_mm(torch, w13):
         return TorchLayer(grouped_layer, "torch._grouped_mm")
@@ -72,14 +102,16 @@ def takes_grouped_mm(torch: Any, w13: Any) -> bool:
     return w13.is_cuda and w13.dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm")
 
 
-def vllm(torch: Any, config: MoEConfig) -> Place:
-    """vLLM's Triton experts behind its own fused top-k kernel, softmax renormalised over the chosen.
+def import_vllm(torch: Any) -> None:
+    """Imports vLLM, quietly, so that its kernels are loaded.
 
     Raises:
         ImportError: vLLM, or something that it imports, is not installed.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Read when it first quantizes: otherwise it rounds float32 scales of activations to powers of two, which is another format.
+    os.environ.setdefault("VLLM_USE_DEEP_GEMM_E8M0", "0")
     import vllm.platforms
 
     if torch.cuda.is_available() and not vllm.platforms.current_platform.is_cuda():
@@ -87,11 +119,20 @@ def vllm(torch: Any, config: MoEConfig) -> Place:
         from vllm.platforms.cuda import NonNvmlCudaPlatform
 
         vllm.platforms._current_platform = NonNvmlCudaPlatform()
+
+
+def vllm(torch: Any, config: MoEConfig) -> Place:
+    """vLLM's Triton experts behind its own fused top-k kernel, softmax renormalised over the chosen.
+
+    Raises:
+        ImportError: vLLM, or something that it imports, is not installed.
+    """
+    import_vllm(torch)
     from vllm.model_executor.layers.fused_moe import fused_experts, fused_topk
     from vllm.model_executor.layers.fused_moe.fused_moe import get_moe_configs
 
-    tuned = get_moe_configs(config.num_experts, config.intermediate_size, None, 0, 0) is not None
-    what = "vLLM fused_experts, Triton" + ("" if tuned else ", ships no tuning for this shape")
+    tuned = get_moe_configs(config.num_experts, config.intermediate_size, None, 0, 0)
+    what = TRITON if tuned is not None else f"{TRITON}, {NOT_TUNED}"
 
     def place(w13, w2):
         def layer(x, logits):
@@ -153,4 +194,4 @@ TORCH_LAYERS: dict[str, Callable[[Any, MoEConfig], Place]] = {
     "sonicmoe": sonicmoe,
 }
 # Kernels compiled at the first call. SonicMoE's are too, and timed against each other: that needs the device to itself.
-COMPILED_AT_CALL = ("vllm",)
+COMPILED_AT_CALL = ("vllm", "deepgemm")

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_jax.kernels.hopper.matmul_config import Config
 from moe_jax.tuning.fit import config_misfit, misfit
-from moe_jax.tuning.plan import LayerPlan, LayerShape, default_plan, splits
+from moe_jax.tuning.plan import Codes, LayerPlan, LayerShape, default_plan, most_rows, splits
 
 MOST_STAGES = 8
 # With few rows the stream of weights is all that counts: how wide and how deep it is read.
@@ -38,6 +38,26 @@ _MANY_ROWS: tuple[dict[str, Any], ...] = (
     {"cluster": 1, "gather": True},
     {"gather": False},
 )
+# 8-bit rows have no clusters and are not fetched by their tokens; a stage takes 128 of K in the place of 64.
+_FEW_EIGHT_BIT: tuple[dict[str, Any], ...] = (
+    {},
+    {"tile_k": 128},
+    {"consumers": 2, "tile_k": 128},
+    {"consumers": 2, "tile_k": 256},
+    {"halves": 1},
+    {"halves": 2},
+    {"halves": 1, "consumers": 2},
+    {"columns": 64, "tile_k": 256},
+    {"columns": 32, "tile_k": 512},
+)
+_MANY_EIGHT_BIT: tuple[dict[str, Any], ...] = (
+    {},
+    {"band": 4},
+    {"band": 16},
+    {"tile_k": 256},
+    {"consumers": 1},
+    {"halves": 1},
+)
 
 
 def row_tiles(shape: LayerShape) -> tuple[int, ...]:
@@ -47,8 +67,10 @@ def row_tiles(shape: LayerShape) -> tuple[int, ...]:
         >>> row_tiles(LayerShape(128, 32768, 2048, 768, gated=True, dtype="bfloat16"))
         (128, 160, 192)
     """
-    mean = shape.mean_rows
-    likely = (64,) if mean <= 24 else (64, 128) if mean <= 96 else (128, 160, 192)
+    mean, most = shape.mean_rows, (128, 160, 192)
+    if Codes.of(shape.codes).both:
+        most = (96, 128) if most_rows(shape.codes) == 128 else (128, 144, 160)
+    likely = (64,) if mean <= 24 else (64, 128) if mean <= 96 else most
     return tuple(sorted({*likely, default_plan(shape).tile_rows}))
 
 
@@ -65,21 +87,22 @@ def candidates(shape: LayerShape) -> list[LayerPlan]:
     plans = [default_plan(shape)]
     for tile_rows in row_tiles(shape):
         base = default_plan(shape, tile_rows)
-        ups = _variants(base.up, shape.gated, shape.dtype, up=True)
-        downs = _variants(base.down, False, shape.dtype, up=False)
+        ups = _variants(base.up, shape, shape.gated, up=True)
+        downs = _variants(base.down, shape, False, up=False)
         for up, down in itertools.zip_longest(ups, downs):
             plans.append(LayerPlan(tile_rows, up or ups[0], down or downs[0]))
     return [plan for plan in dict.fromkeys(plans) if misfit(shape, plan) is None]
 
 
-def _variants(base: Config, gated: bool, dtype: str, up: bool) -> list[Config]:
+def _variants(base: Config, shape: LayerShape, gated: bool, up: bool) -> list[Config]:
     """`base`, then its changes, each with as many stages as shared memory holds."""
     found = [base]
-    for change in _FEW_ROWS if base.tile_rows <= 64 else _MANY_ROWS:
+    changes = (_FEW_EIGHT_BIT, _MANY_EIGHT_BIT) if Codes.of(shape.codes).both else (_FEW_ROWS, _MANY_ROWS)
+    for change in changes[base.tile_rows > 64]:
         config = dataclasses.replace(base, **change)
         if not splits(base.tile_rows, config) or (config.gather and not up):
             continue
         config = dataclasses.replace(config, row_counts=tuple(c for c in config.row_counts if splits(c, config)))
         deepest = (dataclasses.replace(config, stages=stages) for stages in range(MOST_STAGES, 1, -1))
-        found += itertools.islice((c for c in deepest if config_misfit(c, gated, dtype) is None), 1)
+        found += itertools.islice((c for c in deepest if config_misfit(c, gated, shape.dtype, shape.codes) is None), 1)
     return list(dict.fromkeys(found))

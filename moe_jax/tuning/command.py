@@ -44,6 +44,9 @@ def tune(
         str, typer.Option(help="Numbers of tokens, T; a plan is used from half to twice as many.")
     ] = TOKENS,
     dtype: Annotated[KernelDtype, typer.Option(help="Compute dtype.")] = KernelDtype.BFLOAT16,
+    quantization: Annotated[
+        str | None, typer.Option(help="Number format of the experts, such as fp8_block. Default: not quantized.")
+    ] = None,
     activation: Annotated[
         str, typer.Option(help="Activation of the experts: what counts is whether it has a gate.")
     ] = "silu",
@@ -57,7 +60,7 @@ def tune(
     again: Annotated[bool, typer.Option("--again", help="Also measure what is there already.")] = False,
 ) -> None:
     """Measure which tiles of the grouped matmuls are fastest on this Hopper GPU, and keep them for later runs."""
-    from moe_jax.bench import CASES, parse_case, parse_tokens
+    from moe_jax.bench import CASES, parse_case, parse_format, parse_tokens
     from moe_jax.ops.implementation import platform_reason
     from moe_jax.tuning import cache
     from moe_jax.tuning.search import Problem
@@ -68,7 +71,8 @@ def tune(
         counts = parse_tokens(tokens)
         if 0 in counts:
             raise ValueError(f"--tokens {tokens}: no tokens, nothing to measure; give numbers from 1")
-        configs = {c.name: dataclasses.replace(c.config(dtype.value), activation=activation) for c in cases}
+        form = parse_format(quantization)
+        configs = {c.name: dataclasses.replace(c.config(dtype.value, form), activation=activation) for c in cases}
         problems = [Problem(name, config, count) for name, config in configs.items() for count in counts]
     except ValueError as error:
         raise fail(str(error), 2) from error
@@ -123,7 +127,9 @@ def outcome_table(outcomes: list[Outcome]) -> Table:
     from moe_jax.tuning.plan import default_plan
     from moe_jax.tuning.search import summary
 
-    table = Table(title="layer times, microseconds", title_justify="left", box=box.SIMPLE_HEAD)
+    formats = {o.problem.config.quantization.name for o in outcomes if o.problem.config.quantization}
+    title = ", ".join(["layer times, microseconds", *sorted(formats)])
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("case", "T", "default", "tuned", "gain"):
         table.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
     table.add_column("plan")

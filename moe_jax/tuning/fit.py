@@ -3,49 +3,69 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.activations import get_activation
+from moe_jax.activations import Activation, get_activation
 from moe_jax.kernels.hopper.matmul_bf16 import supports
 from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
+from moe_jax.kernels.hopper.matmul_fp8 import GROUP
+from moe_jax.kernels.hopper.row_scales import held
 from moe_jax.kernels.hopper.views import ALIGNED, COLUMNS, STORED
-from moe_jax.tuning.plan import LayerPlan, LayerShape, splits
+from moe_jax.tuning.plan import Codes, LayerPlan, LayerShape, most_rows, splits
 
+_BYTES = ("float8_e4m3fn", "int8")
 SHARED_MEMORY = 227 * 1024  # bytes that one block may have on a Hopper GPU
 
 
-def shared_memory_bytes(config: Config, dtype: str) -> int:
-    """Bytes of shared memory that a block takes: a ring of tiles, the outputs on their way, a float32 bias, barriers.
+def shared_memory_bytes(config: Config, dtype: str, codes: str = "") -> int:
+    """Bytes of shared memory that a block takes: a ring of tiles, the outputs on their way, a float32 bias, scales, barriers.
 
-    The bias is counted whether there is one or not, so that a plan serves both.
+    The bias is counted whether there is one or not, so that a plan serves both. So are weights of 16 bits in the place of codes
+    of 4, which are dequantized before.
+
+    Args:
+        config: of the projection.
+        dtype: of the output, and of what is not quantized.
+        codes: as in `LayerShape`.
 
     Example:
         >>> shared_memory_bytes(Config(row_counts=(160,), stages=4), "bfloat16") <= SHARED_MEMORY
         True
     """
+    of = Codes.of(codes)
     item = jnp.dtype(dtype).itemsize
+    of_rows, of_weights = 1 if of.both else item, 1 if of.dtype in _BYTES else item
     weight_rows = config.consumers * config.halves * WGMMA_ROWS
+    row_scales = 0
+    if of.both:  # for each group of columns in a stage, or for a whole tile
+        lines = config.stages * config.tile_k // GROUP if of.granularity == "block" else config.consumers
+        row_scales = lines * held(config.tile_rows)
     buffers = (
-        config.stages * config.tile_rows * config.tile_k * item,
-        config.stages * config.stage_rows * config.tile_k // config.depth * item,
+        config.stages * config.tile_rows * config.tile_k * of_rows,
+        config.stages * config.stage_rows * config.tile_k // config.depth * of_weights,
         config.consumers * 2 * STORED * COLUMNS * item,
         weight_rows * 4,
-        (2 * config.stages + config.consumers) * 8,
+        row_scales * 4,
+        weight_rows * 4 if of.granularity == "channel" else 0,
+        (2 * config.stages + 3 * config.consumers) * 8,
         ALIGNED if config.gather else 0,  # set aside for reductions
     )
     return sum(math.ceil(size / ALIGNED) * ALIGNED for size in buffers)
 
 
-def config_misfit(config: Config, gated: bool, dtype: str) -> str | None:
+def config_misfit(config: Config, gated: bool, dtype: str, codes: str = "") -> str | None:
     """Why the kernel cannot run a projection with this configuration; None if it can.
 
     Args:
         config: of the projection.
         gated: its activation takes gate and up.
-        dtype: of rows and weights.
+        dtype: of rows and weights, or of the output where both are quantized.
+        codes: as in `LayerShape`.
 
     Example:
         >>> config_misfit(Config(halves=1), gated=True, dtype="bfloat16")
@@ -82,9 +102,28 @@ def config_misfit(config: Config, gated: bool, dtype: str) -> str | None:
     odd = [rows for rows in counts if not splits(rows, config)]
     if odd:
         return f"row_counts {odd} cannot be shared by cluster={config.cluster}: they must be multiples of {8 * config.cluster}"
-    taken = shared_memory_bytes(config, dtype)
+    reason = _eight_bit_misfit(config, codes) if Codes.of(codes).both else None
+    if reason is not None:
+        return reason
+    taken = shared_memory_bytes(config, dtype, codes)
     if taken > SHARED_MEMORY:
         return f"{taken} bytes of shared memory are more than a block's {SHARED_MEMORY}; take fewer stages"
+    return None
+
+
+def _eight_bit_misfit(config: Config, codes: str) -> str | None:
+    """What the kernel of 8-bit operands cannot do beyond that."""
+    if config.cluster > 1 or config.gather:
+        return f"cluster={config.cluster} and gather={config.gather} must be 1 and False for 8-bit rows"
+    if config.tile_k % (GROUP * config.depth):
+        return (
+            f"tile_k={config.tile_k} must be a multiple of {GROUP * config.depth} for 8-bit rows: with columns="
+            f"{config.columns} a stage holds {config.depth} pieces of K, each of whole groups of {GROUP}"
+        )
+    if config.tile_rows > most_rows(codes):
+        return f"tile_rows={config.tile_rows} must be at most {most_rows(codes)} for {codes}, for the registers"
+    if Codes.of(codes).dtype == "int8" and config.tile_rows > 32 and config.tile_rows % 16:
+        return f"tile_rows={config.tile_rows} must be a multiple of 16 for int8: wgmma has no other above 32"
     return None
 
 
@@ -108,9 +147,35 @@ def misfit(shape: LayerShape, plan: LayerPlan) -> str | None:
     for name, config, weights, act in (("up", plan.up, w13, activation), ("down", plan.down, w2, None)):
         if name == "down" and config.gather:
             return "down: gather=True is for an up-projection: the rows of this one are not those of tokens"
-        rows = like(plan.tile_rows, weights.shape[2])
-        reason = supports(rows, weights, None, act, plan.tile_rows, config.gather)
-        reason = reason or config_misfit(config, act is not None, shape.dtype)
+        reason = _operands_misfit(shape, weights, act, plan.tile_rows, config.gather)
+        reason = reason or config_misfit(config, act is not None, shape.dtype, shape.codes)
         if reason:
             return f"{name}: {reason}"
     return None
+
+
+def _operands_misfit(
+    shape: LayerShape, weights: Any, activation: Activation | None, tile_rows: int, gather: bool
+) -> str | None:
+    """Why no kernel multiplies rows with these weights, plain or quantized."""
+    from moe_jax.kernels.hopper.gather_quantize import scales_shape
+    from moe_jax.ops.quantized_matmul import reason_against, reason_against_codes
+    from moe_jax.quantization import Spec, quantize
+    from moe_jax.quantization.rows import QuantizedRows
+
+    rows = jax.ShapeDtypeStruct((tile_rows, weights.shape[2]), weights.dtype)
+    plain = supports(rows, weights, None, activation, tile_rows, gather)
+    of = Codes.of(shape.codes)
+    if not of.dtype:
+        return plain
+    block = {"block": (GROUP, GROUP), "group": GROUP}.get(of.granularity)
+    spec, halves = Spec(of.dtype, of.granularity, block), 2 if activation is not None else 1
+    codes = jax.eval_shape(functools.partial(quantize, spec=spec, halves=halves), weights)
+    if of.weights_alone:
+        # What cannot be decoded is dequantized before, and multiplied as plain weights are.
+        return plain if reason_against_codes(rows, codes, None, activation, tile_rows, gather) else None
+    granularity, block = {"channel": ("token", None), "block": ("group", GROUP)}.get(of.granularity, ("tensor", None))
+    rows_spec = Spec(of.dtype, granularity, block)
+    scales = jax.ShapeDtypeStruct(scales_shape(*rows.shape, rows_spec), jnp.float32)
+    values = jax.ShapeDtypeStruct(rows.shape, rows_spec.storage_dtype)
+    return reason_against(QuantizedRows(values, scales, rows_spec), codes, activation, tile_rows, shape.dtype)

@@ -3,9 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from moe_jax.config import MoEConfig
 from moe_jax.kernels.hopper.matmul_config import Config, default_config, eight_bit, fetches_by_token, tile_rows_for
+
+WEIGHTS_ALONE = "weights"  # what `LayerShape.codes` of a weight-only format begins with
+
+
+class Codes(NamedTuple):
+    """`LayerShape.codes` word by word.
+
+    Attributes:
+        dtype: of the codes; empty where nothing is quantized.
+        granularity: what shares a scale of weights.
+        weights_alone: rows are not quantized.
+
+    Example:
+        >>> Codes.of("weights int8 channel")
+        Codes(dtype='int8', granularity='channel', weights_alone=True)
+    """
+
+    dtype: str = ""
+    granularity: str = ""
+    weights_alone: bool = False
+
+    @classmethod
+    def of(cls, text: str) -> Codes:
+        """Raises ValueError for what no layer has."""
+        words = text.split()
+        alone = words[:1] == [WEIGHTS_ALONE]
+        if len(words) - alone not in (0, 2) or (alone and len(words) == 1):
+            raise ValueError(f"codes={text!r} must be a dtype and a granularity, after {WEIGHTS_ALONE!r} or alone")
+        return cls(*words[alone:], weights_alone=alone)
+
+    @property
+    def both(self) -> bool:
+        """Whether both operands of the matmuls are codes, of a byte each."""
+        return self.dtype != "" and not self.weights_alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +54,9 @@ class LayerShape:
         intermediate_size: I, of one expert.
         gated: the up-projection has a gate half and an up half.
         dtype: compute dtype.
-        codes: what both operands of the matmuls are quantized to, dtype and what shares a scale; empty where they are not.
+        codes: what is quantized, dtype and what shares a scale: both operands of the matmuls, ``float8_e4m3fn block``, or the
+            weights alone, ``weights float8_e4m3fn block``. Empty where nothing is. Each has plans of its own: what is decoded on
+            its way takes other time and other memory than what is not.
     """
 
     num_local_experts: int
@@ -47,7 +84,8 @@ class LayerShape:
         local = config.num_experts if num_local_experts is None else num_local_experts
         pairs = -(-num_tokens * config.top_k * local // config.num_experts)
         form = config.quantization
-        codes = "" if form is None or form.is_weight_only else f"{form.weights.dtype} {form.weights.granularity}"
+        codes = "" if form is None else f"{form.weights.dtype} {form.weights.granularity}"
+        codes = f"{WEIGHTS_ALONE} {codes}" if form is not None and form.is_weight_only else codes
         return cls(local, pairs, config.hidden_size, config.intermediate_size, config.act.is_gated, config.dtype, codes)
 
     @property
@@ -138,12 +176,11 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
         160
     """
     tiles = min(shape.num_pairs, shape.num_local_experts)
-    if shape.codes:
+    if Codes.of(shape.codes).both:
         tile_rows = min(tile_rows or tile_rows_for(shape.mean_rows, shape.num_pairs), most_rows(shape.codes))
         up = default_config(tile_rows, shape.gated, shape.intermediate_size, tiles)
-        return LayerPlan(
-            tile_rows, eight_bit(up), eight_bit(default_config(tile_rows, False, shape.hidden_size, tiles))
-        )
+        down = default_config(tile_rows, False, shape.hidden_size, tiles)
+        return LayerPlan(tile_rows, *(_within_memory(eight_bit(config), shape) for config in (up, down)))
     gather = fetches_by_token(shape.mean_rows, shape.hidden_size, shape.intermediate_size)
     if tile_rows is None:
         tile_rows = tile_rows_for(shape.mean_rows, shape.num_pairs, gather)
@@ -155,8 +192,17 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
     )
 
 
+def _within_memory(config: Config, shape: LayerShape) -> Config:
+    """With as many stages as scales leave room for."""
+    from moe_jax.tuning.fit import SHARED_MEMORY, shared_memory_bytes
+
+    while config.stages > 2 and shared_memory_bytes(config, shape.dtype, shape.codes) > SHARED_MEMORY:
+        config = dataclasses.replace(config, stages=config.stages - 1)
+    return config
+
+
 def most_rows(codes: str) -> int:
-    """The largest row tile for `LayerShape.codes`.
+    """The largest row tile for `LayerShape.codes` of both operands.
 
     Example:
         >>> most_rows("float8_e4m3fn block"), most_rows("int8 channel")

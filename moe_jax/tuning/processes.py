@@ -7,15 +7,15 @@ happens on the GPU while a plan is measured: one process is asked at a time.
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-import jax.numpy as jnp
-
 from moe_jax import _compat
+from moe_jax.bench.roofline import expert_bytes
 from moe_jax.config import MoEConfig
 from moe_jax.tuning.plan import LayerPlan
 from moe_jax.tuning.timed_layer import TimedLayer
@@ -103,8 +103,10 @@ def processes_for(config: MoEConfig, most: int, memory_bytes: int | None) -> int
     """
     if memory_bytes is None:
         return most
-    rows = config.w13_rows + config.intermediate_size
-    weights = config.num_experts * rows * config.hidden_size * jnp.dtype(config.dtype).itemsize
+    plain = dataclasses.replace(config, quantization=None)
+    weights = expert_bytes(plain, config.num_experts)
+    if config.quantization is not None:  # made of plain ones, beside them
+        weights += expert_bytes(config, config.num_experts)
     return max(1, min(most, int(SHARE * memory_bytes // weights)))
 
 

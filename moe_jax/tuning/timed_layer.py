@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.bench.compiling import CALLS, Layer, stack_logits
+from moe_jax.bench.inputs import in_format, make_weights, weights_shape
 from moe_jax.bench.timing import call_time, kernel_times
 from moe_jax.config import MoEConfig
 from moe_jax.moe import moe
@@ -47,7 +48,7 @@ class TimedLayer:
         config, tokens = self._config, self._tokens
         x = jax.ShapeDtypeStruct((tokens, config.hidden_size), config.dtype)
         logits = jax.ShapeDtypeStruct((tokens, config.num_experts), jnp.float32)
-        operands = x, jax.eval_shape(lambda: _weights.__wrapped__(config)), logits
+        operands = x, weights_shape(config), logits
 
         def compile_one(plan: LayerPlan) -> str | None:
             built = self._built.get(plan) or Layer(functools.partial(moe, config=config, plan=plan))
@@ -89,13 +90,4 @@ class TimedLayer:
 @functools.lru_cache(maxsize=1)
 def _weights(config: MoEConfig) -> ExpertWeights:
     """One set at a time: the numbers of tokens of a case come one after the other."""
-
-    @jax.jit
-    def make() -> ExpertWeights:
-        k1, k2 = jax.random.split(jax.random.key(0))
-        experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
-        w13 = jax.random.normal(k1, (experts, config.w13_rows, hidden), config.dtype) * hidden**-0.5
-        w2 = jax.random.normal(k2, (experts, hidden, inner), config.dtype) * inner**-0.5
-        return ExpertWeights(w13.astype(config.dtype), w2.astype(config.dtype))
-
-    return make()
+    return in_format(make_weights(config, jax.random.key(0)), config)

@@ -48,5 +48,7 @@ def test_wrong_tokens_raise(text):
 def test_unknown_peers_raise_with_the_known_ones():
     assert parse_peers("xla, torch,xla") == ("xla", "torch")
     assert parse_peers("") == ()
-    with pytest.raises(ValueError, match="cutlass.*torch, vllm, sonicmoe, tokamax, ragged_dot, xla"):
-        parse_peers("torch,cutlass")
+    with pytest.raises(
+        ValueError, match="megablox.*torch, vllm, sonicmoe, cutlass, deepgemm, tokamax, ragged_dot, xla"
+    ):
+        parse_peers("torch,megablox")

@@ -9,7 +9,6 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from typer.testing import CliRunner
 
 from moe_jax import moe
 from moe_jax.bench import (
@@ -22,36 +21,14 @@ from moe_jax.bench import (
     peers,
     plot,
     run,
-    timing,
     torch_layers,
 )
 from moe_jax.bench.roofline import Ceilings, measure_ceilings
-from moe_jax.cli import app
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="sizes and wording are those of a CPU")
 
 needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
 needs_torch = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="needs torch")
-
-
-@pytest.fixture
-def bench(monkeypatch, tmp_path):
-    """Runs the command on one tiny case, in quick rounds; gives its outcome and the result file."""
-    monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # set by the command, and to be forgotten after the test
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    monkeypatch.setattr(timing, "ROUNDS", 1)
-    monkeypatch.setattr(timing, "ROUND_SECONDS", 1e-4)
-    monkeypatch.setattr(run, "measure_ceilings", lambda *arguments: Ceilings(0.1, 10.0, 20.0))
-    out = tmp_path / "result.json"
-
-    def call(*arguments):
-        words = ["bench", "--out", out, "--case", "6,2,32,48", *arguments]
-        outcome = CliRunner().invoke(app, [str(word) for word in words])
-        return outcome, json.loads(out.read_text()) if out.exists() else None
-
-    return call
 
 
 @needs_matplotlib
@@ -66,6 +43,7 @@ def test_end_to_end(bench, tmp_path, monkeypatch):
     assert result["jax"] == result["versions"]["jax"] == jax.__version__
     assert result["commit"] == "abc1234"
     assert len(result["date"]) == 10
+    assert result["ceilings"].pop("matmul") == "float32"
     assert all(rate > 0 for rate in result["ceilings"].values())
     assert [(row["case"], row["tokens"]) for row in result["rows"]] == [("E6-k2-H32-I48", 0), ("E6-k2-H32-I48", 4)]
     for row in result["rows"]:
@@ -292,7 +270,8 @@ def test_a_process_that_compiles_for_longer_than_the_budget_is_ended(monkeypatch
     [
         (["--case", "8,2,64"], ["E,k,H,I"]),
         (["--tokens", "few"], ["few"]),
-        (["--compare", "cutlass"], ["cutlass", "vllm", "tokamax"]),
+        (["--compare", "megablox"], ["megablox", "vllm", "tokamax"]),
+        (["--quantization", "fp9"], ["--quantization fp9", "fp8_block", "int4_group128_zp"]),
         (["--routing", "even"], ["even", "uniform", "zipf"]),
         (["--plot", "/nonexistent/x.png"], ["--plot", "/nonexistent"]),
     ],

@@ -9,8 +9,9 @@ import jax
 import pytest
 
 from moe_jax import MoEConfig
-from moe_jax.bench import entrant, measure, peers
+from moe_jax.bench import entrant, peers
 from moe_jax.bench.compiling import CALLS
+from moe_jax.bench.expected import Expected
 from moe_jax.bench.inputs import make_inputs, make_weights
 
 pytestmark = pytest.mark.skipif(
@@ -100,7 +101,7 @@ def fake_sonicmoe(monkeypatch):
 def row_of(name, tokens=5, seconds=0.01, on_gpu=False):
     weights = make_weights(CONFIG, jax.random.key(0))
     x, logits = make_inputs(CONFIG, tokens)
-    expected = measure.Expected(CONFIG, weights, x, logits)
+    expected = Expected(CONFIG, weights, x, logits)
     prepared = peers.prepare(name, peers.find_peer(name, CONFIG), weights)
     return entrant.measure_peer(prepared, CONFIG, x, logits, expected, seconds, on_gpu)
 

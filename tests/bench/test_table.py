@@ -84,3 +84,11 @@ def test_results_from_before_there_were_peers(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "| qwen3-30b-a3b | 1 | 44 (39) |" in text
     assert "bound_us" not in text and "None" not in text
+
+
+def test_a_number_format_is_named(tmp_path):
+    ceilings = RESULT["ceilings"] | {"matmul": "float8_e4m3fn", "matmul_reason": "for a reason"}
+    path = write(tmp_path, [ROW | {"quantization": "fp8_block"}], quantization="fp8_block", ceilings=ceilings)
+    head = table.head(json.loads(path.read_text()), "run.json")
+    assert "the whole bfloat16 layer of `fp8_block` experts" in head
+    assert "a large float8_e4m3fn matmul reaches 680 TFLOP/s, sums read 4290 GB/s (for a reason)." in head

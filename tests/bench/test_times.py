@@ -11,6 +11,7 @@ from moe_jax import MoEConfig, _compat
 from moe_jax.bench import inputs, measure, roofline, timing
 from moe_jax.bench.cases import Case
 from moe_jax.bench.compiling import CALLS, Job, Layer, compile_all, stack_logits
+from moe_jax.bench.expected import Expected
 from moe_jax.bench.roofline import Ceilings, floors
 
 
@@ -98,7 +99,7 @@ def gpu_row(monkeypatch, kernel_times):
         layer,
         weights,
         (x, logits),
-        measure.Expected(config, weights, x, logits),
+        Expected(config, weights, x, logits),
         implementation="xla",
         ceilings=Ceilings(matmul_tflops=0.5, copy_gb_per_s=10.0, read_gb_per_s=1.0),
         checks=True,

@@ -39,3 +39,9 @@ def test_it_lowers_each_variant(variants, capsys):
     variants.main(["16,2,256,128:100"], ["up.stages=3", "down.band=2"], turns=1, dry=True)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 3 and "stages=3" in printed[1] and "band=2" in printed[2]
+
+
+def test_tiles_of_8_bit_rows_fit_into_shared_memory(variants, capsys):
+    """Many rows, a scale for each row and channel: what takes most of it."""
+    variants.main(["16,2,256,128:2000"], [], "fp8_channel", turns=1, dry=True)
+    assert "tile_rows=160" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """The files of tuned plans: what is written comes back, the nearest in the first folder counts, nothing broken does harm."""
 
+import dataclasses
 import json
 import os
 import warnings
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from moe_jax import MoEConfig
 from moe_jax.tuning import cache, schema
 from moe_jax.tuning.cache import TuningWarning, find_tuned
-from moe_jax.tuning.plan import default_plan, plan_for
+from moe_jax.tuning.plan import LayerShape, default_plan, plan_for
 from tests.tuning.plans import FEW, MANY, entry_of, pairs
 
 ROOT = Path(__file__).parents[2]
@@ -81,10 +83,22 @@ def test_the_nearest_size_within_a_factor_of_two(folders):
     ids=lambda change: next(iter(change)),
 )
 def test_another_problem_has_no_part_in_it(folders, change):
-    import dataclasses
-
     cache.save(folders[0], entry_of())
     assert find_tuned(dataclasses.replace(MANY, **change)) is None
+
+
+def test_each_number_format_has_plans_of_its_own(folders):
+    config = MoEConfig(128, 8, 2048, 768)
+    formats = None, "fp8_block", "fp8_channel", "fp8_weight_channel", "int8_channel", "int4_group64"
+    shapes = [LayerShape.of(dataclasses.replace(config, quantization=name), 4096) for name in formats]
+    assert len(set(shapes)) == len(shapes) and shapes[0] == MANY
+    for band, shape in enumerate(shapes[1:], 1):
+        assert find_tuned(shape) is None
+        cache.save(folders[0], entry_of(shape, band))
+    assert [band_of(shape) for shape in shapes] == [None, 1, 2, 3, 4, 5]
+    assert cache.stored(folders[0], shapes[3]).plan == plan_for(shapes[3])
+    # Codes and scales of blocks are the same to the kernels, whatever the dtype of the scales.
+    assert LayerShape.of(dataclasses.replace(config, quantization="fp8_block_ue8m0"), 4096) == shapes[1]
 
 
 def test_files_are_read_once_until_forgotten(folders):
@@ -128,6 +142,9 @@ BAD_ENTRIES = {
     "a lone half": (lambda e: e["plan"]["up"].update(halves=1), "halves=1"),
     "another row tile": (lambda e: e["plan"]["up"].update(row_counts=[64]), "tile_rows=64"),
     "a size for other kernels": (lambda e: e["shape"].update(hidden_size=1000), "1000"),
+    "no number format": (lambda e: e["shape"].update(codes="float9_e9 block"), "float9_e9"),
+    "a plan for 16 bits": (lambda e: e["shape"].update(codes="float8_e4m3fn block"), "at most 128"),
+    "words without meaning": (lambda e: e["shape"].update(codes="weights"), "codes='weights'"),
     "no pairs": (lambda e: e["shape"].update(num_pairs=0), "0 pairs"),
 }
 

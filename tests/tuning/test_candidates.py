@@ -11,10 +11,11 @@ import pytest
 from moe_jax import _compat
 from moe_jax.activations import get_activation
 from moe_jax.kernels.hopper import matmul_bf16 as kernel
+from moe_jax.kernels.hopper import matmul_fp8
 from moe_jax.kernels.hopper.matmul_config import Config
 from moe_jax.tuning.candidates import candidates
 from moe_jax.tuning.fit import SHARED_MEMORY, config_misfit, misfit, shared_memory_bytes
-from moe_jax.tuning.plan import LayerShape, default_plan
+from moe_jax.tuning.plan import Codes, LayerShape, default_plan
 
 SHAPES = [
     LayerShape(experts, pairs, hidden, inner, gated, dtype)
@@ -23,31 +24,64 @@ SHAPES = [
     for gated in (True, False)
 ]
 
+QUANTIZED = [
+    LayerShape(128, pairs, 2048, 768, gated, "bfloat16", codes)
+    for codes in (
+        "float8_e4m3fn block",
+        "float8_e4m3fn channel",
+        "int8 tensor",
+        "weights int8 channel",
+        "weights int4 group",
+    )
+    for pairs, gated in ((1, True), (128, False), (5120, True), (64000, True))
+]
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+@pytest.mark.parametrize("shape", SHAPES + QUANTIZED, ids=str)
 def test_candidates(shape):
     found = candidates(shape)
     assert found[0] == default_plan(shape)
-    assert 6 <= len(found) <= 18, "enough to find something, few enough to compile"
+    assert 6 <= len(found) <= 21, "enough to find something, few enough to compile"
     assert len(set(found)) == len(found)
     for plan in found:
         assert misfit(shape, plan) is None
         for config, gated in ((plan.up, shape.gated), (plan.down, False)):
-            assert config_misfit(config, gated, shape.dtype) is None
-            assert shared_memory_bytes(config, shape.dtype) <= SHARED_MEMORY
+            assert config_misfit(config, gated, shape.dtype, shape.codes) is None
+            assert shared_memory_bytes(config, shape.dtype, shape.codes) <= SHARED_MEMORY
+            if Codes.of(shape.codes).both:
+                assert (config.cluster, config.gather, config.tile_k % 128) == (1, False, 0)
+                assert config.tile_rows <= (128 if "block" in shape.codes else 160)
     for name in ("up", "down"):
         assert len({getattr(plan, name) for plan in found}) >= 5
 
 
-def scratch_bytes(config: Config, gated: bool, bias: bool, monkeypatch) -> int:
-    """The shared memory that the kernel itself asks for."""
-    asked = {}
+@pytest.fixture
+def asked(monkeypatch):
+    """What a kernel asks for when it is built."""
+    found = {}
 
     def no_kernel(body, *, out_type, **keywords):
-        asked.update(keywords)
+        found.update(keywords)
         return lambda *operands: jnp.zeros(out_type.shape, out_type.dtype)
 
     monkeypatch.setattr(_compat, "kernel", no_kernel)
+    return found
+
+
+def bytes_of(asked, aligned=1) -> int:
+    """Of its shared memory; each buffer begins at a multiple of `aligned`."""
+    total = 0
+    for scratch in asked["scratch_types"]:
+        if hasattr(scratch, "num_barriers"):
+            total += 8 * int(np.prod(scratch.num_barriers))
+        else:
+            size = math.prod(scratch.shape) * jnp.dtype(scratch.dtype).itemsize
+            total += math.ceil(size / aligned) * aligned
+    return total
+
+
+def scratch_bytes(config: Config, gated: bool, bias: bool, asked) -> int:
+    """The shared memory that the kernel of 16-bit floats asks for."""
     tile_rows, like = config.tile_rows, jnp.zeros
     jax.eval_shape(
         lambda: kernel.grouped_matmul(
@@ -60,24 +94,51 @@ def scratch_bytes(config: Config, gated: bool, bias: bool, monkeypatch) -> int:
             config=config,
         )
     )
-    total = 0
-    for scratch in asked["scratch_types"]:
-        if hasattr(scratch, "num_barriers"):
-            total += 8 * int(np.prod(scratch.num_barriers))
-        else:
-            total += math.prod(scratch.shape) * jnp.dtype(scratch.dtype).itemsize
-    return total
+    return bytes_of(asked)
+
+
+def quantized_bytes(shape: LayerShape, config: Config, gated: bool, bias: bool, asked) -> int:
+    """The same for quantized weights, by the kernel of `shape`; filled up as the compiler does."""
+    of, like, tile_rows = Codes.of(shape.codes), jnp.zeros, config.tile_rows
+    scales = {"channel": (2, 512), "tensor": (2, 1), "block": (2, 4, 2)}[of.granularity]
+    rows = like((2 * tile_rows, 256), of.dtype if of.both else shape.dtype)
+    row_scales = like((2 if of.granularity == "block" else 1, 3 * tile_rows), jnp.float32)
+    weights, scales = like((2, 512, 256), of.dtype), like(scales, jnp.float32)
+    rest = (
+        *(like(2, jnp.int32) for _ in range(3)),
+        like(1, jnp.int32),
+        like((2, 512), jnp.float32) if bias else None,
+        get_activation("silu") if gated else None,
+    )
+    if of.both:
+        out = jnp.dtype(shape.dtype)
+        run = lambda: matmul_fp8.grouped_matmul(rows, row_scales, weights, scales, *rest, config=config, out_dtype=out)  # noqa: E731
+    else:
+        run = lambda: kernel.grouped_matmul(rows, weights, *rest, config=config, weight_scales=scales)  # noqa: E731
+    jax.eval_shape(run)
+    return bytes_of(asked, aligned=1024)
 
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("index", range(0, len(SHAPES), 4))
-def test_the_memory_is_what_the_kernel_asks_for(index, gated, monkeypatch):
+def test_the_memory_is_what_the_kernel_asks_for(index, gated, asked):
     for plan in candidates(dataclasses.replace(SHAPES[index], gated=gated, dtype="bfloat16")):
         config = plan.up if gated else plan.down
         estimate = shared_memory_bytes(config, "bfloat16")
-        asked = scratch_bytes(config, gated, True, monkeypatch)
-        assert asked <= estimate < asked + 3 * 1024  # buffers begin at whole KiB
-        assert scratch_bytes(config, gated, False, monkeypatch) <= estimate
+        with_bias = scratch_bytes(config, gated, True, asked)
+        assert with_bias <= estimate < with_bias + 3 * 1024  # buffers begin at whole KiB
+        assert scratch_bytes(config, gated, False, asked) <= estimate
+
+
+@pytest.mark.parametrize("shape", [shape for shape in QUANTIZED if "int4" not in shape.codes], ids=str)
+def test_the_memory_of_codes_and_scales(shape, asked):
+    """Each with the kernel of 8-bit operands or the one that decodes weights."""
+    for plan in (default_plan(shape), *candidates(shape)[-4:]):
+        for config, gated in ((plan.up, shape.gated), (plan.down, False)):
+            estimate = shared_memory_bytes(config, shape.dtype, shape.codes)
+            assert quantized_bytes(shape, config, gated, False, asked) <= estimate
+            with_bias = quantized_bytes(shape, config, gated, True, asked)
+            assert with_bias <= estimate <= with_bias + 2 * 1024
 
 
 GOOD = Config(stages=2)
@@ -102,3 +163,21 @@ GOOD = Config(stages=2)
 def test_what_does_not_fit_says_why(change, words):
     assert config_misfit(GOOD, True, "bfloat16") is None
     assert words in config_misfit(dataclasses.replace(GOOD, **change), True, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("codes", "change", "words"),
+    [
+        ("float8_e4m3fn block", {"cluster": 2}, "cluster=2"),
+        ("int8 channel", {"gather": True, "stages": 3}, "gather=True"),
+        ("int8 channel", {"tile_k": 64}, "multiple of 128"),
+        ("float8_e4m3fn block", {"row_counts": (160,)}, "at most 128"),
+        ("int8 channel", {"row_counts": (136,)}, "multiple of 16"),
+        ("float8_e4m3fn channel", {"stages": 8}, "shared memory"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_8_bit_rows_says_why(codes, change, words):
+    good = Config(row_counts=(128,), tile_k=128, stages=2)
+    assert config_misfit(good, True, "bfloat16", codes) is None
+    assert words in config_misfit(dataclasses.replace(good, **change), True, "bfloat16", codes)

@@ -68,6 +68,17 @@ def test_another_folder_is_named_with_the_way_to_use_it(run, hopper, folders, tm
     assert not entry.shape.gated and entry.shape.num_pairs == 8192
 
 
+def test_a_number_format_has_plans_of_its_own(run, hopper, folders):
+    plain = run("--case", "qwen3-30b-a3b", "--tokens", 4096)
+    result = run("--case", "qwen3-30b-a3b", "--tokens", 4096, "--quantization", "fp8_block")
+    assert (plain.exit_code, result.exit_code) == (0, 0), result.output
+    assert hopper == [4096, 4096]
+    assert "layer times, microseconds, fp8_block" in result.stdout and "fp8_block" not in plain.stdout
+    entries = cache.read(folders[0] / "nvidia_h200.json")
+    assert [entry.shape.codes for entry in entries] == ["", "float8_e4m3fn block"]
+    assert entries[1].plan.tile_rows <= 128
+
+
 def test_a_failure_is_told_and_the_rest_goes_on(run, hopper):
     result = run("--case", "8,2,256,128", "--tokens", "13,64")
     assert result.exit_code == 1
@@ -82,6 +93,7 @@ def test_a_failure_is_told_and_the_rest_goes_on(run, hopper):
         (["--tokens", "0,4"], ["0,4", "from 1"]),
         (["--tokens", "few"], ["few"]),
         (["--activation", "swish2"], ["swish2"]),
+        (["--quantization", "fp9"], ["--quantization fp9", "fp8_block"]),
         (["--out", "/dev/null/plans"], ["/dev/null/plans", "another"]),
     ],
     ids=str,

@@ -1,5 +1,6 @@
 """A search whose plans are spread over processes, with made-up layers in them."""
 
+import dataclasses
 import os
 import time
 
@@ -79,15 +80,24 @@ def test_a_process_that_ends_is_an_error():
             layer.fingerprint(plan)
 
 
-def test_the_real_layer_on_this_device():
+@pytest.mark.parametrize("form", [None, "fp8_channel"])
+def test_the_real_layer_on_this_device(form):
     """Without kernels a plan changes nothing; the bits are those of the layer, and it takes some time."""
-    config = MoEConfig(8, 2, 256, 128)
+    config = MoEConfig(8, 2, 256, 128, quantization=form)
     layer = TimedLayer(config, 33)
-    plans = candidates(LayerShape.of(config, 33))[:2]
+    plans = candidates(LayerShape.of(config, 33))[: 1 if form else 2]
     assert layer.build(plans) == {}
-    prints = [layer.fingerprint(plan) for plan in plans]
-    assert prints[0] == prints[1] != fingerprint_of(config, 34, plans[0])
-    assert layer.layer_us(plans[0]) > 0
+    prints = {layer.fingerprint(plan) for plan in plans}
+    assert len(prints) == 1
+    if form is None:
+        assert fingerprint_of(config, 34, plans[0]) not in prints
+        assert layer.layer_us(plans[0]) > 0
+
+
+def test_processes_hold_plain_and_quantized_weights():
+    plain = MoEConfig(num_experts=128, top_k=8, hidden_size=4096, intermediate_size=1536)
+    quantized = dataclasses.replace(plain, quantization="fp8_channel")
+    assert [processes.processes_for(config, 12, 80 * 2**30) for config in (plain, quantized)] == [10, 7]
 
 
 def fingerprint_of(config, num_tokens, plan):
