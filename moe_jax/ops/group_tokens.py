@@ -17,9 +17,11 @@ class Groups:
     """Where the rows of each local expert lie, and which tile belongs to which expert.
 
     Groups follow one another without a gap, so there are as many rows as pairs, R = T * k, those of pairs without a local
-    expert at the end. With `row_multiple` each begins at a multiple of it, and there are a few rows more (`padded_rows`). A tile is at most `tile_rows` rows of one group. A group that needs several tiles is spread evenly over
-    them, in shares of a multiple of 8 rows: no tile is left with a few rows for which all weights would be read again. Rows of a
-    group keep token order.
+    expert at the end. With `row_multiple` each begins at a multiple of it, and there are a few rows more (`padded_rows`).
+
+    A tile is at most `tile_rows` rows of one group. A group that needs several tiles is spread evenly over them, in shares of a
+    multiple of 8 rows: no tile is left with a few rows for which all weights would be read again. Rows of a group keep token
+    order.
 
     Attributes:
         positions: int32 ``[T, k]``, the row of each pair; -1 for a pair without a local expert.

@@ -175,9 +175,13 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
         >>> default_plan(LayerShape(128, 32768, 2048, 768, gated=True, dtype="bfloat16")).tile_rows
         160
     """
+    from moe_jax.kernels.hopper.matmul_fp8 import MOST_PROMOTED
+
     tiles = min(shape.num_pairs, shape.num_local_experts)
     if Codes.of(shape.codes).both:
-        tile_rows = min(tile_rows or tile_rows_for(shape.mean_rows, shape.num_pairs), most_rows(shape.codes))
+        # Row counts between multiples of 16 made the product of 8-bit operands slower, and so did tiles of more than 128 rows:
+        # they lead to such counts, or to fewer stages.
+        tile_rows = min(tile_rows or tile_rows_for(shape.mean_rows, shape.num_pairs), MOST_PROMOTED)
         up = default_config(tile_rows, shape.gated, shape.intermediate_size, tiles)
         down = default_config(tile_rows, False, shape.hidden_size, tiles)
         return LayerPlan(tile_rows, *(_within_memory(eight_bit(config), shape) for config in (up, down)))

@@ -35,7 +35,7 @@ from moe_jax.kernels.hopper.codes import block_rows
 from moe_jax.kernels.hopper.epilogue import Columns, Epilogue
 from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
 
-MOST_ROWS = 144  # of a tile
+MOST_ROWS = 160  # of a tile
 MOST_PROMOTED = 128  # of a tile whose products are promoted
 GROUP = 128  # columns of K that share a scale where they are promoted
 ROW_MULTIPLE = 4  # where tiles with scales of such groups should begin
