@@ -26,6 +26,7 @@ from moe_jax.bench.compiling import CALLS, Layer, stack_logits
 from moe_jax.bench.inputs import in_format, make_inputs, make_weights, parse_routings, weights_shape
 from moe_jax.bench.timing import call_time, kernel_times
 from moe_jax.config import MoEConfig
+from moe_jax.kernels.hopper.matmul_config import Config
 from moe_jax.tuning.plan import LayerPlan, LayerShape, default_plan
 
 RULE = "rule"
@@ -53,7 +54,7 @@ def parse_cell(text: str, quantization: str | None = None) -> Cell:
 
 
 def changed(plan: LayerPlan, change: str) -> LayerPlan:
-    """The plan with ``side.field=value`` changed, several separated by commas; ``both`` is up and down.
+    """The plan with ``side.field=value`` changed, several separated by commas; ``both`` is up and down, ``/`` between row counts.
 
     Example:
         >>> rule = default_plan(LayerShape(128, 32768, 2048, 768, gated=True, dtype="bfloat16"))
@@ -62,14 +63,17 @@ def changed(plan: LayerPlan, change: str) -> LayerPlan:
     """
     if change == RULE:
         return plan
+    changes: dict[str, Config] = {}
     for part in change.split(","):
         where, value = part.split("=")
         side, field = where.split(".")
         for name in ("up", "down") if side == "both" else (side,):
-            config = getattr(plan, name)
+            config = changes.get(name, getattr(plan, name))
             kind = type(getattr(config, field))
-            plan = dataclasses.replace(plan, **{name: dataclasses.replace(config, **{field: kind(int(value))})})
-    return plan
+            new = tuple(map(int, value.split("/"))) if kind is tuple else kind(int(value))
+            changes[name] = dataclasses.replace(config, **{field: new})
+    tile_rows = {config.tile_rows for config in (changes.get("up", plan.up), changes.get("down", plan.down))}
+    return dataclasses.replace(plan, tile_rows=max(tile_rows), **changes)
 
 
 def lowered(cell: Cell, plan: LayerPlan, dry: bool) -> tuple[Layer, object]:

@@ -179,9 +179,9 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
 
     tiles = min(shape.num_pairs, shape.num_local_experts)
     if Codes.of(shape.codes).both:
-        # Row counts between multiples of 16 made the product of 8-bit operands slower, and so did tiles of more than 128 rows:
-        # they lead to such counts, or to fewer stages.
-        tile_rows = min(tile_rows or tile_rows_for(shape.mean_rows, shape.num_pairs), MOST_PROMOTED)
+        # More rows leave room for fewer stages, and were slower also where scales allow them.
+        tile_rows = tile_rows or min(tile_rows_for(shape.mean_rows, shape.num_pairs), MOST_PROMOTED)
+        tile_rows = min(tile_rows, most_rows(shape.codes))
         up = default_config(tile_rows, shape.gated, shape.intermediate_size, tiles)
         down = default_config(tile_rows, False, shape.hidden_size, tiles)
         return LayerPlan(tile_rows, *(_within_memory(eight_bit(config), shape) for config in (up, down)))

@@ -33,6 +33,9 @@ def test_changes(variants):
     found = variants.changed(rule, "up.gather=0,both.band=4")
     assert found.up == dataclasses.replace(rule.up, gather=False, band=4)
     assert found.down == dataclasses.replace(rule.down, band=4)
+    found = variants.changed(rule, "both.row_counts=64/128,up.stages=3")
+    assert (found.tile_rows, found.up.stages) == (128, 3)
+    assert found.up.row_counts == found.down.row_counts == (64, 128)
 
 
 def test_it_lowers_each_variant(variants, capsys):
@@ -43,5 +46,6 @@ def test_it_lowers_each_variant(variants, capsys):
 
 def test_tiles_of_8_bit_rows_fit_into_shared_memory(variants, capsys):
     """Many rows, a scale for each row and channel: what takes most of it."""
-    variants.main(["16,2,256,128:2000"], [], "fp8_channel", turns=1, dry=True)
+    change = "both.row_counts=128/160,both.stages=3"
+    variants.main(["16,2,256,128:2000"], [change], "fp8_channel", turns=1, dry=True)
     assert "tile_rows=160" in capsys.readouterr().out
