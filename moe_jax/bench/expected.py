@@ -24,7 +24,7 @@ TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 # With quantized experts, in any dtype. Hidden rows are quantized too: a sum that is a little off may fall to the next code, in
 # FP8 a step of up to an eighth. So a difference of a thousandth before that is one of a hundredth after it.
 QUANTIZED_TOLERANCE = 1e-2
-FP8_TOLERANCE = 2e-2  # where products of FP8 are summed over all of K in the tensor cores, with fewer bits than float32
+FP8_TOLERANCE = 2e-2
 PEER_TOLERANCE = (
     4e-2  # peers also round gate and up to 16 bits, and divide by a scale or multiply by its inverse, as they like
 )
@@ -156,7 +156,7 @@ def tolerance(config: MoEConfig, *, peer: bool = False) -> float:
         return QUANTIZED_TOLERANCE
     if peer:
         return PEER_TOLERANCE
-    return FP8_TOLERANCE if form.weights.is_float and form.weights.granularity != "block" else QUANTIZED_TOLERANCE
+    return FP8_TOLERANCE if form.weights.is_float else QUANTIZED_TOLERANCE
 
 
 def wrong_output(error: float, largest: float) -> str | None:

@@ -1,4 +1,9 @@
-"""Quantized layers on a GPU at real sizes, against float32 on what the codes stand for."""
+"""Quantized layers on a GPU at real sizes, against float32 on what the codes stand for.
+
+Hidden rows are quantized from sums of which a kernel's and the oracle's differ by 1e-3, and a code that changes with them is
+another one by 6 to 12 %: whole layers with quantized activations are within 2e-2 of each other, products of the same codes
+within 4e-3.
+"""
 
 import functools
 
@@ -8,9 +13,14 @@ import numpy as np
 import pytest
 
 from moe_jax import MoEConfig, moe, quantize_experts
+from moe_jax.experts import row_multiple
+from moe_jax.ops.group_tokens import group_tokens
+from moe_jax.ops.grouped_matmul import grouped_matmul
+from moe_jax.ops.quantize_rows import quantize_rows, quantize_tokens
 from moe_jax.quantization import reference
 from moe_jax.routing import route
 from tests.gpu.test_layer import inputs, make_weights, poison_memory, rows, same_bits
+from tests.grouping import occupied_rows
 from tests.layers import rank_of
 from tests.util import assert_discriminates, check_close
 
@@ -45,6 +55,7 @@ def layer_of(shape, name):
     return config, experts, jax.jit(functools.partial(moe, config=config)), jax.jit(oracle)
 
 
+@pytest.mark.filterwarnings("ignore:decode runs its plain-JAX form")  # int4
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_format(shape, name):
@@ -54,13 +65,37 @@ def test_format(shape, name):
         poison_memory()
         out = layer(x, experts, logits)
         right = oracle(x, experts, logits)
-        check_close(out, right, 1e-2)
+        tolerance = 6e-3 if config.quantization.is_weight_only else 2e-2
+        check_close(out, right, tolerance)
         if num_tokens == 300:
-            assert_discriminates(functools.partial(check_close, expected=right, tolerance=1e-2), out)
+            assert_discriminates(functools.partial(check_close, expected=right, tolerance=tolerance), out)
         assert same_bits(layer(x, experts, logits), out), "two runs differ"
         if name != "fp8_tensor":  # one scale for the rows of a batch
             alone = layer(rows(x, [num_tokens // 2]), experts, rows(logits, [num_tokens // 2]))
             assert same_bits(alone, rows(out, [num_tokens // 2])), f"of {num_tokens} tokens"
+
+
+@pytest.mark.parametrize("name", FORMATS[:6])
+@pytest.mark.parametrize("num_tokens", [300, 1500])
+def test_products_of_the_same_codes(name, num_tokens):
+    """Both projections, where groups begin as in a layer and where they begin at any row."""
+    config, experts, _, _ = layer_of("qwen3", name)
+    x, logits = inputs(config, num_tokens)
+    spec, ids = config.quantization.activations, route(logits, config).ids
+    for multiple in {1, row_multiple(config)}:
+        groups = group_tokens(ids, num_experts=config.num_experts, tile_rows=128, row_multiple=multiple)
+        rows = quantize_tokens(x, spec, groups)
+        up = functools.partial(grouped_matmul, rows, experts.w13, groups, activation=config.act)
+        check_products(up, groups)
+        if multiple == row_multiple(config):
+            hidden = quantize_rows(up(), spec, groups=groups)
+            check_products(functools.partial(grouped_matmul, hidden, experts.w2, groups), groups)
+
+
+def check_products(product, groups):
+    found, right = (product(implementation=name)[occupied_rows(groups)] for name in ("mosaic", "xla"))
+    check_close(found, right, 4e-3)
+    assert_discriminates(functools.partial(check_close, expected=right, tolerance=4e-3), found)
 
 
 @pytest.mark.parametrize("name", ["fp8_block", "fp8_tensor", "int8_weight"])
@@ -73,6 +108,6 @@ def test_ranks_of_a_split(name):
         expert_map, local = rank_of(experts, config, chosen)
         poison_memory()
         part = layer(x, local, logits, expert_map=expert_map)
-        check_close(part, oracle(x, local, logits, expert_map), 1e-2)
+        check_close(part, oracle(x, local, logits, expert_map), 2e-2)
         total = total + part
     check_close(total, oracle(x, experts, logits), 3e-2)
