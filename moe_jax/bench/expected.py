@@ -144,7 +144,7 @@ def tolerance(config: MoEConfig, *, peer: bool = False) -> float:
     Example:
         >>> def of(form):
         ...     return MoEConfig(2, 1, 16, 16, quantization=form)
-        >>> [tolerance(of(form)) for form in (None, "int8_weight", "fp8_block", "fp8_channel")]
+        >>> [tolerance(of(form)) for form in (None, "int8_weight", "int8_channel", "fp8_block")]
         [0.01, 0.01, 0.01, 0.02]
         >>> [tolerance(of(form), peer=True) for form in (None, "int8_weight", "fp8_block")]
         [0.01, 0.01, 0.04]

@@ -69,7 +69,7 @@ def row_tiles(shape: LayerShape) -> tuple[int, ...]:
     """
     mean, most = shape.mean_rows, (128, 160, 192)
     if Codes.of(shape.codes).both:
-        most = (96, 128) if most_rows(shape.codes) == 128 else (128, 144, 160)
+        most = tuple(rows for rows in (128, 144, 160) if rows <= most_rows(shape.codes))
     likely = (64,) if mean <= 24 else (64, 128) if mean <= 96 else most
     return tuple(sorted({*likely, default_plan(shape).tile_rows}))
 

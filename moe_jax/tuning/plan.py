@@ -6,7 +6,14 @@ import dataclasses
 from typing import NamedTuple
 
 from moe_jax.config import MoEConfig
-from moe_jax.kernels.hopper.matmul_config import Config, default_config, eight_bit, fetches_by_token, tile_rows_for
+from moe_jax.kernels.hopper.matmul_config import (
+    Config,
+    default_config,
+    eight_bit,
+    fetches_by_token,
+    few_counts,
+    tile_rows_for,
+)
 
 WEIGHTS_ALONE = "weights"  # what `LayerShape.codes` of a weight-only format begins with
 
@@ -189,11 +196,11 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
     if tile_rows is None:
         tile_rows = tile_rows_for(shape.mean_rows, shape.num_pairs, gather)
     up = default_config(tile_rows, shape.gated, shape.intermediate_size, tiles)
-    return LayerPlan(
-        tile_rows,
-        up=dataclasses.replace(up, gather=gather and up.cluster == 1 and tile_rows % 16 == 0),
-        down=default_config(tile_rows, False, shape.hidden_size, tiles),
-    )
+    up = dataclasses.replace(up, gather=gather and up.cluster == 1 and tile_rows % 16 == 0)
+    down = default_config(tile_rows, False, shape.hidden_size, tiles)
+    if shape.codes:
+        up, down = few_counts(up), few_counts(down)
+    return LayerPlan(tile_rows, up, down)
 
 
 def _within_memory(config: Config, shape: LayerShape) -> Config:
@@ -210,7 +217,7 @@ def most_rows(codes: str) -> int:
 
     Example:
         >>> most_rows("float8_e4m3fn block"), most_rows("int8 channel")
-        (128, 160)
+        (144, 160)
     """
     from moe_jax.kernels.hopper.matmul_fp8 import MOST_PROMOTED, MOST_ROWS
 

@@ -59,10 +59,11 @@ class Columns:
             columns = pl.ds(col + half * self._distance, WGMMA_ROWS)
             plgpu.copy_gmem_to_smem(source.at[expert, columns], part, full.at[wg])
 
-    def spread(self, refs: tuple[Any, Any, Any], wg: Any, shape: tuple[int, int]) -> list[Any]:
-        """For each block of 64 weight rows float32 ``[64, rows]``, when they have come."""
+    def spread(self, refs: tuple[Any, Any, Any], wg: Any, shape: tuple[int, int], *, wait: bool = True) -> list[Any]:
+        """For each block of 64 weight rows float32 ``[64, rows]``, when they have come; with `wait` False they have."""
         _, numbers, full = refs
-        plgpu.barrier_wait(full.at[wg])
+        if wait:
+            plgpu.barrier_wait(full.at[wg])
         found = []
         for half in range(self._halves):
             part = numbers.at[wg, pl.ds(half * WGMMA_ROWS, WGMMA_ROWS)]
@@ -112,7 +113,18 @@ class Epilogue:
         if self._bias is not None:
             self._bias.fetch(refs.bias, wg, expert, col)
 
-    def finish(self, refs: References, wg: Any, accs: Any, first_row: Any, size: Any, col: Any, below: int) -> None:
+    def finish(
+        self,
+        refs: References,
+        wg: Any,
+        accs: Any,
+        first_row: Any,
+        size: Any,
+        col: Any,
+        below: int,
+        *,
+        more: bool = False,
+    ) -> None:
         """Stores a consumer's part of a tile.
 
         Args:
@@ -123,10 +135,11 @@ class Epilogue:
             size: rows of the tile, or their marks.
             col: first column of the output.
             below: so many rows it has at least, less one.
+            more: these are more rows of the tile that was finished last, with the same columns.
         """
         count = accs[0].shape[1]
         if self._bias is not None:
-            columns = self._bias.spread(refs.bias, wg, accs[0].shape)
+            columns = self._bias.spread(refs.bias, wg, accs[0].shape, wait=not more)
             accs = [acc + column for acc, column in zip(accs, columns, strict=True)]
         if self._gated:
             accs = [self._activation.apply_gated(*accs, divide=tiles.divide)]

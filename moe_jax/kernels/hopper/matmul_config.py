@@ -15,6 +15,7 @@ _MANY = (16, 32, 64, 96, 112, 120, 128, 136, 144, 152, 160)
 # As many as the registers hold; three stages, two blocks together.
 _MOST = (16, 32, 64, 96, 112, 128, 144, 160, 176, 192)
 MOST_ROWS = _MOST[-1]
+_COARSE = (8, 16, 32, 64, 96, 128, 144)
 _BETWEEN = 8  # columns that a multiprocessor could make in the time from one tile to the next, with one token
 
 
@@ -124,14 +125,26 @@ def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -
     return min((narrow(columns) for columns in (64, 32, 16)), key=work)  # the widest of equal ones
 
 
+def few_counts(config: Config) -> Config:
+    """With fewer row counts, for kernels whose loops are long: each count has a copy of them.
+
+    All are such as int8 products have. With FP8, 120 rows took 13 % longer than 128, and where two tiles of an expert are not
+    equally fast they read its weights from memory twice.
+
+    Example:
+        >>> few_counts(Config(row_counts=(8, 24, 64, 120, 128))).row_counts
+        (8, 64, 128)
+    """
+    counts = tuple(c for c in config.row_counts if c in _COARSE or c == config.tile_rows)
+    return dataclasses.replace(config, row_counts=counts)
+
+
 def eight_bit(config: Config) -> Config:
     """The same tiles for operands of one byte: twice as much of K in the same shared memory; no clusters, no rows by token.
 
-    Large row counts are multiples of 16: int8 has no others, and with 120 rows FP8 took 13 % longer than with 128.
-
     Example:
-        >>> eight_bit(Config(row_counts=(24, 120, 128), tile_k=64, cluster=2)).row_counts
-        (24, 128)
+        >>> eight_bit(Config(tile_k=64, cluster=2)).tile_k
+        128
     """
-    counts = tuple(c for c in config.row_counts if c <= 32 or c % 16 == 0 or c == config.tile_rows)
-    return dataclasses.replace(config, row_counts=counts, tile_k=2 * config.tile_k, cluster=1, gather=False)
+    overlap = config.overlap and config.tile_rows <= _FEW[-1]
+    return dataclasses.replace(few_counts(config), tile_k=2 * config.tile_k, cluster=1, gather=False, overlap=overlap)
