@@ -10,6 +10,7 @@ from moe_jax.kernels.hopper.matmul_config import (
     Config,
     default_config,
     eight_bit,
+    eight_bit_tile_rows,
     fetches_by_token,
     few_counts,
     tile_rows_for,
@@ -182,16 +183,14 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
         >>> default_plan(LayerShape(128, 32768, 2048, 768, gated=True, dtype="bfloat16")).tile_rows
         160
     """
-    from moe_jax.kernels.hopper.matmul_fp8 import MOST_PROMOTED
-
     tiles = min(shape.num_pairs, shape.num_local_experts)
     if Codes.of(shape.codes).both:
-        # More rows leave room for fewer stages, and were slower also where scales allow them.
-        tile_rows = tile_rows or min(tile_rows_for(shape.mean_rows, shape.num_pairs), MOST_PROMOTED)
+        tile_rows = tile_rows or eight_bit_tile_rows(shape.mean_rows, shape.num_pairs)
         tile_rows = min(tile_rows, most_rows(shape.codes))
         up = default_config(tile_rows, shape.gated, shape.intermediate_size, tiles)
         down = default_config(tile_rows, False, shape.hidden_size, tiles)
-        return LayerPlan(tile_rows, *(_within_memory(eight_bit(config), shape) for config in (up, down)))
+        configs = (eight_bit(config, shape.mean_rows) for config in (up, down))
+        return LayerPlan(tile_rows, *(_within_memory(config, shape) for config in configs))
     gather = fetches_by_token(shape.mean_rows, shape.hidden_size, shape.intermediate_size)
     if tile_rows is None:
         tile_rows = tile_rows_for(shape.mean_rows, shape.num_pairs, gather)
@@ -217,7 +216,7 @@ def most_rows(codes: str) -> int:
 
     Example:
         >>> most_rows("float8_e4m3fn block"), most_rows("int8 channel")
-        (144, 160)
+        (128, 160)
     """
     from moe_jax.kernels.hopper.matmul_fp8 import MOST_PROMOTED, MOST_ROWS
 

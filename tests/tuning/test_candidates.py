@@ -50,7 +50,7 @@ def test_candidates(shape):
             assert shared_memory_bytes(config, shape.dtype, shape.codes) <= SHARED_MEMORY
             if Codes.of(shape.codes).both:
                 assert (config.cluster, config.gather, config.tile_k % 128) == (1, False, 0)
-                assert config.tile_rows <= (144 if "block" in shape.codes else 160)
+                assert config.tile_rows <= (128 if "block" in shape.codes else 160)
     for name in ("up", "down"):
         assert len({getattr(plan, name) for plan in found}) >= 5
 
@@ -171,7 +171,7 @@ def test_what_does_not_fit_says_why(change, words):
         ("float8_e4m3fn block", {"cluster": 2}, "cluster=2"),
         ("int8 channel", {"gather": True, "stages": 3}, "gather=True"),
         ("int8 channel", {"tile_k": 64}, "multiple of 128"),
-        ("float8_e4m3fn block", {"row_counts": (160,)}, "at most 144"),
+        ("float8_e4m3fn block", {"row_counts": (160,)}, "at most 128"),
         ("int8 channel", {"row_counts": (136,)}, "multiple of 16"),
         ("float8_e4m3fn channel", {"stages": 8}, "shared memory"),
     ],

@@ -59,11 +59,10 @@ class Columns:
             columns = pl.ds(col + half * self._distance, WGMMA_ROWS)
             plgpu.copy_gmem_to_smem(source.at[expert, columns], part, full.at[wg])
 
-    def spread(self, refs: tuple[Any, Any, Any], wg: Any, shape: tuple[int, int], *, wait: bool = True) -> list[Any]:
-        """For each block of 64 weight rows float32 ``[64, rows]``, when they have come; with `wait` False they have."""
+    def spread(self, refs: tuple[Any, Any, Any], wg: Any, shape: tuple[int, int]) -> list[Any]:
+        """For each block of 64 weight rows float32 ``[64, rows]``, when they have come."""
         _, numbers, full = refs
-        if wait:
-            plgpu.barrier_wait(full.at[wg])
+        plgpu.barrier_wait(full.at[wg])
         found = []
         for half in range(self._halves):
             part = numbers.at[wg, pl.ds(half * WGMMA_ROWS, WGMMA_ROWS)]
@@ -113,18 +112,7 @@ class Epilogue:
         if self._bias is not None:
             self._bias.fetch(refs.bias, wg, expert, col)
 
-    def finish(
-        self,
-        refs: References,
-        wg: Any,
-        accs: Any,
-        first_row: Any,
-        size: Any,
-        col: Any,
-        below: int,
-        *,
-        more: bool = False,
-    ) -> None:
+    def finish(self, refs: References, wg: Any, accs: Any, first_row: Any, size: Any, col: Any, below: int) -> None:
         """Stores a consumer's part of a tile.
 
         Args:
@@ -135,11 +123,10 @@ class Epilogue:
             size: rows of the tile, or their marks.
             col: first column of the output.
             below: so many rows it has at least, less one.
-            more: these are more rows of the tile that was finished last, with the same columns.
         """
         count = accs[0].shape[1]
         if self._bias is not None:
-            columns = self._bias.spread(refs.bias, wg, accs[0].shape, wait=not more)
+            columns = self._bias.spread(refs.bias, wg, accs[0].shape)
             accs = [acc + column for acc, column in zip(accs, columns, strict=True)]
         if self._gated:
             accs = [self._activation.apply_gated(*accs, divide=tiles.divide)]

@@ -15,7 +15,8 @@ _MANY = (16, 32, 64, 96, 112, 120, 128, 136, 144, 152, 160)
 # As many as the registers hold; three stages, two blocks together.
 _MOST = (16, 32, 64, 96, 112, 128, 144, 160, 176, 192)
 MOST_ROWS = _MOST[-1]
-_COARSE = (8, 16, 32, 64, 96, 128, 144)
+_COARSE = (8, 16, 32, 64, 96, 128)  # row counts where each costs a long loop
+_MANY_EIGHT_BIT = 192  # rows an expert, of operands of one byte, from which on products bind and not memory
 _BETWEEN = 8  # columns that a multiprocessor could make in the time from one tile to the next, with one token
 
 
@@ -128,9 +129,6 @@ def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -
 def few_counts(config: Config) -> Config:
     """With fewer row counts, for kernels whose loops are long: each count has a copy of them.
 
-    All are such as int8 products have. With FP8, 120 rows took 13 % longer than 128, and where two tiles of an expert are not
-    equally fast they read its weights from memory twice.
-
     Example:
         >>> few_counts(Config(row_counts=(8, 24, 64, 120, 128))).row_counts
         (8, 64, 128)
@@ -139,12 +137,44 @@ def few_counts(config: Config) -> Config:
     return dataclasses.replace(config, row_counts=counts)
 
 
-def eight_bit(config: Config) -> Config:
+def eight_bit_tile_rows(mean_rows: float, num_pairs: int) -> int:
+    """The row tile of operands of one byte, if their scales allow it: `eight_bit` says why.
+
+    Example:
+        >>> [eight_bit_tile_rows(mean, 10000) for mean in (8.0, 96.0, 128.0, 256.0)]
+        [64, 128, 160, 144]
+    """
+    rows = tile_rows_for(mean_rows, num_pairs)
+    if rows <= _SOME[-1]:
+        return rows
+    return 160 if mean_rows < _MANY_EIGHT_BIT else 144
+
+
+def eight_bit(config: Config, mean_rows: float = _MANY_EIGHT_BIT) -> Config:
     """The same tiles for operands of one byte: twice as much of K in the same shared memory; no clusters, no rows by token.
+
+    Measured on an H100 (benchmarks/results/2026-11-26-h100-fp8-variants.txt), up-projections:
+
+    - Two tiles of an expert that are not equally fast read its weights from memory twice. Below 192 rows an expert that is what
+      counts: one tile for nearly all experts, or tiles that all take the same time (dsv3-ep8, 4096 tokens, scales of blocks:
+      405 us with 128 rows for all, 505 us with counts by 16; of channels 371 us with up to 160 rows, 419 us with up to 128).
+    - With more rows products bind: counts near the mean share of a tile (qwen3-30b-a3b, 4096 tokens: 251 us with 64, 96 and 128
+      rows and scales of blocks, 282 us with counts by 16; of channels 219 us with 128 and 144 rows, 229 us with up to 128).
+    - 120 rows took 13 % longer than 128.
 
     Example:
         >>> eight_bit(Config(tile_k=64, cluster=2)).tile_k
         128
     """
+    counts = few_counts(config).row_counts
+    if config.tile_rows > _FEW[-1]:
+        if mean_rows < _MANY_EIGHT_BIT:
+            few = 96 if config.tile_rows > 128 else 64 if mean_rows <= 96 else config.tile_rows
+            counts = tuple(sorted({few, config.tile_rows}))
+        else:
+            wanted = (64, 128) if config.tile_rows > 128 else (64, 96)
+            counts = (*(c for c in wanted if c < config.tile_rows), config.tile_rows)
     overlap = config.overlap and config.tile_rows <= _FEW[-1]
-    return dataclasses.replace(few_counts(config), tile_k=2 * config.tile_k, cluster=1, gather=False, overlap=overlap)
+    return dataclasses.replace(
+        config, row_counts=counts, tile_k=2 * config.tile_k, cluster=1, gather=False, overlap=overlap
+    )

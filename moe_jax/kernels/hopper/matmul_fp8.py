@@ -12,8 +12,7 @@ FP8 wgmma alone adds up with fewer bits than float32; what is promoted every 128
 that depends on nothing but K: a row has the same bits in any tile.
 
 Registers bind: a consumer holds both sums of its 64 columns, gate and up, and one product of 128 of K, which is scaled while
-the other consumer's is computed. That allows 128 rows. Tiles of more compute and scale the product in two parts: the weights
-are read from shared memory twice, but not from memory, as they would be by two tiles that are not in step.
+the other consumer's is computed. That allows 128 rows. Not timed yet.
 """
 
 from __future__ import annotations
@@ -37,9 +36,7 @@ from moe_jax.kernels.hopper.epilogue import Columns, Epilogue
 from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
 
 MOST_ROWS = 160  # of a tile
-MOST_PROMOTED = 144  # of a tile whose products are promoted
-_TOGETHER = 128  # rows of such a tile whose products are promoted at a time, if there are no more
-_PART = 96  # if there are: a multiple of what the epilogue stores at a time
+MOST_PROMOTED = 128  # of a tile whose products are promoted
 GROUP = 128  # columns of K that share a scale where they are promoted
 ROW_MULTIPLE = 4  # where tiles with scales of such groups should begin
 _DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8))
@@ -187,10 +184,10 @@ def grouped_matmul(
                 pl.when((size > below) & (size <= count))(lambda count=count, below=below: run(count, below))
                 below = count
 
-        def product(acc, slot, piece, half, count, first=0):
+        def product(acc, slot, piece, half, count):
             side, at = divmod(piece * swizzled, tk // depth)
             weight_rows = pl.ds(((wg * depth + side) * halves + half) * block_cols, WGMMA_ROWS)
-            b = operand.eights(rows_s).at[slot, piece, pl.ds(first, count)]
+            b = operand.eights(rows_s).at[slot, piece, pl.ds(0, count)]
             plgpu.wgmma(acc, weights_s.at[slot, weight_rows, pl.ds(at, swizzled)], b.T)
 
         def consume(i):
@@ -204,9 +201,9 @@ def grouped_matmul(
             multiply = promoted if promote else scaled_once
             for_row_count(rows_of(m), functools.partial(multiply, i * k_steps, m, col))
 
-        def finish(m, col, accs, below, first=0):
-            mine = starts_g[m] + first, tokens_g[m] if shared else sizes_g[m] - first
-            epilogue.finish(ends, wg, accs, *mine, col, below - first, more=first > 0)
+        def finish(m, col, accs, below):
+            mine = starts_g[m], (tokens_g if shared else sizes_g)[m]
+            epilogue.finish(ends, wg, accs, *mine, col, below)
 
         def scaled_once(first_turn, m, col, count, below):
             def accumulate(*accs):
@@ -236,7 +233,7 @@ def grouped_matmul(
             finish(m, col, accs, below)
 
         def promoted(first_turn, m, col, count, below):
-            parts = [(0, count)] if count <= _TOGETHER else [(0, _PART), (_PART, count - _PART)]
+            shape = WGMMA_ROWS, count
             first_row = m * 0 if shared else starts_g[m]
             last = weight_scales.shape[2] - 1
             per_half = weight_scales.shape[1] // 2
@@ -254,34 +251,27 @@ def grouped_matmul(
                 ]
                 plgpu.barrier_wait(full.at[slot])
                 for group in range(groups):
-                    for nth, (first, size) in enumerate(parts):
-                        a_scale = of_rows.load(
-                            row_scales_s.at[slot, group], first_row, size, aligned, interpret is not None, first
-                        )
-                        for half in range(halves):
+                    a_scale = of_rows.load(
+                        row_scales_s.at[slot, group], first_row, count, aligned, interpret is not None
+                    )
+                    for half in range(halves):
 
-                            def one(acc, group=group, half=half, first=first, size=size):
-                                for piece in range(a_group):
-                                    product(acc, slot, group * a_group + piece, half, size, first)
-                                return acc[...]
+                        def one(acc, group=group, half=half):
+                            for piece in range(a_group):
+                                product(acc, slot, group * a_group + piece, half, count)
+                            return acc[...]
 
-                            part = pl.run_scoped(one, plgpu.ACC((WGMMA_ROWS, size), sums)).astype(jnp.float32)
-                            scale = a_scale * of_weights[group][half]
-                            scale = lax.broadcast_in_dim(scale, (WGMMA_ROWS, size), [1])
-                            totals[nth * halves + half] = totals[nth * halves + half] + part * scale
+                        part = pl.run_scoped(one, plgpu.ACC(shape, sums)).astype(jnp.float32)
+                        scale = lax.broadcast_in_dim(a_scale * of_weights[group][half], shape, [1])
+                        totals[half] = totals[half] + part * scale
                 if interpret is not None:  # it does not know that each thread arrives, after its own loads
                     plgpu.commit_smem()
                 plgpu.barrier_arrive(empty.at[slot])
                 return next_slot(slot), *totals
 
-            zeros = [
-                plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, size), jnp.float32), plgpu.Layout.WGMMA)
-                for _, size in parts
-                for _ in range(halves)
-            ]
+            zeros = [plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA) for _ in range(halves)]
             _, *accs = lax.fori_loop(0, k_steps, step, (lax.rem(first_turn, stages), *zeros))
-            for nth, (first, _) in enumerate(parts):
-                finish(m, col, accs[nth * halves : (nth + 1) * halves], below, first)
+            finish(m, col, accs, below)
 
         def produce():
             turns = my_tiles * k_steps

@@ -48,12 +48,11 @@ def copy(source: Any, line: Any, first_row: Any, rows: int, target: Any, full: A
     plgpu.copy_gmem_to_smem(source.at[line, begin], target.at[pl.ds(0, count)], full)
 
 
-def load(scales: Any, first_row: Any, rows: int, aligned: bool, interpret: bool, skip: int = 0) -> jax.Array:
-    """float32 ``[rows]`` of what `copy` brought, after the first `skip` (an even number), as columns of a product."""
-    layout = plgpu.Layout.WGMMA.reduce(0)
+def load(scales: Any, first_row: Any, rows: int, aligned: bool, interpret: bool) -> jax.Array:
+    """float32 ``[rows]``, what `copy` brought, as columns of a tile that wgmma has made."""
+    shift, layout = first_row & (_STEP - 1), plgpu.Layout.WGMMA.reduce(0)
     if aligned:
-        return plgpu.load(scales.at[pl.ds(skip, rows)], layout=layout)
-    shift = (first_row & (_STEP - 1)) + skip
+        return plgpu.load(scales.at[pl.ds(0, rows)], layout=layout)
     if interpret:
         return scales[pl.ds(shift, rows)]
 
