@@ -110,4 +110,5 @@ def test_ranks_of_a_split(name):
         part = layer(x, local, logits, expert_map=expert_map)
         check_close(part, oracle(x, local, logits, expert_map), 2e-2)
         total = total + part
-    check_close(total, oracle(x, experts, logits), 3e-2)
+    # A scale that a rank's rows share is not that of all rows: codes differ, by as much as the format's own error.
+    check_close(total, oracle(x, experts, logits), 7e-2 if name == "fp8_tensor" else 3e-2)
