@@ -201,6 +201,42 @@ def store_columns(target: Any, values: Any, first: int, columns: tuple[Any, ...]
             )
 
 
+def store_run(target: Any, values: Any, line: Any, first: Any, count: Any) -> None:
+    """Emits ``target[line, first + i] = values[i]`` for ``i < count``; within `plgpu.inline_mgpu`.
+
+    Args:
+        target: memref ``[N, R]`` of 32-bit floats in GPU memory.
+        values: fragmented ``[n]``, which neighbouring lanes have in common.
+        line: int32 splat.
+        first: int32 splat.
+        count: int32 splat; may be negative, or more than n.
+    """
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, llvm
+    from jax.experimental.mosaic.gpu import fragmented_array, utils
+
+    i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+    stride = ir.MemRefType(target.type).shape[1]
+    shared = values.layout.lane_dims[-1]
+    lanes = shared.times if isinstance(shared, fragmented_array.Replicated) else 1
+    line, first, count = (splat.registers.flat[0] for splat in (line, first, count))
+    start = arith.addi(arith.muli(arith.extsi(i64, line), arith.constant(i64, stride)), arith.extsi(i64, first))
+    base = llvm.ptrtoint(i64, utils.memref_ptr(target))
+    lane = arith.andi(utils.thread_idx(), arith.constant(i32, lanes - 1))
+    for (row,), value in zip(values.layout.thread_idxs(values.shape), values.registers.flat, strict=True):
+        row = arith.index_cast(i32, row) if isinstance(row.type, ir.IndexType) else row
+        value = llvm.extractelement(value, arith.constant(i32, 0)) if isinstance(value.type, ir.VectorType) else value
+        element = arith.addi(start, arith.extsi(i64, row))
+        address = arith.addi(base, arith.muli(element, arith.constant(i64, 4)))
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [address, value, row, count, lane],
+            "{ .reg .pred p, q; setp.eq.s32 p, $4, 0; setp.lt.and.s32 q, $2, $3, p; @q st.global.f32 [$0], $1; }",
+            "l,f,r,r,r,~{memory}",
+            has_side_effects=True,
+        )
+
+
 def load_singly(ref: Any, first: Any, layout: Any, count: int) -> Any:
     """Emits loads of ``ref[first : first + count]``, one element each, into a layout; within `plgpu.inline_mgpu`.
 

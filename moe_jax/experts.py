@@ -10,7 +10,8 @@ from moe_jax.ops.down_combine import down_combine
 from moe_jax.ops.gather import gather
 from moe_jax.ops.group_tokens import Groups
 from moe_jax.ops.grouped_matmul import grouped_matmul
-from moe_jax.ops.quantize_rows import quantize_rows, quantize_tokens
+from moe_jax.ops.matmul_and_quantize import matmul_and_quantize
+from moe_jax.ops.quantize_rows import quantize_tokens
 from moe_jax.quantization.rows import QuantizedRows
 from moe_jax.tuning.plan import LayerPlan
 from moe_jax.types import ExpertWeights
@@ -85,20 +86,19 @@ def expert_mlp(
     """
     up, down = (None, None) if plan is None else (plan.up, plan.down)
     spec = None if config.quantization is None else config.quantization.activations
-    hidden = grouped_matmul(
-        rows,
-        experts.w13,
-        groups,
-        bias=experts.w13_bias,
-        activation=config.act,
-        tokens_as_rows=groups.tokens_as_rows,
-        config=up,
-        out_dtype=config.dtype,
-        implementation=implementation,
-    )
-    if spec is not None:
+    options = {
+        "bias": experts.w13_bias,
+        "activation": config.act,
+        "tokens_as_rows": groups.tokens_as_rows,
+        "config": up,
+        "out_dtype": config.dtype,
+        "implementation": implementation,
+    }
+    if spec is None:
+        hidden = grouped_matmul(rows, experts.w13, groups, **options)
+    else:
         scale = _of_all(experts.w2_input_scale)
-        hidden = quantize_rows(hidden, spec, groups=groups, scales=scale, implementation=implementation)
+        hidden = matmul_and_quantize(rows, experts.w13, groups, spec, scales=scale, **options)
     return down_combine(
         hidden,
         experts.w2,

@@ -14,6 +14,7 @@ from moe_jax.ops import implementation as impl
 from moe_jax.ops.gather import plain_gather
 from moe_jax.ops.group_tokens import Groups
 from moe_jax.quantization.array import QuantizedArray
+from moe_jax.quantization.formats import Spec
 from moe_jax.quantization.rounding import scale_to_float32
 from moe_jax.quantization.rows import QuantizedRows
 
@@ -52,7 +53,8 @@ def quantized_matmul(
     config: Config | None,
     dtype: DTypeLike,
     implementation: str,
-) -> Float[Array, "R N_out"]:
+    quantize: Spec | None = None,
+) -> Float[Array, "R N_out"] | tuple[Array, Array]:
     """`moe_jax.ops.grouped_matmul.grouped_matmul` with quantized weights; its arguments are checked there.
 
     Rows that are not quantized are multiplied with codes that the kernel decodes on their way into the tensor cores. It cannot
@@ -69,6 +71,7 @@ def quantized_matmul(
         config: how the kernel tiles its work.
         dtype: of the output.
         implementation: a name that was checked.
+        quantize: the format of the result, where the kernel runs and can: then codes and scales come back.
     """
     from moe_jax.kernels.hopper import matmul_fp8 as kernel
 
@@ -107,6 +110,7 @@ def quantized_matmul(
         tile_tokens=groups.tile_tokens if tokens_as_rows else None,
         total_rows=groups.num_rows,
         aligned=tokens_as_rows or groups.row_multiple % kernel.ROW_MULTIPLE == 0,
+        quantize=quantize,
         interpret=impl.interpret_params(chosen),
     )
 

@@ -7,7 +7,7 @@ import itertools
 from typing import Any
 
 from moe_jax.kernels.hopper.matmul_config import Config
-from moe_jax.tuning.fit import config_misfit, misfit
+from moe_jax.tuning.fit import config_misfit, misfit, quantizes_misfit
 from moe_jax.tuning.plan import Codes, LayerPlan, LayerShape, default_plan, most_rows, splits
 
 MOST_STAGES = 8
@@ -57,6 +57,7 @@ _MANY_EIGHT_BIT: tuple[dict[str, Any], ...] = (
     {"tile_k": 256},
     {"consumers": 1},
     {"halves": 1},
+    {"quantizes": True},
 )
 
 
@@ -101,6 +102,8 @@ def _variants(base: Config, shape: LayerShape, gated: bool, up: bool) -> list[Co
     for change in changes[base.tile_rows > 64]:
         config = dataclasses.replace(base, **change)
         if not splits(base.tile_rows, config) or (config.gather and not up):
+            continue
+        if config.quantizes and quantizes_misfit("up" if up else "down", config, shape):
             continue
         config = dataclasses.replace(config, row_counts=tuple(c for c in config.row_counts if splits(c, config)))
         deepest = (dataclasses.replace(config, stages=stages) for stages in range(MOST_STAGES, 1, -1))

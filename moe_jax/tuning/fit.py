@@ -54,6 +54,7 @@ def shared_memory_bytes(config: Config, dtype: str, codes: str = "") -> int:
         weight_rows * 4 if of.granularity == "channel" else 0,
         (2 * config.stages + 3 * config.consumers) * 8,
         ALIGNED if config.gather else 0,  # set aside for reductions
+        2 * STORED * GROUP if config.quantizes else 0,  # codes on their way out
     )
     return sum(math.ceil(size / ALIGNED) * ALIGNED for size in buffers)
 
@@ -72,7 +73,7 @@ def config_misfit(config: Config, gated: bool, dtype: str, codes: str = "") -> s
         'halves=1 must be 2: a gated projection keeps gate and up in one tile'
     """
     counts = config.row_counts
-    sizes = dataclasses.asdict(dataclasses.replace(config, row_counts=(), overlap=True, gather=True))
+    sizes = dataclasses.asdict(dataclasses.replace(config, row_counts=(), overlap=True, gather=True, quantizes=True))
     del sizes["row_counts"]
     for name, size in sizes.items():
         if size < 1:
@@ -147,11 +148,28 @@ def misfit(shape: LayerShape, plan: LayerPlan) -> str | None:
     for name, config, weights, act in (("up", plan.up, w13, activation), ("down", plan.down, w2, None)):
         if name == "down" and config.gather:
             return "down: gather=True is for an up-projection: the rows of this one are not those of tokens"
+        if config.quantizes:
+            reason = quantizes_misfit(name, config, shape)
+            if reason:
+                return f"{name}: {reason}"
         reason = _operands_misfit(shape, weights, act, plan.tile_rows, config.gather)
         reason = reason or config_misfit(config, act is not None, shape.dtype, shape.codes)
         if reason:
             return f"{name}: {reason}"
     return None
+
+
+def quantizes_misfit(name: str, config: Config, shape: LayerShape) -> str | None:
+    """Why a projection cannot quantize its rows as they leave it."""
+    from moe_jax.kernels.hopper.quantized_store import supports as can_quantize
+    from moe_jax.quantization import Spec
+
+    if name == "down":
+        return "quantizes=True is for an up-projection: the rows of this one are not multiplied again"
+    of = Codes.of(shape.codes)
+    if not (of.both and of.granularity == "block"):
+        return f"quantizes=True is for rows and weights with scales of blocks, not for {shape.codes or shape.dtype}"
+    return can_quantize(Spec(of.dtype, "group", GROUP), config, shape.intermediate_size, shape.gated)
 
 
 def _operands_misfit(

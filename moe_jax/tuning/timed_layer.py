@@ -72,11 +72,14 @@ class TimedLayer:
         return hashlib.sha256(np.ascontiguousarray(output).view(np.uint8)).hexdigest()
 
     def kernel_us(self, plan: LayerPlan) -> tuple[float, float]:
-        """Microseconds of the up- and of the down-projection's kernel, which may also be that of the sum."""
+        """Microseconds of the up- and of the down-projection's kernel, which may also be that of the sum.
+
+        To the up-projection belongs what quantizes its rows for the down-projection: that may be the same kernel.
+        """
         times = kernel_times(self._built[plan].at(self._tokens), *self._operands)
         down = "down_combine" if "down_combine" in times else "grouped_matmul_down"
         try:
-            return times["grouped_matmul_up"], times[down]
+            return times["grouped_matmul_up"] + times.get("quantize_rows#2", 0.0), times[down]
         except KeyError as error:
             raise RuntimeError(f"no kernel {error} among those of the layer: {', '.join(times)}") from error
 

@@ -5,6 +5,7 @@ another one by 6 to 12 %: whole layers with quantized activations are within 2e-
 within 4e-3.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -19,6 +20,7 @@ from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.ops.quantize_rows import quantize_rows, quantize_tokens
 from moe_jax.quantization import reference
 from moe_jax.routing import route
+from moe_jax.tuning.plan import LayerShape, default_plan
 from tests.gpu.test_layer import inputs, make_weights, poison_memory, rows, same_bits
 from tests.grouping import occupied_rows
 from tests.layers import rank_of
@@ -90,6 +92,19 @@ def test_products_of_the_same_codes(name, num_tokens):
         if multiple == row_multiple(config):
             hidden = quantize_rows(up(), spec, groups=groups)
             check_products(functools.partial(grouped_matmul, hidden, experts.w2, groups), groups)
+
+
+@pytest.mark.parametrize("name", ["fp8_block", "fp8_block_ue8m0", "int8_block"])
+def test_rows_quantized_as_they_leave(name):
+    """The same bits as with a kernel of its own."""
+    config, experts, layer, _ = layer_of("qwen3", name)
+    for num_tokens in (500, 1500):
+        plan = default_plan(LayerShape.of(config, num_tokens))
+        plan = dataclasses.replace(plan, up=dataclasses.replace(plan.up, quantizes=True))
+        x, logits = inputs(config, num_tokens)
+        poison_memory()
+        found = jax.jit(functools.partial(moe, config=config, plan=plan))(x, experts, logits)
+        assert same_bits(found, layer(x, experts, logits))
 
 
 def check_products(product, groups):

@@ -1,5 +1,6 @@
 """Whole layers of quantized experts, their kernels one after the other in the interpreter, and lowered for CUDA."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from moe_jax import MoEConfig, moe, quantize_experts
 from moe_jax.quantization import reference
 from moe_jax.routing import route
+from moe_jax.tuning.plan import LayerShape, default_plan
 from tests.layers import experts_of, logits_of, quick_jit, x_of
 from tests.lowering import like, lower, num_kernels
 from tests.util import assert_discriminates, check_close
@@ -26,6 +28,17 @@ def test_layer(name, num_tokens):
     right = oracle(x, experts, logits)
     check_close(out, right, 1e-2)
     assert_discriminates(lambda y: check_close(y, right, 1e-2), out)
+
+
+def test_a_plan_that_quantizes_rows_as_they_leave_has_a_kernel_less(monkeypatch):
+    """Its bits: tests/kernels/test_quantized_store.py."""
+    monkeypatch.undo()
+    config = MoEConfig(8, 4, 256, 128, quantization="fp8_block")
+    experts = jax.eval_shape(lambda: quantize_experts(experts_of(0, config), "fp8_block"))
+    rule = default_plan(LayerShape.of(config, 1000))
+    plan = dataclasses.replace(rule, up=dataclasses.replace(rule.up, quantizes=True))
+    layer = functools.partial(moe, config=config, plan=plan, implementation="mosaic")
+    assert num_kernels(lower(layer, like("bfloat16", 1000, 256), experts, like("float32", 1000, 8))) == 6
 
 
 @pytest.mark.parametrize(("name", "kernels"), [("fp8_block", 7), ("int8_channel", 7), ("fp8_weight_channel", 5)])

@@ -1,6 +1,7 @@
 """What a search tries: plans that fit, not too many, and the memory that they are said to take."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -13,6 +14,7 @@ from moe_jax.activations import get_activation
 from moe_jax.kernels.hopper import matmul_bf16 as kernel
 from moe_jax.kernels.hopper import matmul_fp8
 from moe_jax.kernels.hopper.matmul_config import Config
+from moe_jax.quantization import Spec
 from moe_jax.tuning.candidates import candidates
 from moe_jax.tuning.fit import SHARED_MEMORY, config_misfit, misfit, shared_memory_bytes
 from moe_jax.tuning.plan import Codes, LayerShape, default_plan
@@ -62,7 +64,7 @@ def asked(monkeypatch):
 
     def no_kernel(body, *, out_type, **keywords):
         found.update(keywords)
-        return lambda *operands: jnp.zeros(out_type.shape, out_type.dtype)
+        return lambda *operands: jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), out_type)
 
     monkeypatch.setattr(_compat, "kernel", no_kernel)
     return found
@@ -111,8 +113,10 @@ def quantized_bytes(shape: LayerShape, config: Config, gated: bool, bias: bool, 
         get_activation("silu") if gated else None,
     )
     if of.both:
-        out = jnp.dtype(shape.dtype)
-        run = lambda: matmul_fp8.grouped_matmul(rows, row_scales, weights, scales, *rest, config=config, out_dtype=out)  # noqa: E731
+        keywords = dict(config=config, out_dtype=jnp.dtype(shape.dtype))
+        if config.quantizes:
+            keywords["quantize"] = Spec(of.dtype, "group", 128)
+        run = functools.partial(matmul_fp8.grouped_matmul, rows, row_scales, weights, scales, *rest, **keywords)
     else:
         run = lambda: kernel.grouped_matmul(rows, weights, *rest, config=config, weight_scales=scales)  # noqa: E731
     jax.eval_shape(run)
@@ -133,7 +137,9 @@ def test_the_memory_is_what_the_kernel_asks_for(index, gated, asked):
 @pytest.mark.parametrize("shape", [shape for shape in QUANTIZED if "int4" not in shape.codes], ids=str)
 def test_the_memory_of_codes_and_scales(shape, asked):
     """Each with the kernel of 8-bit operands or the one that decodes weights."""
-    for plan in (default_plan(shape), *candidates(shape)[-4:]):
+    found = candidates(shape)
+    assert any(plan.up.quantizes for plan in found) == (shape.codes.endswith("n block") and shape.num_pairs > 1000)
+    for plan in (default_plan(shape), *found[-4:], *(plan for plan in found if plan.up.quantizes)):
         for config, gated in ((plan.up, shape.gated), (plan.down, False)):
             estimate = shared_memory_bytes(config, shape.dtype, shape.codes)
             assert quantized_bytes(shape, config, gated, False, asked) <= estimate
@@ -174,6 +180,7 @@ def test_what_does_not_fit_says_why(change, words):
         ("float8_e4m3fn block", {"row_counts": (160,)}, "at most 128"),
         ("int8 channel", {"row_counts": (136,)}, "multiple of 16"),
         ("float8_e4m3fn channel", {"stages": 8}, "shared memory"),
+        ("float8_e4m3fn block", {"quantizes": True, "stages": 5}, "shared memory"),
     ],
     ids=str,
 )
@@ -181,3 +188,20 @@ def test_what_does_not_fit_8_bit_rows_says_why(codes, change, words):
     good = Config(row_counts=(128,), tile_k=128, stages=2)
     assert config_misfit(good, True, "bfloat16", codes) is None
     assert words in config_misfit(dataclasses.replace(good, **change), True, "bfloat16", codes)
+
+
+@pytest.mark.parametrize(
+    ("codes", "inner", "side", "words"),
+    [
+        ("float8_e4m3fn block", 768, "down", "is for an up-projection"),
+        ("float8_e4m3fn channel", 768, "up", "not for float8_e4m3fn channel"),
+        ("", 768, "up", "not for bfloat16"),
+        ("float8_e4m3fn block", 704, "up", "output size=704"),
+    ],
+)
+def test_where_rows_cannot_be_quantized_as_they_leave(codes, inner, side, words):
+    shape = LayerShape(128, 64000, 2048, inner, True, "bfloat16", codes)
+    plan = default_plan(shape)
+    config = dataclasses.replace(getattr(plan, side), quantizes=True)
+    assert misfit(shape, plan) is None
+    assert words in misfit(shape, dataclasses.replace(plan, **{side: config}))

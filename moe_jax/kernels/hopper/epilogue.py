@@ -82,6 +82,7 @@ class Epilogue:
         bias_dtype: of the bias; None without one.
         marked: a tile says with a bit for each of its rows which to store, instead of how many.
         interpret: the kernel is interpreted.
+        stores: `finish` is called, and not `activated` alone.
     """
 
     def __init__(
@@ -94,23 +95,36 @@ class Epilogue:
         *,
         marked: bool,
         interpret: bool,
+        stores: bool = True,
     ):
         self._halves, self._columns, self._n_out, self._dtype = config.halves, config.columns, n_out, dtype
         self._activation, self._gated = activation, activation is not None and activation.is_gated
         self._marked, self._interpret = marked, interpret
         self._staged = views.Staged(config.consumers, config.columns, n_out, dtype, interpret)
         self._bias = None if bias_dtype is None else Columns(config, n_out, self._gated, bias_dtype)
-        self.scratch = [self._staged.scratch, *(self._bias.scratch if self._bias else [])]
+        self._stores = stores
+        self.scratch = [*([self._staged.scratch] if stores else []), *(self._bias.scratch if self._bias else [])]
 
     def references(self, out_g: Any, bias_g: Any, scratch: Any) -> References:
         """Of the output, the bias or None, and the references of `scratch`."""
-        out_s, *of_bias = scratch
+        out_s, *of_bias = scratch if self._stores else (None, *scratch)
         return References(out_g, out_s, (bias_g, *of_bias) if self._bias else None)
 
     def fetch_bias(self, refs: References, wg: Any, expert: Any, col: Any) -> None:
         """Asks for the bias of a consumer's columns from `col` on."""
         if self._bias is not None:
             self._bias.fetch(refs.bias, wg, expert, col)
+
+    def activated(self, refs: References, wg: Any, accs: Any) -> list[Any]:
+        """Sums ``[64, rows]`` as they leave, float32: with the bias, after the activation."""
+        if self._bias is not None:
+            columns = self._bias.spread(refs.bias, wg, accs[0].shape)
+            accs = [acc + column for acc, column in zip(accs, columns, strict=True)]
+        if self._gated:
+            return [self._activation.apply_gated(*accs, divide=tiles.divide)]
+        if self._activation is not None:
+            return [self._activation.apply(acc, divide=tiles.divide) for acc in accs]
+        return list(accs)
 
     def finish(self, refs: References, wg: Any, accs: Any, first_row: Any, size: Any, col: Any, below: int) -> None:
         """Stores a consumer's part of a tile.
@@ -125,13 +139,7 @@ class Epilogue:
             below: so many rows it has at least, less one.
         """
         count = accs[0].shape[1]
-        if self._bias is not None:
-            columns = self._bias.spread(refs.bias, wg, accs[0].shape)
-            accs = [acc + column for acc, column in zip(accs, columns, strict=True)]
-        if self._gated:
-            accs = [self._activation.apply_gated(*accs, divide=tiles.divide)]
-        elif self._activation is not None:
-            accs = [self._activation.apply(acc, divide=tiles.divide) for acc in accs]
+        accs = self.activated(refs, wg, accs)
         blocks = [(half, start) for half in range(len(accs)) for start in range(0, count, views.STORED)]
         for i, (half, start) in enumerate(blocks):
             most = min(views.STORED, count - start)

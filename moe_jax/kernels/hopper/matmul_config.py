@@ -33,6 +33,7 @@ class Config:
     cluster: int = 1  # neighbouring blocks of weight columns that fetch their rows once and together
     columns: int = 64  # of the output that a block of 64 weight rows makes: 64, 32 or 16
     gather: bool = False  # rows of an up-projection are fetched by their tokens from the hidden states: `rows_by_token`
+    quantizes: bool = False  # rows of an up-projection are quantized as they leave it: `quantized_store`
     overlap: bool = True  # products of a step run while the next are issued; its stage is handed back after that
 
     @property

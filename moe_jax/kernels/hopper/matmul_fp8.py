@@ -41,7 +41,10 @@ from moe_jax.kernels.hopper import row_scales as of_rows
 from moe_jax.kernels.hopper import tiles, views
 from moe_jax.kernels.hopper.codes import block_rows
 from moe_jax.kernels.hopper.epilogue import Columns, Epilogue
+from moe_jax.kernels.hopper.gather_quantize import scales_shape
 from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
+from moe_jax.kernels.hopper.quantized_store import QuantizedStore, References
+from moe_jax.quantization.formats import Spec
 
 MOST_ROWS = 160  # of a tile
 MOST_PROMOTED = 128  # of a tile whose products are promoted
@@ -100,9 +103,10 @@ def grouped_matmul(
     tile_tokens: Int[Array, "tiles"] | None = None,
     total_rows: int | None = None,
     aligned: bool = False,
+    quantize: Spec | None = None,
     interpret: Any = None,
     multiprocessors: int | None = None,
-) -> Float[Array, "R N_out"]:
+) -> Float[Array, "R N_out"] | tuple[Shaped[Array, "R N_out"], Float[Array, "G Rp"]]:
     """`activation((rows * their scales) @ (weights[group] * their scales).T + bias[group])` for the rows of the tiles.
 
     Args:
@@ -122,13 +126,15 @@ def grouped_matmul(
         tile_tokens: the tokens that have a row in each tile, a bit each.
         total_rows: R, with `tile_tokens`.
         aligned: every tile begins at a multiple of 4 rows: their scales then come in pairs.
+        quantize: the format of the result, which is then codes and scales as `gather_quantize` makes them of `out_dtype`; see
+            `quantized_store.supports`.
         interpret: for the interpreter.
         multiprocessors: of the device, by default.
     """
     (n_weights, k), dtype = weights.shape[1:], rows.dtype
     shared, gated = tile_tokens is not None, activation is not None and activation.is_gated
     n_out = n_weights // 2 if gated else n_weights
-    promote = weight_scales.ndim == 3
+    promote, interpreted = weight_scales.ndim == 3, interpret is not None
     by_channel = not promote and weight_scales.shape[1] == n_weights and n_weights > 2
     tile_rows, tk, stages = config.tile_rows, config.tile_k, config.stages
     total_rows = total_rows if shared else rows.shape[0]
@@ -140,16 +146,30 @@ def grouped_matmul(
     swizzled = tiles.swizzle_bytes(k, dtype)  # columns of K, a byte each
     a_group = GROUP // swizzled  # pieces
     groups = tk // GROUP  # of a stage
-    operand = views.Operand(stages, tile_rows, tk, swizzled, dtype, interpret is not None)
+    operand = views.Operand(stages, tile_rows, tk, swizzled, dtype, interpreted)
     bias_dtype = None if bias is None else bias.dtype
     epilogue = Epilogue(
-        config, n_out, out_dtype, activation, bias_dtype, marked=shared, interpret=interpret is not None
+        config,
+        n_out,
+        out_dtype,
+        activation,
+        bias_dtype,
+        marked=shared,
+        interpret=interpreted,
+        stores=quantize is None,
     )
+    stored = None if quantize is None else QuantizedStore(quantize, out_dtype, interpret=interpreted)
     channels = Columns(config, n_out, gated, jnp.float32)
-    scales_of_rows = of_rows.RowScales(config, aligned=aligned, interpret=interpret is not None)
+    scales_of_rows = of_rows.RowScales(config, aligned=aligned, interpret=interpreted)
     row_counts = tuple(c for c in config.row_counts if dtype != jnp.int8 or c <= 32 or c % 16 == 0 or c == tile_rows)
     block = block_rows(n_out, weight_scales.shape[1], gated) if promote else None
     sums = jnp.int32 if dtype == jnp.int8 else jnp.float32
+    out_types = [jax.ShapeDtypeStruct((total_rows, n_out), out_dtype)]
+    if quantize is not None:
+        out_types = [
+            jax.ShapeDtypeStruct((total_rows, n_out), quantize.storage_dtype),
+            jax.ShapeDtypeStruct(scales_shape(total_rows, n_out, quantize), jnp.float32),
+        ]
     pieces = [  # of the weights of a stage: (its row there, the row of the expert's matrix, the first column of K)
         (
             ((wg * depth + piece) * halves + half) * block_cols,
@@ -165,12 +185,14 @@ def grouped_matmul(
         refs = list(refs)
         tokens_g = refs.pop(0) if shared else None
         bias_g = refs.pop(0) if bias is not None else None
-        out_g, rows_s, weights_s, full, empty = refs[:5]
-        refs = refs[5:]
+        outs = [refs.pop(0) for _ in out_types]
+        rows_s, weights_s, full, empty = refs[:4]
+        refs = refs[4:]
+        codes = None if stored is None else References(*outs, *(refs.pop(0) for _ in stored.scratch))
         row_scales_s = refs.pop(0) if promote else None
         a_row = None if promote else (row_scales_g, refs.pop(0), refs.pop(0))
         of_channels = (weight_scales_g, refs.pop(0), refs.pop(0)) if by_channel else None
-        ends = epilogue.references(out_g, bias_g, refs)
+        ends = epilogue.references(outs[0], bias_g, refs)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
         m_tiles = count_g[0]
         my_tiles = tiles.share(m_tiles * n_tiles, worker, workers)
@@ -211,6 +233,10 @@ def grouped_matmul(
 
         def finish(m, col, accs, below):
             mine = starts_g[m], (tokens_g if shared else sizes_g)[m]
+            if stored is not None:
+                (tile,) = epilogue.activated(ends, wg, accs)
+                stored.store(codes, wg, tile, *mine, col)
+                return
             epilogue.finish(ends, wg, accs, *mine, col, below)
 
         def scaled_once(first_turn, m, col, count, below):
@@ -340,14 +366,15 @@ def grouped_matmul(
         plgpu.SMEM((stages, config.stage_rows, tk // depth), dtype, transforms=tiles.transforms(k, dtype)),
         plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+        *([] if stored is None else stored.scratch),
         *([plgpu.SMEM((stages, groups, of_rows.held(tile_rows)), jnp.float32)] if promote else []),
         *([] if promote else scales_of_rows.scratch),
         *(channels.scratch if by_channel else []),
         *epilogue.scratch,
     ]
-    return _compat.kernel(
+    result = _compat.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((total_rows, n_out), out_dtype),
+        out_type=out_types[0] if stored is None else out_types,
         grid=(workers,),
         grid_names=("sm",),
         num_threads=consumers + 1,
@@ -358,3 +385,4 @@ def grouped_matmul(
         ),
         interpret=interpret,
     )(*operands)
+    return result if stored is None else tuple(result)
