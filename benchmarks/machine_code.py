@@ -2,6 +2,7 @@
 
 python benchmarks/machine_code.py up --tile-rows 160 --k 2048 --n 1536
 python benchmarks/machine_code.py down --tile-rows 192 --k 768 --n 2048 --config stages=3,cluster=1
+python benchmarks/machine_code.py up --tile-rows 128 --k 2048 --n 1536 --quantization fp8_block --config quantizes=1
 
 Needs `jax[cuda13]` and nvdisasm (of a CUDA toolkit, or of the triton package). Without a driver a C compiler makes a stand-in for
 libcuda, which says that there is a Hopper GPU and launches nothing.
@@ -64,7 +65,7 @@ class Loop(NamedTuple):
 
 def loops(sass: str) -> list[Loop]:
     """The innermost loops of a disassembly that hold wgmma instructions, in the order of the code."""
-    lines = sass.splitlines()
+    lines = re.sub(r"\b[QI]GMMA\b", "HGMMA", sass).splitlines()  # of FP8 and int8
     labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\.L_\w+):", line))}
     branches = [(m[1], i) for i, line in enumerate(lines) if (m := re.search(r"BRA\s+`\((\.L_\w+)\)", line))]
     spans = [(labels[label], end) for label, end in branches if labels.get(label, end) < end]
@@ -127,30 +128,24 @@ def _nvdisasm() -> str:
     return found
 
 
-def kernel_of(projection: str, tile_rows: int, k: int, n: int, changes: dict[str, int]) -> tuple[bytes, object]:
+def kernel_of(
+    projection: str, tile_rows: int, k: int, n: int, changes: dict[str, int], quantization: str | None = None
+) -> tuple[bytes, object]:
     """The serialized grouped matmul of a projection, and its configuration."""
     import jax
     from jaxlib.mlir import ir
 
-    from moe_jax.activations import get_activation
-    from moe_jax.kernels.hopper.matmul_bf16 import grouped_matmul
     from moe_jax.kernels.hopper.matmul_config import default_config
 
-    activation = get_activation("silu") if projection == "up" else None
+    activation = _activation(projection)
     rule = default_config(tile_rows, activation is not None, n // 2 if activation else n, EXPERTS)
-    config = dataclasses.replace(rule, **changes)
-
-    def like(*shape: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    operands = [like(ROWS, k, dtype="bfloat16"), like(EXPERTS, n, k, dtype="bfloat16")]
-    schedule = [like(2 * EXPERTS + ROWS // tile_rows)] * 3 + [like(1)]
-
-    def run(rows, weights, *schedule):
-        by_token = dict(row_tokens=schedule[-1], total_rows=ROWS) if config.gather else {}
-        return grouped_matmul(rows, weights, *schedule[:4], None, activation, config=config, **by_token)
-
-    schedule += [like(ROWS + tile_rows)] if config.gather else []
+    if quantization is None:
+        config = dataclasses.replace(rule, **changes)
+        run, operands = _plain(config, activation, k, n)
+    else:
+        config, run, operands = _quantized(rule, changes, activation, k, n, quantization)
+    schedule = [_like(2 * EXPERTS + ROWS // tile_rows)] * 3 + [_like(1)]
+    schedule += [_like(ROWS + tile_rows)] if config.gather else []
     module = jax.jit(run).trace(*operands, *schedule).lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
     found: list[bytes] = []
 
@@ -163,17 +158,77 @@ def kernel_of(projection: str, tile_rows: int, k: int, n: int, changes: dict[str
     return found[0], config
 
 
+def _activation(projection: str):
+    from moe_jax.activations import get_activation
+
+    return get_activation("silu") if projection == "up" else None
+
+
+def _like(*shape: int, dtype: str = "int32"):
+    import jax
+
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _plain(config, activation, k: int, n: int):
+    """The kernel of 16-bit operands, and these."""
+    from moe_jax.kernels.hopper.matmul_bf16 import grouped_matmul
+
+    def run(rows, weights, *schedule):
+        by_token = dict(row_tokens=schedule[-1], total_rows=ROWS) if config.gather else {}
+        return grouped_matmul(rows, weights, *schedule[:4], None, activation, config=config, **by_token)
+
+    return run, [_like(ROWS, k, dtype="bfloat16"), _like(EXPERTS, n, k, dtype="bfloat16")]
+
+
+def _quantized(rule, changes: dict[str, int], activation, k: int, n: int, quantization: str):
+    """The configuration and the kernel of a number format, and its operands: rows of codes, or rows for codes to be decoded."""
+    import jax
+
+    from moe_jax.kernels.hopper import matmul_bf16, matmul_fp8
+    from moe_jax.kernels.hopper.gather_quantize import scales_shape
+    from moe_jax.kernels.hopper.matmul_config import eight_bit, few_counts
+    from moe_jax.quantization import quant_format, quantize
+
+    form = quant_format(quantization)
+    weights = jax.eval_shape(
+        lambda w: quantize(w, form.weights, halves=2 if activation else 1), _like(EXPERTS, n, k, dtype="bfloat16")
+    )
+    scales = weights.scales.shape if weights.scales.ndim > 1 else (EXPERTS, 1)
+    operands = [weights.values, _like(*scales, dtype="float32")]
+    if form.is_weight_only:
+        config = dataclasses.replace(few_counts(rule), **changes)
+
+        def decode(rows, weights, scales, *schedule):
+            return matmul_bf16.grouped_matmul(
+                rows, weights, *schedule, None, activation, config=config, weight_scales=scales
+            )
+
+        return config, decode, [_like(ROWS, k, dtype="bfloat16"), *operands]
+    config = dataclasses.replace(eight_bit(rule), **changes)
+    spec = form.activations
+
+    def multiply(rows, row_scales, weights, scales, *schedule):
+        more = dict(aligned=True, quantize=spec if config.quantizes else None)
+        operands = rows, row_scales, weights, scales, *schedule
+        return matmul_fp8.grouped_matmul(*operands, None, activation, config=config, out_dtype="bfloat16", **more)
+
+    of_rows = [_like(ROWS, k, dtype=spec.dtype), _like(*scales_shape(ROWS, k, spec), dtype="float32")]
+    return config, multiply, [*of_rows, *operands]
+
+
 def main(
     projection: Annotated[str, typer.Argument(help="up (gated) or down")],
     tile_rows: int = 160,
     k: int = 2048,
     n: int = 1536,
     config: Annotated[str, typer.Option(help="changes to the rule's configuration, as stages=3,cluster=1")] = "",
+    quantization: Annotated[str | None, typer.Option(help="number format of the experts")] = None,
     keep: Annotated[Path | None, typer.Option(help="an empty folder for the code")] = None,
 ) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     changes = {name: int(value) for name, value in (item.split("=") for item in config.split(",") if item)}
-    module, used = kernel_of(projection, tile_rows, k, n, changes)
+    module, used = kernel_of(projection, tile_rows, k, n, changes, quantization)
     print(used)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) if keep is None else keep

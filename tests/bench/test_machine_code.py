@@ -33,3 +33,9 @@ def test_the_innermost_loops_are_counted(machine_code):
     found = machine_code.loops(SASS)
     assert found == [machine_code.Loop(columns=160, products=2, uniform=1, vector=3, moves=1, spills=1)]
     assert machine_code.loops(SASS.replace("HGMMA", "FFMA")) == []
+
+
+@pytest.mark.parametrize(("name", "tile_rows"), [("fp8_channel", 144), ("fp8_weight_block", 64)])
+def test_the_kernel_of_a_number_format(machine_code, name, tile_rows):
+    module, config = machine_code.kernel_of("up", tile_rows, 256, 256, {"stages": 2}, name)
+    assert isinstance(module, bytes) and (config.tile_rows, config.stages) == (tile_rows, 2)

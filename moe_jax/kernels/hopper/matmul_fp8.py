@@ -21,6 +21,8 @@ Learned on an H100 (benchmarks/results/2026-11-26-h100-fp8-products.txt and -fp8
 - Scales of rows that are taken from shared memory one by one cost a loop of blocks 5 to 14 % (dsv3-ep8 460 -> 524 us): groups
   then begin at multiples of 4 rows. A tile scaled once does not notice.
 - 144 rows with blocks, their product scaled in two parts of 96 and 48 rows, spill registers: 322 us instead of 251.
+- Where products are scaled once, a stage that is handed back a step late (`Config.overlap`) takes the loop its uniform registers:
+  10 moves and 50 vector instructions a step instead of 13 (2026-11-26-machine-code.txt). The times above are of that loop.
 """
 
 from __future__ import annotations
@@ -246,13 +248,18 @@ def grouped_matmul(
                     for piece in range(operand.pieces):
                         for half, acc in enumerate(accs):
                             product(acc, slot, piece, half, count)
-                    plgpu.wgmma_wait(halves * operand.pieces)  # those of the step before are done
-                    pl.when(step > 0)(lambda: plgpu.barrier_arrive(empty.at[jnp.where(slot > 0, slot, stages) - 1]))
+                    if config.overlap:  # the products of the step before are done: its stage may be refilled
+                        plgpu.wgmma_wait(halves * operand.pieces)
+                        pl.when(step > 0)(lambda: plgpu.barrier_arrive(empty.at[jnp.where(slot > 0, slot, stages) - 1]))
+                    else:
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(empty.at[slot])
                     return next_slot(slot)
 
                 lax.fori_loop(0, k_steps, step, lax.rem(first_turn, stages))
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(empty.at[lax.rem(first_turn + k_steps - 1, stages)])
+                if config.overlap:
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(empty.at[lax.rem(first_turn + k_steps - 1, stages)])
                 return tuple(acc[...] for acc in accs)
 
             accs = pl.run_scoped(accumulate, *[plgpu.ACC((WGMMA_ROWS, count), sums) for _ in range(halves)])
