@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from moe_jax.activations import ACTIVATIONS, ALIASES
 from moe_jax_torch.calls import TORCH_ACTIVATIONS
@@ -51,7 +52,7 @@ def fused_topk(
         rule = ("identity", "softmax", False, 0.0, 1, 1, "max", 1.0)
     else:
         rule = (scoring_func, "score", renormalize, 0.0, 1, 1, "max", 1.0)
-    return Route.apply(gating_output, None, topk, *rule)
+    return _route(gating_output, None, topk, rule)
 
 
 def grouped_topk(
@@ -121,7 +122,7 @@ def grouped_topk(
     grouped = topk_group < num_expert_group
     groups = (num_expert_group, topk_group, "max" if bias is None else "top2_sum") if grouped else (1, 1, "max")
     rule = (scoring_func, "score", renormalize, _EPSILON, *groups, float(routed_scaling_factor))
-    return Route.apply(gating_output, bias, topk, *rule)
+    return _route(gating_output, bias, topk, rule)
 
 
 def fused_experts(
@@ -199,6 +200,7 @@ def fused_experts(
         )
     tensors = (hidden_states, w1, w2, topk_weights.float(), topk_ids, expert_map, w1_bias, w2_bias)
     _check_devices(tensors)
+    _refuse_forward_mode(tensors)
     arguments = (*tensors, activation, apply_router_weight_on_input, global_num_experts)
     if out is None and not inplace:
         return FusedExperts.apply(*arguments)
@@ -223,6 +225,24 @@ def _write(
         )
     torch.ops.moe_jax.fused_experts_out(*arguments, out)
     return out
+
+
+def _route(
+    logits: torch.Tensor, bias: torch.Tensor | None, topk: int, rule: tuple[Any, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_devices((logits, bias))
+    _refuse_forward_mode((logits, bias))
+    return Route.apply(logits, bias, topk, *rule)
+
+
+def _refuse_forward_mode(tensors: tuple[torch.Tensor | None, ...]) -> None:
+    if torch.compiler.is_compiling():  # the compiler refuses it itself
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "moe_jax_torch has no forward-mode derivatives; use reverse mode (backward, torch.func.grad, torch.func.vjp), "
+            "or jax.jvp on moe_jax itself"
+        )
 
 
 def _check_gating(hidden_states: torch.Tensor, gating_output: torch.Tensor, topk: int, scoring_func: str) -> None:

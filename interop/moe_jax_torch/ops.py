@@ -200,9 +200,23 @@ class FusedExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*layer: Any) -> torch.Tensor:
+    def forward(  # torch.compile counts the parameters, so they are written out
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        expert_map: torch.Tensor | None,
+        w1_bias: torch.Tensor | None,
+        w2_bias: torch.Tensor | None,
+        activation: str,
+        apply_router_weight_on_input: bool,
+        global_num_experts: int,
+    ) -> torch.Tensor:
         """The operator."""
-        return torch.ops.moe_jax.fused_experts(*layer)
+        tensors = (hidden_states, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias)
+        static = (activation, apply_router_weight_on_input, global_num_experts)
+        return torch.ops.moe_jax.fused_experts(*tensors, *static)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -220,11 +234,6 @@ class FusedExperts(torch.autograd.Function):
         return tuple(wanted.get(place) for place in range(11))
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        """Raises NotImplementedError."""
-        raise NotImplementedError(_NO_FORWARD_MODE)
-
-    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *layer: Any) -> tuple[Any, Any]:
         """One element of the batch after the other."""
         return _each(FusedExperts.apply, info, in_dims, layer)
@@ -234,9 +243,22 @@ class Route(torch.autograd.Function):
     """`torch.ops.moe_jax.route` with the gradient of its logits. Forward mode and second derivatives raise."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        logits: torch.Tensor,
+        bias: torch.Tensor | None,
+        top_k: int,
+        score: str,
+        weight: str,
+        renormalize: bool,
+        renorm_epsilon: float,
+        num_expert_group: int,
+        topk_group: int,
+        group_score: str,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The operator."""
-        return torch.ops.moe_jax.route(*arguments)
+        rule = (score, weight, renormalize, renorm_epsilon, num_expert_group, topk_group, group_score, scale)
+        return torch.ops.moe_jax.route(logits, bias, top_k, *rule)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -253,17 +275,6 @@ class Route(torch.autograd.Function):
         return (logits, *[None] * (1 + len(ctx.static)))
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        """Raises NotImplementedError."""
-        raise NotImplementedError(_NO_FORWARD_MODE)
-
-    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         """One element of the batch after the other."""
         return _each(Route.apply, info, in_dims, arguments)
-
-
-_NO_FORWARD_MODE = (
-    "moe_jax_torch has no forward-mode derivatives; use reverse mode (backward, torch.func.grad, torch.func.vjp), or "
-    "jax.jvp on moe_jax itself"
-)
