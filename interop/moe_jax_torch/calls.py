@@ -47,6 +47,7 @@ class Static(NamedTuple):
         activation: torch's name.
         apply_router_weight_on_input: as in `moe_jax.MoEConfig`.
         num_experts: global experts ``E``.
+        implementation: as in `moe_jax.moe`, see `implementation_for`.
 
     Example:
         >>> Static("silu", False, 8).num_experts
@@ -56,6 +57,17 @@ class Static(NamedTuple):
     activation: str
     apply_router_weight_on_input: bool
     num_experts: int
+    implementation: str = "auto"
+
+
+def implementation_for(platform: str) -> str:
+    """What runs where the tensors are: ``auto`` asks for JAX's default device, which with CPU tensors may be a GPU.
+
+    Example:
+        >>> implementation_for("cpu")
+        'xla'
+    """
+    return "auto" if platform == "cuda" else "xla"
 
 
 def _experts(operands: Operands, ids: jax.Array, expert_map: jax.Array | None, static: Static) -> jax.Array:
@@ -78,7 +90,10 @@ def _experts(operands: Operands, ids: jax.Array, expert_map: jax.Array | None, s
         dtype=x.dtype,
     )
     experts = ExpertWeights(w13=w1, w2=w2, w13_bias=w1_bias, w2_bias=w2_bias)
-    return apply_experts(x, experts, TopK(ids, weights), config, expert_map=expert_map)
+    topk_of_tokens = TopK(ids, weights)
+    return apply_experts(
+        x, experts, topk_of_tokens, config, expert_map=expert_map, implementation=static.implementation
+    )
 
 
 def _gate_first(rows: jax.Array) -> jax.Array:
@@ -125,8 +140,10 @@ def experts_backward(
     return pull(grad)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("top_k", "rule"))
-def route_forward(logits: jax.Array, bias: jax.Array | None, top_k: int, rule: RoutingRule) -> TopK:
+@functools.partial(jax.jit, static_argnames=("top_k", "rule", "implementation"))
+def route_forward(
+    logits: jax.Array, bias: jax.Array | None, top_k: int, rule: RoutingRule, implementation: str = "auto"
+) -> TopK:
     """The experts of every token, as in `moe_jax.ops.topk.topk`.
 
     Example:
@@ -134,12 +151,17 @@ def route_forward(logits: jax.Array, bias: jax.Array | None, top_k: int, rule: R
         >>> route_forward(jnp.array([[0.0, 2.0, 1.0]]), None, 2, RoutingConfig("default").rule).ids.tolist()
         [[1, 2]]
     """
-    return topk(logits, top_k, rule, correction_bias=bias)
+    return topk(logits, top_k, rule, correction_bias=bias, implementation=implementation)
 
 
-@functools.partial(jax.jit, static_argnames=("top_k", "rule"))
+@functools.partial(jax.jit, static_argnames=("top_k", "rule", "implementation"))
 def route_backward(
-    grad: jax.Array, logits: jax.Array, bias: jax.Array | None, top_k: int, rule: RoutingRule
+    grad: jax.Array,
+    logits: jax.Array,
+    bias: jax.Array | None,
+    top_k: int,
+    rule: RoutingRule,
+    implementation: str = "auto",
 ) -> jax.Array:
     """The gradient of the logits, of that of the weights.
 
@@ -148,5 +170,9 @@ def route_backward(
         >>> route_backward(jnp.ones((1, 2)), jnp.zeros((1, 3)), None, 2, RoutingConfig("renormalize").rule).shape
         (1, 3)
     """
-    _, pull = jax.vjp(lambda logits: topk(logits, top_k, rule, correction_bias=bias).weights, logits)
+
+    def weights(logits: jax.Array) -> jax.Array:
+        return topk(logits, top_k, rule, correction_bias=bias, implementation=implementation).weights
+
+    _, pull = jax.vjp(weights, logits)
     return pull(grad)[0]

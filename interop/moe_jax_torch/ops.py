@@ -85,7 +85,8 @@ def _import_layer(layer: tuple[Any, ...]) -> tuple[calls.Operands, Any, Any, cal
     )
     ids = to_jax(_padded(topk_ids, -1))
     local = None if expert_map is None else to_jax(expert_map)
-    return operands, ids, local, calls.Static(activation, on_input, experts)
+    implementation = calls.implementation_for(x.device.type)
+    return operands, ids, local, calls.Static(activation, on_input, experts, implementation)
 
 
 def _fused_experts_out(*arguments: Any) -> None:
@@ -122,7 +123,12 @@ def _route(
     weights, ids = _fake_route(logits, bias, top_k, *rule)
     if (tokens := logits.shape[0]) > 0:
         bias = None if bias is None else to_jax(bias, detach=True)
-        topk = calls.route_forward(to_jax(_padded(logits), detach=True), bias, top_k=top_k, rule=RoutingRule(*rule))
+        static = {
+            "top_k": top_k,
+            "rule": RoutingRule(*rule),
+            "implementation": calls.implementation_for(logits.device.type),
+        }
+        topk = calls.route_forward(to_jax(_padded(logits), detach=True), bias, **static)
         to_torch(topk.weights, out=weights, rows=tokens)
         to_torch(topk.ids, out=ids, rows=tokens)
     return weights, ids
@@ -134,8 +140,13 @@ def _route_backward(
     out = _fake_route_backward(grad, logits)
     if (tokens := logits.shape[0]) > 0:
         bias = None if bias is None else to_jax(bias, detach=True)
+        static = {
+            "top_k": top_k,
+            "rule": RoutingRule(*rule),
+            "implementation": calls.implementation_for(logits.device.type),
+        }
         grad, logits = (to_jax(_padded(tensor), detach=True) for tensor in (grad, logits))
-        to_torch(calls.route_backward(grad, logits, bias, top_k=top_k, rule=RoutingRule(*rule)), out=out, rows=tokens)
+        to_torch(calls.route_backward(grad, logits, bias, **static), out=out, rows=tokens)
     return out
 
 
