@@ -8,7 +8,7 @@ import threading
 
 import jax
 import torch
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import is_functorch_wrapped_tensor  # private: torch has no public way to ask
 
 # JAX would take most of a GPU when it starts, and torch has an allocator of its own. Read when JAX's GPU backend starts.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

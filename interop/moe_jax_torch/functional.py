@@ -42,6 +42,8 @@ def fused_topk(
     Raises:
         ValueError, TypeError: a shape, dtype or name that does not fit.
 
+    Source: vLLM's function of this name, which returns a third tensor besides.
+
     Example:
         >>> weights, ids = fused_topk(torch.zeros(1, 4), torch.tensor([[0.0, 2.0, 1.0]]), 2, renormalize=True)
         >>> ids.tolist(), round(float(weights.sum()), 6)
@@ -89,9 +91,10 @@ def grouped_topk(
     Raises:
         ValueError, TypeError: a shape, dtype or name that does not fit.
 
+    Source: the DeepSeek-V2 and V3 reports; vLLM's function of this name for the arguments.
+
     Example:
         >>> logits = torch.tensor([[9.0, 0.0, 5.0, 6.0]])
-        >>> bias = torch.zeros(4)
         >>> grouped_topk(torch.zeros(1, 8), logits, 2, True, 2, 1)[1].tolist()
         [[0, 1]]
     """
@@ -174,6 +177,8 @@ def fused_experts(
         ValueError, TypeError: shapes, dtypes, devices or values that do not fit.
         NotImplementedError: a `quant_config`.
         RuntimeError: a gradient wanted through `out` or `inplace`, a device that JAX does not have, a CUDA graph being captured.
+
+    Source: vLLM's function of this name for names and meaning; `moe_jax.apply_experts` computes it.
 
     Example:
         >>> x, w1, w2 = torch.ones(2, 8), torch.ones(4, 32, 8), torch.ones(4, 8, 16)

@@ -39,7 +39,7 @@ class FusedMoE(torch.nn.Module):
         w2_weight: ``[E_local, H, I]``.
         w13_bias: ``[E_local, 2I]`` or ``[E_local, I]``, or None.
         w2_bias: ``[E_local, H]``, or None.
-        expert_map: int32 ``[E]``, or None where all experts are here. Not in the state dict: it says what this rank is.
+        expert_map: int32 ``[E]``, or None where all experts are here. Not in the state dict: it says what this rank is, for good.
 
     Raises:
         ValueError: sizes, ranks or a map that do not fit.
