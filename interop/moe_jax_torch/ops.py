@@ -1,8 +1,8 @@
 """The operators that torch knows: `torch.ops.moe_jax`, with fake kernels for the compiler and gradients for autograd.
 
 They are low-level: `moe_jax_torch.functional` checks arguments and calls them. Their gradients are those of `FusedExperts` and
-`Route`; called alone an operator has none, and torch warns when one is asked for. An operator's kernel is the only place from which
-tensors cross to JAX, so that the compiler, vmap and autograd never look into the crossing.
+`Route`; called alone an operator has none, and torch warns when one is asked for. An operator's kernel is the only place from
+which tensors cross to JAX, so that the compiler, vmap and autograd never look into the crossing.
 """
 
 from __future__ import annotations
