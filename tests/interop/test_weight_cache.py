@@ -25,24 +25,24 @@ def test_writes_in_place_are_seen_without_a_new_import():
     np.testing.assert_array_equal(array, weight.detach().numpy())
 
 
+# All but the first keep the address; each keeps what the others change where it can.
 CHANGES = {
-    "storage": lambda w: w.data.clone(),
-    "shape": lambda w: w.data.view(4, 8),
-    "stride": lambda w: w.data.t().contiguous().t(),
-    "dtype": lambda w: w.data.half(),
-    "same bytes, other dtype": lambda w: w.data.view(torch.int32).view(torch.float32) + 1,
+    "storage": lambda t: t.clone(),
+    "shape": lambda t: t[:4],
+    "stride": lambda t: t.t(),
+    "dtype": lambda t: t.view(torch.int32),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.filterwarnings("ignore:weights of shape")
 def test_another_storage_shape_stride_or_dtype_is_imported_anew(change):
-    cache, weight = WeightCache(), parameter(8, 4)
-    cache(weight)
-    weight.data = change(weight)
+    cache, weight = WeightCache(), torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    before = cache(weight)
+    weight.data = change(weight.data)
     array = cache(weight)
-    assert array.shape == tuple(weight.shape)
-    np.testing.assert_array_equal(array, weight.detach().numpy())
+    assert array is not before
+    np.testing.assert_array_equal(array, weight.numpy(), strict=True)
 
 
 def test_what_must_be_copied_is_never_kept_and_warns_once():
