@@ -1,0 +1,336 @@
+"""Routing and experts as functions of tensors, with the names and meaning that vLLM gave them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from moe_jax.activations import ACTIVATIONS, ALIASES
+from moe_jax_torch.calls import TORCH_ACTIVATIONS
+from moe_jax_torch.ops import FusedExperts, Route
+
+_ACTIVATIONS = frozenset((*ACTIVATIONS, *ALIASES, *TORCH_ACTIVATIONS))
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_SCORES = ("softmax", "sigmoid")
+_EPSILON = 1e-20  # as in the grouped methods of moe_jax: a sum of scores that all underflow gives weights of 0
+
+
+def fused_topk(
+    hidden_states: torch.Tensor,
+    gating_output: torch.Tensor,
+    topk: int,
+    renormalize: bool,
+    *,
+    scoring_func: str = "softmax",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k experts of every token with the highest scores.
+
+    The rules for NaN, infinities and ties are those of `moe_jax.route`: a slot without an expert has id -1 and weight 0.
+
+    Args:
+        hidden_states: ``[T, H]``; only its T is looked at.
+        gating_output: ``[T, E]`` router logits, bfloat16, float16 or float32; the arithmetic is float32.
+        topk: k, in [1, E].
+        renormalize: divide the weights of a token by their sum.
+        scoring_func: ``softmax`` over all experts, or ``sigmoid``.
+
+    Returns:
+        (weights, ids): float32 and int32 ``[T, k]``, by descending weight. The weights have a gradient, of `gating_output`.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or name that does not fit.
+
+    Source: vLLM's function of this name, which returns a third tensor besides.
+
+    Example:
+        >>> weights, ids = fused_topk(torch.zeros(1, 4), torch.tensor([[0.0, 2.0, 1.0]]), 2, renormalize=True)
+        >>> ids.tolist(), round(float(weights.sum()), 6)
+        ([[1, 2]], 1.0)
+    """
+    _check_gating(hidden_states, gating_output, topk, scoring_func)
+    if scoring_func == "softmax" and renormalize:  # the same as a softmax of the chosen logits, which cannot underflow
+        rule = ("identity", "softmax", False, 0.0, 1, 1, "max", 1.0)
+    else:
+        rule = (scoring_func, "score", renormalize, 0.0, 1, 1, "max", 1.0)
+    return _route(gating_output, None, topk, rule)
+
+
+def grouped_topk(
+    hidden_states: torch.Tensor,
+    gating_output: torch.Tensor,
+    topk: int,
+    renormalize: bool,
+    num_expert_group: int,
+    topk_group: int,
+    *,
+    scoring_func: str = "softmax",
+    routed_scaling_factor: float = 1.0,
+    e_score_correction_bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`fused_topk` among the experts of the best groups (DeepSeek-V2 and V3).
+
+    A group of neighbouring experts counts by its best score; with a correction bias by the sum of its two best biased scores.
+    The bias is for selection only: weights are the scores without it.
+
+    Args:
+        hidden_states: ``[T, H]``; only its T is looked at.
+        gating_output: ``[T, E]`` router logits.
+        topk: k, at most the experts of `topk_group` groups.
+        renormalize: divide the weights of a token by their sum.
+        num_expert_group: groups, of equal size.
+        topk_group: groups that a token may visit.
+        scoring_func: ``softmax`` or ``sigmoid``.
+        routed_scaling_factor: multiplies the weights in the end.
+        e_score_correction_bias: ``[E]``.
+
+    Returns:
+        (weights, ids): float32 and int32 ``[T, k]``, by descending weight.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or name that does not fit.
+
+    Source: the DeepSeek-V2 and V3 reports; vLLM's function of this name for the arguments.
+
+    Example:
+        >>> logits = torch.tensor([[9.0, 0.0, 5.0, 6.0]])
+        >>> grouped_topk(torch.zeros(1, 8), logits, 2, True, 2, 1)[1].tolist()
+        [[0, 1]]
+    """
+    _check_gating(hidden_states, gating_output, topk, scoring_func)
+    experts = gating_output.shape[1]
+    if num_expert_group < 1 or experts % num_expert_group or not 1 <= topk_group <= num_expert_group:
+        raise ValueError(
+            f"num_expert_group={num_expert_group} must divide the {experts} experts of gating_output, and topk_group="
+            f"{topk_group} lie in [1, num_expert_group]"
+        )
+    per_group = experts // num_expert_group
+    if topk > topk_group * per_group:
+        raise ValueError(
+            f"topk={topk} must not exceed the {topk_group * per_group} experts of topk_group={topk_group} groups"
+        )
+    bias = e_score_correction_bias
+    if bias is not None:
+        if tuple(bias.shape) != (experts,) or not bias.is_floating_point():
+            raise ValueError(
+                f"e_score_correction_bias is {bias.dtype} {tuple(bias.shape)}, but must be floating [{experts}]"
+            )
+        if per_group < 2 and topk_group < num_expert_group:
+            raise ValueError(
+                f"with a correction bias a group counts by its two best experts, but num_expert_group={num_expert_group} "
+                f"leaves {per_group} of {experts}; use fewer groups"
+            )
+        bias = bias.float()
+    grouped = topk_group < num_expert_group
+    groups = (num_expert_group, topk_group, "max" if bias is None else "top2_sum") if grouped else (1, 1, "max")
+    rule = (scoring_func, "score", renormalize, _EPSILON, *groups, float(routed_scaling_factor))
+    return _route(gating_output, bias, topk, rule)
+
+
+def fused_experts(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    activation: str = "silu",
+    apply_router_weight_on_input: bool = False,
+    global_num_experts: int = -1,
+    expert_map: torch.Tensor | None = None,
+    w1_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    quant_config: Any = None,
+    inplace: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Every token through its experts, summed with the weights of its slots, in float32.
+
+    Differentiable in `hidden_states`, `w1`, `w2`, `topk_weights` and the biases. Each static configuration is compiled once for
+    each power of two of tokens; the rows up to it visit no expert. On a GPU the call cannot be part of a CUDA graph.
+
+    Args:
+        hidden_states: ``[T, H]``, bfloat16, float16 or float32, any strides; T may be 0.
+        w1: ``[E_local, 2I, H]``, gate rows first, or ``[E_local, I, H]`` for an activation without a gate; the dtype of
+            `hidden_states`.
+        w2: ``[E_local, H, I]``, of the same dtype.
+        topk_weights: ``[T, k]``, floating.
+        topk_ids: ``[T, k]`` global expert ids, int32 or int64. Slots of id -1 contribute nothing. One outside [-1, E) raises on a
+            CPU; on a GPU, where looking would make the host wait, it contributes nothing.
+        activation: a name of `moe_jax.activations.ACTIVATIONS`. As in vLLM ``swigluoai`` has gate and up rows of `w1` alternate
+            (gpt-oss), which costs a copy of `w1` at every call; ``swigluoai_uninterleave`` has gate rows first.
+        apply_router_weight_on_input: weigh the rows that enter the experts instead of those that leave them; needs k = 1.
+        global_num_experts: E; -1 is the length of `expert_map`, or E_local without one.
+        expert_map: integers ``[E]``, global id to local id, -1 for experts that live elsewhere, which contribute nothing: the
+            result is then this rank's part of the sum.
+        w1_bias: ``[E_local, 2I]`` or ``[E_local, I]``, floating, in the order of the rows of `w1`.
+        w2_bias: ``[E_local, H]``, floating.
+        quant_config: None. Quantized weights are not taken yet.
+        inplace: write the result into `hidden_states`, without a gradient.
+        out: ``[T, H]``, of the dtype and device of `hidden_states`, any strides: written in place, without a gradient.
+
+    Returns:
+        ``[T, H]``, of the dtype of `hidden_states`; `out` if given.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or values that do not fit.
+        NotImplementedError: a `quant_config`.
+        RuntimeError: a gradient wanted through `out` or `inplace`, a device that JAX does not have, a CUDA graph being captured.
+
+    Source: vLLM's function of this name for names and meaning; `moe_jax.apply_experts` computes it.
+
+    Example:
+        >>> x, w1, w2 = torch.ones(2, 8), torch.ones(4, 32, 8), torch.ones(4, 8, 16)
+        >>> ids = torch.tensor([[0, 3], [-1, -1]])
+        >>> y = fused_experts(x, w1, w2, torch.full((2, 2), 0.5), ids)
+        >>> y.shape, bool((y[1] == 0).all())
+        (torch.Size([2, 8]), True)
+    """
+    if quant_config is not None:
+        raise NotImplementedError(
+            f"quant_config={type(quant_config).__name__} is not taken yet: use moe_jax.quantize_experts and moe_jax.moe "
+            "in JAX, or dequantize w1 and w2 and leave it None"
+        )
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not one of {', '.join(sorted(_ACTIVATIONS))}")
+    if global_num_experts == -1:
+        global_num_experts = w1.shape[0] if expert_map is None else expert_map.shape[0]
+    _check_weights(hidden_states, w1, w2, activation, w1_bias, w2_bias)
+    _check_slots(hidden_states, w1, topk_weights, topk_ids, expert_map, global_num_experts)
+    if apply_router_weight_on_input and topk_ids.shape[1] != 1:
+        raise ValueError(
+            f"apply_router_weight_on_input needs k = 1, got topk_ids of shape {tuple(topk_ids.shape)}: with more experts a "
+            "token has no single weight"
+        )
+    tensors = (hidden_states, w1, w2, topk_weights.float(), topk_ids, expert_map, w1_bias, w2_bias)
+    _check_devices(tensors)
+    _refuse_forward_mode(tensors)
+    arguments = (*tensors, activation, apply_router_weight_on_input, global_num_experts)
+    if out is None and not inplace:
+        return FusedExperts.apply(*arguments)
+    return _write(hidden_states, out, inplace, arguments)
+
+
+def _write(
+    hidden_states: torch.Tensor, out: torch.Tensor | None, inplace: bool, arguments: tuple[Any, ...]
+) -> torch.Tensor:
+    if inplace and out is not None:
+        raise ValueError("inplace=True writes into hidden_states, out= elsewhere; give one of them")
+    out = hidden_states if inplace else out
+    if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in (*arguments, out)):
+        raise RuntimeError(
+            "a result that is written in place has no gradient, but an argument requires one; leave out and inplace "
+            "alone, or call under torch.no_grad()"
+        )
+    if (out.shape, out.dtype, out.device) != (hidden_states.shape, hidden_states.dtype, hidden_states.device):
+        raise ValueError(
+            f"out is {tuple(out.shape)}, {out.dtype} on {out.device}, but must be like hidden_states: "
+            f"{tuple(hidden_states.shape)}, {hidden_states.dtype} on {hidden_states.device}, with any strides"
+        )
+    torch.ops.moe_jax.fused_experts_out(*arguments, out)
+    return out
+
+
+def _route(
+    logits: torch.Tensor, bias: torch.Tensor | None, topk: int, rule: tuple[Any, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_devices((logits, bias))
+    _refuse_forward_mode((logits, bias))
+    return Route.apply(logits, bias, topk, *rule)
+
+
+def _refuse_forward_mode(tensors: tuple[torch.Tensor | None, ...]) -> None:
+    if torch.compiler.is_compiling():  # the compiler refuses it itself
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "moe_jax_torch has no forward-mode derivatives; use reverse mode (backward, torch.func.grad, torch.func.vjp), "
+            "or jax.jvp on moe_jax itself"
+        )
+
+
+def _check_gating(hidden_states: torch.Tensor, gating_output: torch.Tensor, topk: int, scoring_func: str) -> None:
+    if gating_output.dim() != 2 or gating_output.shape[0] != hidden_states.shape[0]:
+        raise ValueError(
+            f"gating_output is {tuple(gating_output.shape)}, but must be [T, E] with the T of hidden_states, "
+            f"{hidden_states.shape[0]}"
+        )
+    if gating_output.dtype not in _FLOATS:
+        raise TypeError(f"gating_output is {gating_output.dtype}, not bfloat16, float16 or float32; cast it")
+    if not 1 <= topk <= gating_output.shape[1]:
+        raise ValueError(f"topk={topk} must lie in [1, E={gating_output.shape[1]}]")
+    if scoring_func not in _SCORES:
+        raise ValueError(f"scoring_func={scoring_func!r} is not one of {', '.join(_SCORES)}")
+
+
+def _check_weights(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    activation: str,
+    w1_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+) -> None:
+    if x.dim() != 2 or x.dtype not in _FLOATS:
+        raise ValueError(
+            f"hidden_states is {x.dtype} {tuple(x.shape)}, but must be bfloat16, float16 or float32 [T, H]; cast it, or "
+            "flatten(0, -2) its leading axes"
+        )
+    if w1.dim() != 3 or w2.dim() != 3:
+        raise ValueError(
+            f"w1 and w2 have {w1.dim()} and {w2.dim()} axes, but must be [E_local, N, H] and [E_local, H, I]"
+        )
+    if w1.dtype != x.dtype or w2.dtype != x.dtype:
+        raise TypeError(
+            f"hidden_states is {x.dtype}, w1 {w1.dtype}, w2 {w2.dtype}, but all must be the same; cast them"
+        )
+    gated = not activation.endswith("_no_mul")
+    local, hidden, intermediate = w1.shape[0], x.shape[1], w2.shape[2]
+    rows = 2 * intermediate if gated else intermediate
+    if tuple(w1.shape) != (local, rows, hidden) or tuple(w2.shape) != (local, hidden, intermediate):
+        raise ValueError(
+            f"w1 is {tuple(w1.shape)} and w2 {tuple(w2.shape)}, but for H={hidden} and activation={activation!r} they must be "
+            f"[E_local, {'2I' if gated else 'I'}, H] and [E_local, H, I]: the contracted axis comes last"
+        )
+    for name, bias, width in (("w1_bias", w1_bias, rows), ("w2_bias", w2_bias, hidden)):
+        if bias is not None and (tuple(bias.shape) != (local, width) or bias.dtype not in _FLOATS):
+            raise ValueError(f"{name} is {bias.dtype} {tuple(bias.shape)}, but must be floating {(local, width)}")
+
+
+def _check_slots(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    experts: int,
+) -> None:
+    if topk_ids.dtype not in (torch.int32, torch.int64) or not topk_weights.is_floating_point():
+        raise TypeError(
+            f"topk_ids is {topk_ids.dtype} and topk_weights {topk_weights.dtype}, but must be int32 or int64, and "
+            "floating; note their order: weights, then ids"
+        )
+    if topk_ids.dim() != 2 or topk_ids.shape[0] != x.shape[0] or topk_weights.shape != topk_ids.shape:
+        raise ValueError(
+            f"topk_weights is {tuple(topk_weights.shape)} and topk_ids {tuple(topk_ids.shape)}, but both must be [T, k] "
+            f"with the T of hidden_states, {x.shape[0]}"
+        )
+    if not 1 <= topk_ids.shape[1] <= experts:
+        raise ValueError(f"topk_ids has k={topk_ids.shape[1]} slots a token, which must lie in [1, E={experts}]")
+    if expert_map is None:
+        if w1.shape[0] != experts:
+            raise ValueError(
+                f"w1 holds {w1.shape[0]} experts of global_num_experts={experts}; pass the expert_map that says which"
+            )
+    elif tuple(expert_map.shape) != (experts,) or expert_map.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"expert_map is {expert_map.dtype} {tuple(expert_map.shape)}, but must be int32 or int64 [{experts}]: for "
+            "each global expert its local id, or -1"
+        )
+
+
+def _check_devices(tensors: tuple[torch.Tensor | None, ...]) -> None:
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"the tensors are on {', '.join(sorted(map(str, devices)))}; move them to one device")
