@@ -90,10 +90,13 @@ def quantized_matmul(
     if chosen == "xla":
         return _plain(rows.dequantize(), *plain)
     if config is None:
+        from moe_jax.tuning.fit import within_memory
+
         gated = activation is not None and activation.is_gated
         n_out = weights.shape[1] // (2 if gated else 1)
         likely_tiles = min(groups.num_rows, weights.shape[0])
         config = eight_bit(default_config(groups.tile_rows, gated, n_out, likely_tiles))
+        config = within_memory(config, jnp.dtype(dtype).name, f"{weights.spec.dtype} {weights.spec.granularity}")
     return kernel.grouped_matmul(
         rows.values,
         rows.scales,

@@ -59,6 +59,19 @@ def shared_memory_bytes(config: Config, dtype: str, codes: str = "") -> int:
     return sum(math.ceil(size / ALIGNED) * ALIGNED for size in buffers)
 
 
+def within_memory(config: Config, dtype: str, codes: str) -> Config:
+    """The configuration with as many stages as there is room for beside scales.
+
+    Example:
+        >>> deep = Config(row_counts=(160,), tile_k=128, stages=4)
+        >>> [within_memory(deep, "bfloat16", codes).stages for codes in ("int8 tensor", "int8 channel")]
+        [4, 3]
+    """
+    while config.stages > 2 and shared_memory_bytes(config, dtype, codes) > SHARED_MEMORY:
+        config = dataclasses.replace(config, stages=config.stages - 1)
+    return config
+
+
 def config_misfit(config: Config, gated: bool, dtype: str, codes: str = "") -> str | None:
     """Why the kernel cannot run a projection with this configuration; None if it can.
 

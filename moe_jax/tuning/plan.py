@@ -184,6 +184,8 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
         >>> default_plan(LayerShape(128, 32768, 2048, 768, gated=True, dtype="bfloat16")).tile_rows
         160
     """
+    from moe_jax.tuning.fit import within_memory
+
     tiles = min(shape.num_pairs, shape.num_local_experts)
     if Codes.of(shape.codes).both:
         tile_rows = tile_rows or eight_bit_tile_rows(shape.mean_rows, shape.num_pairs)
@@ -191,7 +193,7 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
         up = default_config(tile_rows, shape.gated, shape.intermediate_size, tiles)
         down = default_config(tile_rows, False, shape.hidden_size, tiles)
         configs = (eight_bit(config, shape.mean_rows) for config in (up, down))
-        return LayerPlan(tile_rows, *(_within_memory(config, shape) for config in configs))
+        return LayerPlan(tile_rows, *(within_memory(config, shape.dtype, shape.codes) for config in configs))
     gather = fetches_by_token(shape.mean_rows, shape.hidden_size, shape.intermediate_size)
     if tile_rows is None:
         tile_rows = tile_rows_for(shape.mean_rows, shape.num_pairs, gather)
@@ -201,15 +203,6 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
     if shape.codes:
         up, down = few_counts(up), few_counts(down)
     return LayerPlan(tile_rows, up, down)
-
-
-def _within_memory(config: Config, shape: LayerShape) -> Config:
-    """With as many stages as scales leave room for."""
-    from moe_jax.tuning.fit import SHARED_MEMORY, shared_memory_bytes
-
-    while config.stages > 2 and shared_memory_bytes(config, shape.dtype, shape.codes) > SHARED_MEMORY:
-        config = dataclasses.replace(config, stages=config.stages - 1)
-    return config
 
 
 def most_rows(codes: str) -> int:

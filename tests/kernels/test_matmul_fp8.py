@@ -10,8 +10,10 @@ from moe_jax import MoEConfig, _compat
 from moe_jax.kernels.hopper import matmul_fp8 as kernel
 from moe_jax.kernels.hopper.codes import block_rows
 from moe_jax.kernels.hopper.matmul_config import Config
+from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.ops.route_groups import route_groups
 from moe_jax.quantization import QuantizedArray, quant_format, quantize
+from moe_jax.quantization.rows import QuantizedRows
 from tests.contracts import groups_with_sizes
 from tests.layers import normal
 from tests.lowering import assert_lowers_to_kernels, like
@@ -205,3 +207,19 @@ def test_rows_of_a_block():
         (96, 2, True, 128),
     ):
         assert block_rows(n_out, blocks, gated) == rows
+
+
+def test_the_largest_tiles_leave_room_for_scales(monkeypatch):
+    """An operation that is given no configuration, for rows cut into the largest tiles."""
+    monkeypatch.undo()  # row counts as they are
+    form = quant_format("fp8_channel")
+
+    groups = groups_with_sizes(1, (500, 300), 160)
+
+    def call(values, scales, weights, weight_scales):
+        rows = QuantizedRows(values, scales, form.activations)
+        experts = QuantizedArray(weights, weight_scales, spec=form.weights, halves=2)
+        return grouped_matmul(rows, experts, groups, activation=ACT, implementation="mosaic")
+
+    codes = like("float8_e4m3fn", 800, 256), like("float32", 1, 992)
+    assert_lowers_to_kernels(call, *codes, like("float8_e4m3fn", 2, 512, 256), like("float32", 2, 512))
