@@ -63,8 +63,8 @@ def within_memory(config: Config, dtype: str, codes: str) -> Config:
     """The configuration with as many stages as there is room for beside scales.
 
     Example:
-        >>> deep = Config(row_counts=(160,), tile_k=128, stages=4)
-        >>> [within_memory(deep, "bfloat16", codes).stages for codes in ("int8 tensor", "int8 channel")]
+        >>> tiles = [Config(row_counts=(rows,), tile_k=128, stages=4) for rows in (144, 160)]
+        >>> [within_memory(tile, "bfloat16", "int8 channel").stages for tile in tiles]
         [4, 3]
     """
     while config.stages > 2 and shared_memory_bytes(config, dtype, codes) > SHARED_MEMORY:
