@@ -166,12 +166,11 @@ def store_columns(target: Any, values: Any, first: int, columns: tuple[Any, ...]
     """
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm
-    from jax.experimental.mosaic.gpu import fragmented_array, utils
+    from jax.experimental.mosaic.gpu import utils
 
     i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
     num_rows, row_stride = ir.MemRefType(target.type).shape
-    shared = values.layout.lane_dims[-1]
-    lanes = shared.times if isinstance(shared, fragmented_array.Replicated) else 1
+    lanes = _lanes_in_common(values)
 
     def c(value: int) -> Any:
         return arith.constant(i32, value)
@@ -183,10 +182,8 @@ def store_columns(target: Any, values: Any, first: int, columns: tuple[Any, ...]
         for j, splat in enumerate(columns[start : start + lanes]):
             mine = arith.cmpi(arith.CmpIPredicate.eq, lane, c(j))
             column = arith.select(mine, splat.registers.flat[0], column)
-        for (row,), value in zip(values.layout.thread_idxs(values.shape), values.registers.flat, strict=True):
-            row = arith.index_cast(i32, row) if isinstance(row.type, ir.IndexType) else row
+        for row, value in _rows_and_values(values):
             row = arith.addi(row, c(first))
-            value = llvm.extractelement(value, c(0)) if isinstance(value.type, ir.VectorType) else value
             element = arith.addi(
                 arith.muli(arith.extsi(i64, row), arith.constant(i64, row_stride)), arith.extsi(i64, column)
             )
@@ -201,6 +198,27 @@ def store_columns(target: Any, values: Any, first: int, columns: tuple[Any, ...]
             )
 
 
+def _lanes_in_common(values: Any) -> int:
+    """Neighbouring lanes that hold the same values."""
+    from jax.experimental.mosaic.gpu import fragmented_array
+
+    shared = values.layout.lane_dims[-1]
+    return shared.times if isinstance(shared, fragmented_array.Replicated) else 1
+
+
+def _rows_and_values(values: Any) -> Any:
+    """The index, int32, and the value of each register of a fragmented ``[n]``."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, llvm
+
+    i32 = ir.IntegerType.get_signless(32)
+    for (row,), value in zip(values.layout.thread_idxs(values.shape), values.registers.flat, strict=True):
+        row = arith.index_cast(i32, row) if isinstance(row.type, ir.IndexType) else row
+        if isinstance(value.type, ir.VectorType):
+            value = llvm.extractelement(value, arith.constant(i32, 0))
+        yield row, value
+
+
 def store_run(target: Any, values: Any, line: Any, first: Any, count: Any) -> None:
     """Emits ``target[line, first + i] = values[i]`` for ``i < count``; within `plgpu.inline_mgpu`.
 
@@ -213,19 +231,16 @@ def store_run(target: Any, values: Any, line: Any, first: Any, count: Any) -> No
     """
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm
-    from jax.experimental.mosaic.gpu import fragmented_array, utils
+    from jax.experimental.mosaic.gpu import utils
 
     i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
     stride = ir.MemRefType(target.type).shape[1]
-    shared = values.layout.lane_dims[-1]
-    lanes = shared.times if isinstance(shared, fragmented_array.Replicated) else 1
+    lanes = _lanes_in_common(values)
     line, first, count = (splat.registers.flat[0] for splat in (line, first, count))
     start = arith.addi(arith.muli(arith.extsi(i64, line), arith.constant(i64, stride)), arith.extsi(i64, first))
     base = llvm.ptrtoint(i64, utils.memref_ptr(target))
     lane = arith.andi(utils.thread_idx(), arith.constant(i32, lanes - 1))
-    for (row,), value in zip(values.layout.thread_idxs(values.shape), values.registers.flat, strict=True):
-        row = arith.index_cast(i32, row) if isinstance(row.type, ir.IndexType) else row
-        value = llvm.extractelement(value, arith.constant(i32, 0)) if isinstance(value.type, ir.VectorType) else value
+    for row, value in _rows_and_values(values):
         element = arith.addi(start, arith.extsi(i64, row))
         address = arith.addi(base, arith.muli(element, arith.constant(i64, 4)))
         llvm.inline_asm(

@@ -118,17 +118,18 @@ def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> list[torch.T
     return [to_torch(g, rows=tokens if rows else None) for g, rows in zip(grads, with_tokens, strict=True)]
 
 
+def _static_route(logits: torch.Tensor, top_k: int, rule: tuple[Any, ...]) -> dict[str, Any]:
+    implementation = calls.implementation_for(logits.device.type)
+    return {"top_k": top_k, "rule": RoutingRule(*rule), "implementation": implementation}
+
+
 def _route(
     logits: torch.Tensor, bias: torch.Tensor | None, top_k: int, *rule: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weights, ids = _fake_route(logits, bias, top_k, *rule)
     if (tokens := logits.shape[0]) > 0:
         bias = None if bias is None else to_jax(bias, detach=True)
-        static = {
-            "top_k": top_k,
-            "rule": RoutingRule(*rule),
-            "implementation": calls.implementation_for(logits.device.type),
-        }
+        static = _static_route(logits, top_k, rule)
         topk = calls.route_forward(to_jax(_padded(logits), detach=True), bias, **static)
         to_torch(topk.weights, out=weights, rows=tokens)
         to_torch(topk.ids, out=ids, rows=tokens)
@@ -141,11 +142,7 @@ def _route_backward(
     out = _fake_route_backward(grad, logits)
     if (tokens := logits.shape[0]) > 0:
         bias = None if bias is None else to_jax(bias, detach=True)
-        static = {
-            "top_k": top_k,
-            "rule": RoutingRule(*rule),
-            "implementation": calls.implementation_for(logits.device.type),
-        }
+        static = _static_route(logits, top_k, rule)
         grad, logits = (to_jax(_padded(tensor), detach=True) for tensor in (grad, logits))
         to_torch(calls.route_backward(grad, logits, bias, **static), out=out, rows=tokens)
     return out

@@ -13,21 +13,12 @@ from moe_jax.bench import entrant, peers
 from moe_jax.bench.compiling import CALLS
 from moe_jax.bench.expected import Expected
 from moe_jax.bench.inputs import make_inputs, make_weights
+from tests.bench.stand_ins import module
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() != "cpu" or not importlib.util.find_spec("torch"), reason="stand-ins on a CPU, in torch"
 )
 CONFIG = MoEConfig(num_experts=6, top_k=2, hidden_size=32, intermediate_size=48, dtype="float32")
-
-
-def module(monkeypatch, name, **contents):
-    found = types.ModuleType(name)
-    found.__dict__.update(contents)
-    monkeypatch.setitem(sys.modules, name, found)
-    parent, _, last = name.rpartition(".")
-    if parent:
-        setattr(sys.modules[parent], last, found)
-    return found
 
 
 def experts(x, w13, w2, weight, ids):

@@ -1,5 +1,6 @@
 """Peers of quantized experts, by stand-ins that compute the same in torch: what they are called with, what becomes of it."""
 
+import functools
 import importlib.util
 import sys
 import types
@@ -12,6 +13,7 @@ from moe_jax.bench import entrant, peers, quantized_layers
 from moe_jax.bench.expected import Expected
 from moe_jax.bench.inputs import in_format, make_inputs, make_weights
 from moe_jax.bench.torch_layers import PeerUnavailable
+from tests.bench import stand_ins
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() != "cpu" or not importlib.util.find_spec("torch"), reason="stand-ins on a CPU, in torch"
@@ -107,13 +109,7 @@ class Experts:
 def fake_vllm(monkeypatch):
     import torch
 
-    def module(name, **contents):
-        found = types.ModuleType(name)
-        found.__dict__.update(contents)
-        monkeypatch.setitem(sys.modules, name, found)
-        parent, _, last = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], last, found)
+    module = functools.partial(stand_ins.module, monkeypatch)
 
     def fused_topk(x, logits, k, renormalize):
         chosen, ids = torch.topk(logits, k)

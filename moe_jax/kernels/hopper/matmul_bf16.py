@@ -254,12 +254,7 @@ def grouped_matmul(
                             plgpu.wgmma(acc, a, b.T)
                             if coded:  # registers are read until the products are done
                                 plgpu.wgmma_wait(0)
-                    if config.overlap:  # the products of the step before are done: its stage may be refilled
-                        plgpu.wgmma_wait(halves * operand.pieces)
-                        pl.when(step > 0)(lambda: plgpu.barrier_arrive(empty.at[jnp.where(slot > 0, slot, stages) - 1]))
-                    else:
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(empty.at[slot])
+                    tiles.hand_back(empty, step, slot, stages, halves * operand.pieces if config.overlap else None)
                     return next_slot(slot)
 
                 lax.fori_loop(0, k_steps, multiply_step, lax.rem(first_turn, stages))

@@ -161,7 +161,7 @@ def eight_bit(config: Config, mean_rows: float = _MANY_EIGHT_BIT) -> Config:
       405 us with 128 rows for all, 505 us with counts by 16; of channels 371 us with up to 160 rows, 419 us with up to 128).
     - With more rows products bind: counts near the mean share of a tile (qwen3-30b-a3b, 4096 tokens: 251 us with 64, 96 and 128
       rows and scales of blocks, 282 us with counts by 16; of channels 219 us with 128 and 144 rows, 229 us with up to 128).
-    - 120 rows took 13 % longer than 128.
+    - With 120 among the row counts 13 % longer than without (2026-11-26-h100-fp8-products.txt).
 
     Example:
         >>> eight_bit(Config(tile_k=64, cluster=2)).tile_k

@@ -209,6 +209,10 @@ def grouped_matmul(
             """Rows that are multiplied."""
             return jnp.int32(rows.shape[0]) if shared else sizes_g[m]
 
+        def first_row_of(m):
+            """Not known to be 0 where all rows are meant: there may be fewer than are fetched."""
+            return m * 0 if shared else starts_g[m]
+
         def for_row_count(size, run):
             """Calls `run(count, below)` for the smallest row count that covers `size`, and the one before, which does not."""
             below = 0
@@ -227,7 +231,7 @@ def grouped_matmul(
             col = n * tile_cols + wg * wg_cols
             epilogue.fetch_bias(ends, wg, group_g[m], col)
             if not promote:
-                scales_of_rows.fetch(a_row, wg, m * 0 if shared else starts_g[m])
+                scales_of_rows.fetch(a_row, wg, first_row_of(m))
             if by_channel:
                 channels.fetch(of_channels, wg, group_g[m], col)
             multiply = promoted if promote else scaled_once
@@ -248,12 +252,7 @@ def grouped_matmul(
                     for piece in range(operand.pieces):
                         for half, acc in enumerate(accs):
                             product(acc, slot, piece, half, count)
-                    if config.overlap:  # the products of the step before are done: its stage may be refilled
-                        plgpu.wgmma_wait(halves * operand.pieces)
-                        pl.when(step > 0)(lambda: plgpu.barrier_arrive(empty.at[jnp.where(slot > 0, slot, stages) - 1]))
-                    else:
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(empty.at[slot])
+                    tiles.hand_back(empty, step, slot, stages, halves * operand.pieces if config.overlap else None)
                     return next_slot(slot)
 
                 lax.fori_loop(0, k_steps, step, lax.rem(first_turn, stages))
@@ -264,7 +263,7 @@ def grouped_matmul(
 
             accs = pl.run_scoped(accumulate, *[plgpu.ACC((WGMMA_ROWS, count), sums) for _ in range(halves)])
             shape = WGMMA_ROWS, count
-            scales = scales_of_rows.spread(a_row, wg, m * 0 if shared else starts_g[m], shape)
+            scales = scales_of_rows.spread(a_row, wg, first_row_of(m), shape)
             if by_channel:
                 of_weights = channels.spread(of_channels, wg, shape)
             else:
@@ -275,7 +274,7 @@ def grouped_matmul(
 
         def promoted(first_turn, m, col, count, below):
             shape = WGMMA_ROWS, count
-            first_row = m * 0 if shared else starts_g[m]
+            first_row = first_row_of(m)
             last = weight_scales.shape[2] - 1
             per_half = weight_scales.shape[1] // 2
 
@@ -321,7 +320,7 @@ def grouped_matmul(
             def _tile(i):
                 m, n = tile_at(i)
                 expert, size = group_g[m], rows_of(m)
-                first_row = m * 0 if shared else starts_g[m]
+                first_row = first_row_of(m)
 
                 @pl.loop(0, k_steps)
                 def _step(step):

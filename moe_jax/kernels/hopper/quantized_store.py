@@ -4,7 +4,7 @@ Each consumer rounds its 64 columns to 16 bits and puts 32 rows of them into sha
 each takes 16 of the rows whole, eight threads a row, and the rest is that of `gather_quantize`: the largest magnitude, a scale,
 codes. So the bits are those of a kernel that reads the rows again, and nothing of 16 bits passes through memory.
 
-Not timed yet: plans do not use it unless a search has found it faster (`Config.quantizes`).
+Not run on a GPU yet: plans do not use it unless a search finds it faster, with the same bits (`Config.quantizes`).
 """
 
 from __future__ import annotations

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
@@ -43,6 +46,23 @@ def visit(index: jax.Array, m_tiles: jax.Array, n_tiles: int, group_m: int) -> t
 def share(total: jax.Array | int, worker: jax.Array | int, workers: int) -> jax.Array:
     """How many of `total` items worker number `worker` takes when it takes every `workers`-th."""
     return lax.div(total - worker + (workers - 1), workers)
+
+
+def hand_back(empty: Any, step: Any, slot: Any, stages: int, products: int | None) -> None:
+    """Hands a stage of a ring back in each step: its own, or with `products` under way that of the step before.
+
+    Args:
+        empty: the barriers of the stages.
+        step: of the loop.
+        slot: the stage of this step.
+        stages: of the ring.
+        products: of a step, which may still be under way (`Config.overlap`); None waits for all.
+    """
+    plgpu.wgmma_wait(products or 0)
+    if products is None:
+        plgpu.barrier_arrive(empty.at[slot])
+    else:
+        pl.when(step > 0)(lambda: plgpu.barrier_arrive(empty.at[jnp.where(slot > 0, slot, stages) - 1]))
 
 
 def divide(a: jax.Array, b: jax.Array) -> jax.Array:
