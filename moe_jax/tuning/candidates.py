@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_jax.kernels.hopper.matmul_config import Config
 from moe_jax.tuning.fit import config_misfit, misfit, quantizes_misfit
-from moe_jax.tuning.plan import Codes, LayerPlan, LayerShape, default_plan, most_rows, splits
+from moe_jax.tuning.plan import Codes, LayerPlan, LayerShape, default_plan, splits
 
 MOST_STAGES = 8
 # With few rows the stream of weights is all that counts: how wide and how deep it is read.
@@ -70,7 +70,7 @@ def row_tiles(shape: LayerShape) -> tuple[int, ...]:
     """
     mean, most = shape.mean_rows, (128, 160, 192)
     if Codes.of(shape.codes).both:
-        most = tuple(rows for rows in (128, 144, 160) if rows <= most_rows(shape.codes))
+        most = (88, 96, 128) if Codes.of(shape.codes).granularity == "block" else (128, 144, 160)
     likely = (64,) if mean <= 24 else (64, 128) if mean <= 96 else most
     return tuple(sorted({*likely, default_plan(shape).tile_rows}))
 
