@@ -157,7 +157,8 @@ class LayerPlan:
         def smaller(config: Config) -> Config:
             counts = (*(c for c in config.row_counts if c < tile_rows), tile_rows)
             cluster = config.cluster if splits(tile_rows, config) else 1
-            changes = {"row_counts": counts, "cluster": cluster, "gather": False, "quantizes": False, "overlap": True}
+            changes = {"row_counts": counts, "cluster": cluster, "overlap": True}
+            changes |= {"gather": False, "quantizes": False, "rows_first": False}
             small = dataclasses.replace(config, **changes)
             return dataclasses.replace(small, stages=config.stages * config.stage_size // small.stage_size)
 
