@@ -101,7 +101,8 @@ def _gate_first(rows: jax.Array) -> jax.Array:
     return jnp.concatenate([rows[:, 0::2], rows[:, 1::2]], axis=1)
 
 
-experts_forward = jax.jit(_experts, static_argnames="static")
+# All arguments are kept, used or not: `moe_jax_torch.launch` hands tensors over by their order.
+experts_forward = jax.jit(_experts, static_argnames="static", keep_unused=True)
 
 
 @functools.partial(jax.jit, static_argnames=("static", "needs"))
@@ -140,7 +141,7 @@ def experts_backward(
     return pull(grad)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("top_k", "rule", "implementation"))
+@functools.partial(jax.jit, static_argnames=("top_k", "rule", "implementation"), keep_unused=True)
 def route_forward(
     logits: jax.Array, bias: jax.Array | None, top_k: int, rule: RoutingRule, implementation: str = "auto"
 ) -> TopK:

@@ -1,20 +1,23 @@
 """The operators that torch knows: `torch.ops.moe_jax`, with fake kernels for the compiler and gradients for autograd.
 
 They are low-level: `moe_jax_torch.functional` checks arguments and calls them. Their gradients are those of `FusedExperts` and
-`Route`; called alone an operator has none, and torch warns when one is asked for. An operator's kernel is the only place from
-which tensors cross to JAX, so that the compiler, vmap and autograd never look into the crossing.
+`Route`; called alone an operator has none, and torch warns when one is asked for. An operator's kernel is the only place that
+launches kernels and from which tensors cross to JAX, so that the compiler, vmap and autograd never look into that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import torch
 from torch.autograd.function import once_differentiable
 
 from moe_jax.routing_methods import RoutingRule
 from moe_jax_torch import calls
-from moe_jax_torch.bridge import to_jax, to_torch
+from moe_jax_torch.bridge import as_jax_dtype, own_memory, to_jax, to_torch
+from moe_jax_torch.launch import launcher
 from moe_jax_torch.weight_cache import WeightCache
 
 _LAYER = (
@@ -28,15 +31,16 @@ _RULE = (
 # Of the arguments of a layer, those with gradients: as `calls.Operands` has them.
 _OPERANDS = (0, 1, 2, 3, 6, 7)
 
-# The compiler must keep strides as they are, and split CUDA graphs around the operators.
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe)
+# The compiler must keep strides as they are, and split CUDA graphs around what JAX runs, which is not launched on torch's stream.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_BACKWARD_TAGS = (*_TAGS, torch.Tag.cudagraph_unsafe)
 
 _library = torch.library.Library("moe_jax", "DEF")  # the operators live as long as this object
 _library.define(f"fused_experts({_LAYER}) -> Tensor", tags=_TAGS)
 _library.define(f"fused_experts_out({_LAYER}, Tensor(a!) out) -> ()", tags=_TAGS)
-_library.define(f"fused_experts_backward(Tensor grad, {_LAYER}, bool[] needs) -> Tensor[]", tags=_TAGS)
+_library.define(f"fused_experts_backward(Tensor grad, {_LAYER}, bool[] needs) -> Tensor[]", tags=_BACKWARD_TAGS)
 _library.define(f"route({_RULE}) -> (Tensor, Tensor)", tags=_TAGS)
-_library.define(f"route_backward(Tensor grad, {_RULE}) -> Tensor", tags=_TAGS)
+_library.define(f"route_backward(Tensor grad, {_RULE}) -> Tensor", tags=_BACKWARD_TAGS)
 
 _weights = WeightCache()
 
@@ -56,8 +60,9 @@ def _padded(tensor: torch.Tensor, value: float = 0) -> torch.Tensor:
     tokens = tensor.shape[0]
     if tokens == bucket(tokens):
         return tensor
-    padded = tensor.new_full((bucket(tokens), *tensor.shape[1:]), value)
+    padded = tensor.new_empty((bucket(tokens), *tensor.shape[1:]))
     padded[:tokens] = tensor
+    padded[tokens:] = value
     return padded
 
 
@@ -70,38 +75,57 @@ def _check_range(name: str, ids: torch.Tensor, bound: int) -> None:
         raise ValueError(f"{name} ranges from {low} to {high}, but must lie in [-1, {bound}), -1 for no expert")
 
 
-def _import_layer(layer: tuple[Any, ...]) -> tuple[calls.Operands, Any, Any, calls.Static]:
-    """The arrays of a layer, those with tokens padded, and its static part."""
+_Layer = tuple[calls.Operands, torch.Tensor, torch.Tensor | None]  # what `calls` takes, but tensors
+
+
+def _padded_layer(layer: tuple[Any, ...]) -> tuple[_Layer, calls.Static]:
+    """The tensors of a layer, those with tokens padded, and its static part."""
     x, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias, activation, on_input, experts = layer
     _check_range("topk_ids", topk_ids, experts)
     if expert_map is not None:
         _check_range("expert_map", expert_map, w1.shape[0])
-    operands = calls.Operands(
-        to_jax(_padded(x), detach=True),
-        _weights(w1),
-        _weights(w2),
-        to_jax(_padded(topk_weights), detach=True),
-        None if w1_bias is None else _weights(w1_bias),
-        None if w2_bias is None else _weights(w2_bias),
-    )
-    ids = to_jax(_padded(topk_ids, -1))
-    local = None if expert_map is None else to_jax(expert_map)
-    implementation = calls.implementation_for(x.device.type)
-    return operands, ids, local, calls.Static(activation, on_input, experts, implementation)
+    operands = calls.Operands(_padded(x), w1, w2, _padded(topk_weights), w1_bias, w2_bias)
+    static = calls.Static(activation, on_input, experts, calls.implementation_for(x.device.type))
+    return (operands, _padded(topk_ids, -1), expert_map), static
+
+
+def _cross(layer: _Layer, tensor: Callable[[Any], Any], weight: Callable[[Any], Any]) -> Any:
+    """The layer with `weight` of each of its weights and `tensor` of all else."""
+    (x, w1, w2, topk_weights, w1_bias, w2_bias), ids, expert_map = layer
+    w1_bias, w2_bias = (None if bias is None else weight(bias) for bias in (w1_bias, w2_bias))
+    operands = calls.Operands(tensor(x), weight(w1), weight(w2), tensor(topk_weights), w1_bias, w2_bias)
+    return operands, tensor(ids), None if expert_map is None else tensor(expert_map)
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    return own_memory(as_jax_dtype(tensor))
+
+
+def _import(tensor: torch.Tensor) -> jax.Array:
+    return to_jax(tensor, detach=True)
+
+
+def _run_experts(layer: tuple[Any, ...], out: torch.Tensor | None) -> torch.Tensor:
+    """The layer: launched on torch's stream where it can be, else by JAX."""
+    tokens = layer[0].shape[0]
+    if tokens == 0:  # kernels cannot have grids of nothing
+        return _fake_fused_experts(*layer) if out is None else out
+    tensors, static = _padded_layer(layer)
+    launch = launcher(calls.experts_forward, tensors, {"static": static})
+    if launch is None:
+        result = calls.experts_forward(*_cross(tensors, _import, _weights), static=static)
+        return to_torch(result, out=out, rows=tokens)
+    (result,) = launch(_cross(tensors, _own, _weights.own))
+    return result[:tokens] if out is None else out.copy_(result[:tokens])
+
+
+def _fused_experts(*layer: Any) -> torch.Tensor:
+    return _run_experts(layer, None)
 
 
 def _fused_experts_out(*arguments: Any) -> None:
     *layer, out = arguments
-    tokens = out.shape[0]
-    if tokens > 0:  # kernels cannot have grids of nothing
-        operands, ids, expert_map, static = _import_layer(tuple(layer))
-        to_torch(calls.experts_forward(operands, ids, expert_map, static=static), out=out, rows=tokens)
-
-
-def _fused_experts(*layer: Any) -> torch.Tensor:
-    out = _fake_fused_experts(*layer)
-    _fused_experts_out(*layer, out)
-    return out
+    _run_experts(tuple(layer), out)
 
 
 def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
@@ -109,8 +133,9 @@ def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> list[torch.T
     tokens = layer[0].shape[0]
     if tokens == 0:
         return [out.zero_() for out in _fake_fused_experts_backward(grad, *arguments)]
-    operands, ids, expert_map, static = _import_layer(tuple(layer))
-    needs, grad = tuple(needs), to_jax(_padded(grad), detach=True)
+    tensors, static = _padded_layer(tuple(layer))
+    operands, ids, expert_map = _cross(tensors, _import, _weights)
+    needs, grad = tuple(needs), _import(_padded(grad))
     grads = calls.experts_backward(grad, operands, ids, expert_map, static=static, needs=needs)
     with_tokens = [
         name in ("x", "topk_weights") for name, need in zip(calls.Operands._fields, needs, strict=True) if need
@@ -126,14 +151,18 @@ def _static_route(logits: torch.Tensor, top_k: int, rule: tuple[Any, ...]) -> di
 def _route(
     logits: torch.Tensor, bias: torch.Tensor | None, top_k: int, *rule: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    weights, ids = _fake_route(logits, bias, top_k, *rule)
-    if (tokens := logits.shape[0]) > 0:
-        bias = None if bias is None else to_jax(bias, detach=True)
-        static = _static_route(logits, top_k, rule)
-        topk = calls.route_forward(to_jax(_padded(logits), detach=True), bias, **static)
-        to_torch(topk.weights, out=weights, rows=tokens)
-        to_torch(topk.ids, out=ids, rows=tokens)
-    return weights, ids
+    tokens = logits.shape[0]
+    if tokens == 0:
+        return _fake_route(logits, bias, top_k)
+    tensors, static = (_padded(logits), bias), _static_route(logits, top_k, rule)
+    launch = launcher(calls.route_forward, tensors, static)
+    if launch is None:
+        ids, weights = (
+            to_torch(array, rows=tokens) for array in calls.route_forward(*jax.tree.map(_import, tensors), **static)
+        )
+        return weights, ids
+    ids, weights = launch(jax.tree.map(_own, tensors))
+    return weights[:tokens], ids[:tokens]
 
 
 def _route_backward(
@@ -141,10 +170,8 @@ def _route_backward(
 ) -> torch.Tensor:
     out = _fake_route_backward(grad, logits)
     if (tokens := logits.shape[0]) > 0:
-        bias = None if bias is None else to_jax(bias, detach=True)
-        static = _static_route(logits, top_k, rule)
-        grad, logits = (to_jax(_padded(tensor), detach=True) for tensor in (grad, logits))
-        to_torch(calls.route_backward(grad, logits, bias, **static), out=out, rows=tokens)
+        arrays = jax.tree.map(_import, (_padded(grad), _padded(logits), bias))
+        to_torch(calls.route_backward(*arrays, **_static_route(logits, top_k, rule)), out=out, rows=tokens)
     return out
 
 
