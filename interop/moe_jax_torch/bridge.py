@@ -224,7 +224,7 @@ def shares_memory(tensor: torch.Tensor) -> bool:
     """
     if tensor.dtype == torch.int64 or not tensor.is_contiguous():
         return False
-    return tensor.data_ptr() % ALIGNMENT.get(tensor.device.type, 1) == 0
+    return tensor.data_ptr() % ALIGNMENT["cuda" if tensor.is_cuda else "cpu"] == 0
 
 
 def array_dtype(dtype: torch.dtype) -> str:

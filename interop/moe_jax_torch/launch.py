@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 import torch
+from torch._C import _cuda_getCurrentRawStream as current_raw_stream  # private, but ten times as fast as the public way
 
 from moe_jax import _compat
-from moe_jax_torch.bridge import TORCH_DTYPES, array_dtype
+from moe_jax_torch.bridge import TORCH_DTYPES, array_dtype, as_jax_dtype, own_memory, shares_memory
 from moe_jax_torch.program import NotLaunchable, Program
 
 MODES = ("auto", "never", "always")
@@ -56,7 +57,7 @@ def launcher(function: Any, operands: Any, static: dict[str, Any]) -> Launcher |
     graph is captured: make one call before, as one does to warm up.
 
     Args:
-        function: jitted with ``keep_unused``.
+        function: jitted.
         operands: its positional arguments, with tensors in the place of arrays; only shapes, dtypes and device are looked at.
         static: its static arguments.
 
@@ -108,7 +109,7 @@ def _find(key: Any, function: Any, operands: Any, static: dict[str, Any]) -> Lau
 
 
 class Launcher:
-    """A program whose kernels are loaded on a device. Any thread may call it, and several at a time: a call shares nothing.
+    """A program whose kernels are loaded on a device. Any thread may call it, several at a time: what calls share never changes.
 
     The workspace is allocated at each call, by torch's allocator, which knows streams and graphs.
 
@@ -131,7 +132,8 @@ class Launcher:
         first = {"argument": 0, "output": outputs, "workspace": workspace, "constant": workspace + 1}
         places = [place for step in program.launches for place in step.buffers]
         self._slots = [(first[place.space] + place.index, place.offset) for place in places]
-        self._pointers = ctypes.c_uint64 * len(places)
+        self._array_type = ctypes.c_uint64 * len(places)
+        self._arrays: dict[tuple[int, ...], ctypes.Array] = {}
         kernels = _load(program, self._context, device.index)
         self._launches, start = [], 0
         for step in program.launches:
@@ -142,23 +144,38 @@ class Launcher:
         """Launches the kernels on the current stream.
 
         Args:
-            operands: of the function, with tensors on the device as kernels take them (`moe_jax_torch.bridge.own_memory`).
+            operands: of the function, with tensors on the device. One that kernels cannot take as it is (not contiguous, not at a
+                multiple of 256 bytes, int64) is copied first.
 
         Returns:
             The leaves of what the function returns.
         """
-        tensors = jax.tree.leaves(operands)
+        tensors = [
+            tensor if shares_memory(tensor) else own_memory(as_jax_dtype(tensor))
+            for tensor in jax.tree.leaves(operands)
+        ]
         outputs = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in self._outputs]
         workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=self._device)
-        bases = [tensor.data_ptr() for tensor in (*tensors, *outputs, workspace, *self._constants)]
-        pointers = self._pointers(*[bases[base] + offset for base, offset in self._slots])
-        address, stream = ctypes.addressof(pointers), torch.cuda.current_stream(self._device).cuda_stream
+        buffers = self._buffers((*[tensor.data_ptr() for tensor in (*tensors, *outputs)], workspace.data_ptr()))
+        address, stream = ctypes.addressof(buffers), current_raw_stream(self._device.index)
         with self._context:
             for kernel, start in self._launches:
                 kernel(stream, address + start)
         return outputs
 
+    def _buffers(self, bases: tuple[int, ...]) -> ctypes.Array:
+        """The addresses of the buffers of all launches. A layer mostly finds its tensors where they were before."""
+        found = self._arrays.get(bases)
+        if found is None:
+            all_bases = (*bases, *(constant.data_ptr() for constant in self._constants))
+            found = self._array_type(*[all_bases[base] + offset for base, offset in self._slots])
+            if len(self._arrays) >= _MAX_ARRAYS:
+                self._arrays.clear()
+            self._arrays[bases] = found
+        return found
 
+
+_MAX_ARRAYS = 1024
 _kernels: dict[tuple[bytes, int], Callable[[int, int], None]] = {}  # by hash and device
 
 

@@ -111,15 +111,19 @@ class Program:
 
     @classmethod
     def of(cls, lowered: jax.stages.Lowered) -> Program:
-        """The program of a function that was lowered for CUDA with `keep_unused`.
+        """The program of a function that was lowered for CUDA.
 
         Reshapes move nothing, and what is made of constants alone is computed here. Results that nobody reads get memory too,
         because their kernel writes them.
 
         Raises:
-            NotLaunchable: another operation than these; an output that no kernel writes.
+            NotLaunchable: another operation than these; an output that no kernel writes; an argument that no kernel reads.
         """
-        return _Reader(lowered.compiler_ir("stablehlo")).program()
+        program = _Reader(lowered.compiler_ir("stablehlo")).program()
+        given = lowered.in_tree.num_leaves
+        if given != len(program.arguments):  # JAX drops them, and does not say which
+            raise NotLaunchable(f"of {given} arguments {len(program.arguments)} are used")
+        return program
 
 
 @dataclasses.dataclass(eq=False)  # each is itself
