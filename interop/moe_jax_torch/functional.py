@@ -146,7 +146,8 @@ def fused_experts(
     """Every token through its experts, summed with the weights of its slots, in float32.
 
     Differentiable in `hidden_states`, `w1`, `w2`, `topk_weights` and the biases. Each static configuration is compiled once for
-    each power of two of tokens; the rows up to it visit no expert. On a GPU the call cannot be part of a CUDA graph.
+    each power of two of tokens; the rows up to it visit no expert. On a GPU the kernels are launched on torch's current stream
+    and can be captured in a CUDA graph, after one call with as many tokens; see `moe_jax_torch.set_launch` for the exceptions.
 
     Args:
         hidden_states: ``[T, H]``, bfloat16, float16 or float32, any strides; T may be 0.
@@ -174,7 +175,8 @@ def fused_experts(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or values that do not fit.
         NotImplementedError: a `quant_config`.
-        RuntimeError: a gradient wanted through `out` or `inplace`, a device that JAX does not have, a CUDA graph being captured.
+        RuntimeError: a gradient wanted through `out` or `inplace`; a device that JAX does not have; a CUDA graph being captured
+            that cannot record this layer, or before the first call.
 
     Source: vLLM's function of this name for names and meaning; `moe_jax.apply_experts` computes it.
 
