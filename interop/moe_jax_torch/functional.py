@@ -8,8 +8,8 @@ import torch
 
 from moe_jax.activations import ACTIVATIONS, ALIASES
 from moe_jax_torch.calls import TORCH_ACTIVATIONS
-from moe_jax_torch.checks import check_devices, check_gating, check_slots, check_weights, refuse_forward_mode
-from moe_jax_torch.ops import FusedExperts, Route, differentiably
+from moe_jax_torch.checks import check_devices, check_gating, refuse_forward_mode
+from moe_jax_torch.gradients import FusedExperts, Route, differentiably
 
 _ACTIVATIONS = frozenset((*ACTIVATIONS, *ALIASES, *TORCH_ACTIVATIONS))
 _EPSILON = 1e-20  # as in the grouped methods of moe_jax: a sum of scores that all underflow gives weights of 0
@@ -196,15 +196,9 @@ def fused_experts(
         raise ValueError(f"activation={activation!r} is not one of {', '.join(sorted(_ACTIVATIONS))}")
     if global_num_experts == -1:
         global_num_experts = w1.shape[0] if expert_map is None else expert_map.shape[0]
-    check_weights(hidden_states, w1, w2, activation, w1_bias, w2_bias)
-    check_slots(hidden_states, w1, topk_weights, topk_ids, expert_map, global_num_experts)
-    if apply_router_weight_on_input and topk_ids.shape[1] != 1:
-        raise ValueError(
-            f"apply_router_weight_on_input needs k = 1, got topk_ids of shape {tuple(topk_ids.shape)}: with more experts a "
-            "token has no single weight"
-        )
-    tensors = (hidden_states, w1, w2, topk_weights.float(), topk_ids, expert_map, w1_bias, w2_bias)
-    check_devices(tensors)
+    topk_weights = topk_weights.float() if topk_weights.is_floating_point() else topk_weights  # integers are refused
+    tensors = (hidden_states, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias)
+    check_devices(tensors)  # here too: tensors on meta and elsewhere never reach an operator's kernel
     refuse_forward_mode(tensors)
     arguments = (*tensors, activation, apply_router_weight_on_input, global_num_experts)
     if out is None and not inplace:
