@@ -43,7 +43,7 @@ def launched(torch: Any, config: MoEConfig) -> Callable[[Any, Any], TorchLayer]:
         sizes = config.num_experts, config.top_k, config.hidden_size, config.intermediate_size
         layer = FusedMoE(*sizes, device="meta", dtype=w13.dtype)
         layer.w13_weight, layer.w2_weight = (torch.nn.Parameter(w, requires_grad=False) for w in (w13, w2))
-        return TorchLayer(layer, "moe_jax_torch.FusedMoE")
+        return TorchLayer(layer.forward, "moe_jax_torch.FusedMoE")
 
     return place
 
