@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import torch
-from torch._C import _cuda_getCurrentRawStream as current_raw_stream  # private, but ten times as fast as the public way
 
 from moe_jax import _compat
 from moe_jax_torch.bridge import DTYPES, TORCH_DTYPES, array_dtype
@@ -96,6 +95,11 @@ def _on_gpu(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda
 
 
+def _current_stream(device: int) -> int:
+    """The handle of torch's current stream; private, because the public way makes an object of it at every call."""
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
 _found: dict[Any, Launcher | str] = {}  # or the reason why there is none
 _building = threading.Lock()
 
@@ -168,7 +172,7 @@ class Launcher:
         outputs = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in self._outputs]
         workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=self._device)
         buffers = self._buffers((*addresses, *[output.data_ptr() for output in outputs], workspace.data_ptr()))
-        address, stream = ctypes.addressof(buffers), current_raw_stream(self._device.index)
+        address, stream = ctypes.addressof(buffers), _current_stream(self._device.index)
         with self._context:
             for kernel, start in self._launches:
                 kernel(stream, address + start)

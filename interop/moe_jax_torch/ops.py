@@ -92,7 +92,7 @@ def _padded_layer(layer: tuple[Any, ...], value: float | None = None) -> tuple[_
     """The tensors of a layer, those with tokens padded (ids with -1, others with `value`), and its static part."""
     x, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias, activation, on_input, experts = layer
     if x.shape[0] != bucket(x.shape[0]):
-        if not x.shape[0] == topk_weights.shape[0] == topk_ids.shape[0]:
+        if not x.shape[:1] == topk_weights.shape[:1] == topk_ids.shape[:1]:
             _check_experts(layer)  # now: their buckets may be the same
         x, topk_weights, topk_ids = _padded(x, value), _padded(topk_weights, value), _padded(topk_ids, -1)
     operands = calls.Operands(x, w1, w2, topk_weights, w1_bias, w2_bias)

@@ -48,7 +48,7 @@ def calls(monkeypatch):
     """The CPU stands in for a GPU whose kernels compute nothing and note what they are given."""
     noted = Calls()
     monkeypatch.setattr(launch, "_Context", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(launch, "current_raw_stream", lambda device: 7)
+    monkeypatch.setattr(launch, "_current_stream", lambda device: 7)
     monkeypatch.setattr(launch, "_load", noted.load)
     monkeypatch.setattr(launch, "_found", {})
     monkeypatch.setattr(launch, "_on_gpu", lambda tensor: True)
