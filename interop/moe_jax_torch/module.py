@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
+from moe_jax_torch.checks import check_devices, refuse_forward_mode
 from moe_jax_torch.functional import fused_experts, fused_topk, grouped_topk
 
 
 class FusedMoE(torch.nn.Module):
     """Routed experts behind router logits. The result of a rank that holds a part of the layer is its part of the sum.
 
+    Without gradients (`torch.no_grad`, `torch.inference_mode`) routing and experts are one operator, of fewer kernels on a GPU.
     Under autocast the experts run in its dtype; routing is float32 in any case. A batch of tokens is what `fused_experts` takes,
     with the same rules.
 
@@ -173,12 +176,15 @@ class FusedMoE(torch.nn.Module):
         Raises:
             ValueError, TypeError: what `fused_experts` refuses.
         """
-        x = hidden_states.reshape(-1, self.hidden_size)
-        weights, ids = self.select_experts(x, router_logits.reshape(-1, self.num_experts))
+        x, logits = hidden_states.reshape(-1, self.hidden_size), router_logits.reshape(-1, self.num_experts)
         w13, w2 = self.w13_weight, self.w2_weight
+        whole = None if torch.is_grad_enabled() else self._routing()
+        weights, ids = (None, None) if whole else self.select_experts(x, logits)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, w13, w2 = x.to(dtype), w13.to(dtype), w2.to(dtype)
+        if whole:
+            return self._whole(x, w13, w2, logits, whole).reshape(hidden_states.shape)
         out = fused_experts(
             x,
             w13,
@@ -193,6 +199,31 @@ class FusedMoE(torch.nn.Module):
             w2_bias=self.w2_bias,
         )
         return out.reshape(hidden_states.shape)
+
+    def _routing(self) -> tuple[Any, ...] | None:
+        """The routing as `moe_jax.RoutingConfig` takes it; None for one that it has no method for."""
+        grouped, biased = self.num_expert_group > 1, self.e_score_correction_bias is not None
+        names = {
+            ("softmax", False): "deepseek_v2" if grouped else "renormalize" if self.renormalize else "default",
+            ("sigmoid", False): None if grouped else "sigmoid_renorm" if self.renormalize else "sigmoid",
+            ("sigmoid", True): "deepseek_v3",
+        }
+        method = names.get((self.scoring_func, biased))
+        if method is None or not 0 < self.routed_scaling_factor < math.inf:
+            return None
+        renormalize = self.renormalize if method.startswith("deepseek") else None
+        return method, renormalize, self.num_expert_group, self.topk_group, float(self.routed_scaling_factor)
+
+    def _whole(
+        self, x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, logits: torch.Tensor, routing: tuple[Any, ...]
+    ) -> torch.Tensor:
+        """Routing and experts as one: on a GPU fewer kernels than one after the other. It has no gradient."""
+        tensors = (x, w13, w2, logits, self.e_score_correction_bias, self.expert_map, self.w13_bias, self.w2_bias)
+        check_devices(tensors)
+        refuse_forward_mode(tensors)
+        return torch.ops.moe_jax.moe.default(
+            *tensors, self.activation, self.apply_router_weight_on_input, self.top_k, *routing
+        )
 
     @torch.no_grad()
     def weight_loader(

@@ -158,6 +158,9 @@ def test_opcheck(arguments):
     torch.library.opcheck(namespace.fused_experts_backward.default, (torch.randn_like(layer.x), *arguments, needs))
     logits = torch.randn(layer.x.shape[0], 8)
     torch.library.opcheck(namespace.route.default, (logits, None, 3, *RULE))
+    x, w1, w2 = arguments[:3]
+    layer_arguments = (x, w1, w2, logits[:, :6].contiguous(), None, None, *arguments[6:8], "silu", False, 3)
+    torch.library.opcheck(namespace.moe.default, (*layer_arguments, "renormalize", None, 1, 1, 1.0))
     torch.library.opcheck(namespace.route_backward.default, (torch.randn(layer.x.shape[0], 3), logits, None, 3, *RULE))
 
 
