@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import os
-from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
@@ -15,16 +14,6 @@ os.environ.setdefault("NPROC", "64")
 # torch's threads spin while they wait for one another, which on a machine whose cores are all busy (several test
 # workers) makes an operation up to a hundred times slower. Read once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-# Tests compile thousands of small programs and run each once or twice: the compiler is most of what the suite costs.
-# Slower code is made in less time; and what one test, worker, process or run has compiled, the others load from a
-# folder that pytest keeps (`pytest --cache-clear` empties it). What is set already stays as it is.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "d" / "xla"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # Before the first import of moe_jax: from here on a call whose arrays do not have the annotated shapes raises.
 HAS_BEARTYPE = importlib.util.find_spec("beartype") is not None
