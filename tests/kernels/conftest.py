@@ -5,8 +5,6 @@ The tests of this folder need neither torch nor transformers: they also run in a
 
 import numpy as np
 import pytest
-from jax._src import callback as jax_callback
-from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax import _compat
@@ -16,9 +14,17 @@ from moe_jax.kernels.hopper import matmul_config
 def quick_callbacks(patch):
     """Lets an interpreted kernel call Python, which it does for each of its steps, with NumPy arrays.
 
-    JAX would put every argument on a device, and the callback would take it off again: more than half of a step.
+    JAX would put every argument on a device, and the callback would take it off again: more than half of a step. A JAX that is
+    made in another way runs as it does.
     """
-    to_int = shared_memory._to_int
+    try:
+        from jax._src import callback as jax_callback
+        from jax._src.pallas.mosaic_gpu.interpret import shared_memory
+
+        assert jax_callback.io_callback_impl
+        to_int = shared_memory._to_int
+    except (ImportError, AttributeError):
+        return
 
     def io_callback_impl(*args, callback, **_):
         copies = (np.array(arg) for arg in args)  # the program may go on to overwrite what it passed

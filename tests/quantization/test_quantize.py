@@ -264,8 +264,10 @@ def test_no_element_is_further_off_than_half_a_step(name, x):
         scale[rows, columns] = np.asarray(scale_to_float32(array.scales))[index]
     error = np.abs(np.asarray(dequantize(array), np.float64) - x)
     step = np.maximum(np.abs(x) * 2.0**-3, scale * 2.0**-9) if spec.is_float else scale
+    # A scale that is not normal is zero, and so are its elements. Those of FP8 have a floor far above.
+    lost = 0 if spec.is_float else (spec.largest - spec.smallest) * np.finfo(np.float32).tiny
     # A zero point is rounded too: another half step where the range ends.
-    assert (error <= (1.0 if spec.asymmetric else 0.5) * step * (1 + 1e-5)).all()
+    assert (error <= (1.0 if spec.asymmetric else 0.5) * step * (1 + 1e-5) + lost).all()
 
 
 @pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if not spec.asymmetric])
