@@ -47,6 +47,7 @@ class Static(NamedTuple):
         activation: torch's name.
         apply_router_weight_on_input: as in `moe_jax.MoEConfig`.
         num_experts: global experts ``E``.
+        swiglu_alpha, swiglu_beta, swiglu_limit: as in `moe_jax.MoEConfig`.
         implementation: as in `moe_jax.moe`, see `implementation_for`.
 
     Example:
@@ -57,6 +58,9 @@ class Static(NamedTuple):
     activation: str
     apply_router_weight_on_input: bool
     num_experts: int
+    swiglu_alpha: float | None = None
+    swiglu_beta: float | None = None
+    swiglu_limit: float | None = None
     implementation: str = "auto"
 
 
@@ -85,6 +89,9 @@ def _experts(operands: Operands, ids: jax.Array, expert_map: jax.Array | None, s
         hidden_size=x.shape[1],
         intermediate_size=w2.shape[2],
         activation=activation,
+        swiglu_alpha=static.swiglu_alpha,
+        swiglu_beta=static.swiglu_beta,
+        swiglu_limit=static.swiglu_limit,
         has_bias=has_bias,
         apply_router_weight_on_input=static.apply_router_weight_on_input,
         dtype=x.dtype,

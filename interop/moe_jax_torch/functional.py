@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from moe_jax.activations import ACTIVATIONS, ALIASES
+from moe_jax.activations import ACTIVATIONS, ALIASES, get_activation
 from moe_jax_torch.calls import TORCH_ACTIVATIONS
 from moe_jax_torch.ops import FusedExperts, Route
 
@@ -141,6 +141,9 @@ def fused_experts(
     expert_map: torch.Tensor | None = None,
     w1_bias: torch.Tensor | None = None,
     w2_bias: torch.Tensor | None = None,
+    swiglu_alpha: float | None = None,
+    swiglu_beta: float | None = None,
+    swiglu_limit: float | None = None,
     quant_config: Any = None,
     inplace: bool = False,
     out: torch.Tensor | None = None,
@@ -166,6 +169,8 @@ def fused_experts(
             result is then this rank's part of the sum.
         w1_bias: ``[E_local, 2I]`` or ``[E_local, I]``, floating, in the order of the rows of `w1`.
         w2_bias: ``[E_local, H]``, floating.
+        swiglu_alpha, swiglu_beta, swiglu_limit: parameters of the activation, None for its own: see
+            `moe_jax.activations.get_activation`.
         quant_config: None. Quantized weights are not taken yet.
         inplace: write the result into `hidden_states`, without a gradient.
         out: ``[T, H]``, of the dtype and device of `hidden_states`, any strides: written in place, without a gradient.
@@ -192,8 +197,7 @@ def fused_experts(
             f"quant_config={type(quant_config).__name__} is not taken yet: use moe_jax.quantize_experts and moe_jax.moe "
             "in JAX, or dequantize w1 and w2 and leave it None"
         )
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is not one of {', '.join(sorted(_ACTIVATIONS))}")
+    check_activation(activation, swiglu_alpha, swiglu_beta, swiglu_limit)
     if global_num_experts == -1:
         global_num_experts = w1.shape[0] if expert_map is None else expert_map.shape[0]
     _check_weights(hidden_states, w1, w2, activation, w1_bias, w2_bias)
@@ -204,12 +208,36 @@ def fused_experts(
             "token has no single weight"
         )
     tensors = (hidden_states, w1, w2, topk_weights.float(), topk_ids, expert_map, w1_bias, w2_bias)
-    _check_devices(tensors)
-    _refuse_forward_mode(tensors)
-    arguments = (*tensors, activation, apply_router_weight_on_input, global_num_experts)
+    check_devices(tensors)
+    refuse_forward_mode(tensors)
+    swiglu = (swiglu_alpha, swiglu_beta, swiglu_limit)
+    arguments = (*tensors, activation, apply_router_weight_on_input, global_num_experts, *swiglu)
     if out is None and not inplace:
         return FusedExperts.apply(*arguments)
     return _write(hidden_states, out, inplace, arguments)
+
+
+def check_activation(activation: str, alpha: float | None, beta: float | None, limit: float | None) -> None:
+    """Refuses a name that no activation has, and parameters that it does not take.
+
+    Raises:
+        ValueError: as said.
+
+    Example:
+        >>> check_activation("gelu", None, None, 7.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: swiglu_limit=7.0 has no meaning for activation='gelu'; ...
+    """
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not one of {', '.join(sorted(_ACTIVATIONS))}")
+    if (
+        torch.compiler.is_compiling()
+    ):  # the operator looks at the parameters again, and the compiler cannot look into JAX
+        return
+    if not (alpha is None and beta is None and limit is None):
+        name, _ = TORCH_ACTIVATIONS.get(activation, (activation, False))
+        get_activation(name, alpha, beta, limit)
 
 
 def _write(
@@ -235,12 +263,20 @@ def _write(
 def _route(
     logits: torch.Tensor, bias: torch.Tensor | None, topk: int, rule: tuple[Any, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_devices((logits, bias))
-    _refuse_forward_mode((logits, bias))
+    check_devices((logits, bias))
+    refuse_forward_mode((logits, bias))
     return Route.apply(logits, bias, topk, *rule)
 
 
-def _refuse_forward_mode(tensors: tuple[torch.Tensor | None, ...]) -> None:
+def refuse_forward_mode(tensors: tuple[torch.Tensor | None, ...]) -> None:
+    """Refuses tensors with a tangent, which torch would drop.
+
+    Raises:
+        NotImplementedError: as said.
+
+    Example:
+        >>> refuse_forward_mode((torch.ones(2), None))
+    """
     if torch.compiler.is_compiling():  # the compiler refuses it itself
         return
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
@@ -330,7 +366,18 @@ def _check_slots(
         )
 
 
-def _check_devices(tensors: tuple[torch.Tensor | None, ...]) -> None:
+def check_devices(tensors: tuple[torch.Tensor | None, ...]) -> None:
+    """Refuses tensors on several devices.
+
+    Raises:
+        ValueError: as said.
+
+    Example:
+        >>> check_devices((torch.ones(2), torch.ones(2, device="meta")))
+        Traceback (most recent call last):
+        ...
+        ValueError: the tensors are on cpu, meta; move them to one device
+    """
     devices = {tensor.device for tensor in tensors if tensor is not None}
     if len(devices) > 1:
         raise ValueError(f"the tensors are on {', '.join(sorted(map(str, devices)))}; move them to one device")

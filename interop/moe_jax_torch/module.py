@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from moe_jax_torch.functional import fused_experts, fused_topk, grouped_topk
+from moe_jax_torch.functional import check_activation, fused_experts, fused_topk, grouped_topk
 
 
 class FusedMoE(torch.nn.Module):
@@ -26,6 +26,7 @@ class FusedMoE(torch.nn.Module):
         routed_scaling_factor: multiplies the weights in the end.
         has_correction_bias: a buffer ``e_score_correction_bias``, for selection only.
         activation: as in `fused_experts`.
+        swiglu_alpha, swiglu_beta, swiglu_limit: as in `fused_experts`.
         apply_router_weight_on_input: as in `fused_experts`.
         has_bias: parameters ``w13_bias`` and ``w2_bias``.
         expert_map: integers ``[E]``, global id to local id or -1; None: given by `ep_size`.
@@ -66,6 +67,9 @@ class FusedMoE(torch.nn.Module):
         routed_scaling_factor: float = 1.0,
         has_correction_bias: bool = False,
         activation: str = "silu",
+        swiglu_alpha: float | None = None,
+        swiglu_beta: float | None = None,
+        swiglu_limit: float | None = None,
         apply_router_weight_on_input: bool = False,
         has_bias: bool = False,
         expert_map: torch.Tensor | None = None,
@@ -79,6 +83,7 @@ class FusedMoE(torch.nn.Module):
         super().__init__()
         _check_rank("ep", ep_size, ep_rank)
         _check_rank("tp", tp_size, tp_rank)
+        check_activation(activation, swiglu_alpha, swiglu_beta, swiglu_limit)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} must lie in [1, num_experts={num_experts}]")
         if intermediate_size % tp_size:
@@ -96,6 +101,7 @@ class FusedMoE(torch.nn.Module):
         self.num_expert_group, self.topk_group = num_expert_group, topk_group
         self.routed_scaling_factor = routed_scaling_factor
         self.activation, self.apply_router_weight_on_input = activation, apply_router_weight_on_input
+        self.swiglu_alpha, self.swiglu_beta, self.swiglu_limit = swiglu_alpha, swiglu_beta, swiglu_limit
         self.tp_size, self.tp_rank = tp_size, tp_rank
         self.is_gated = not activation.endswith("_no_mul")
         self.num_local_experts = sum(local >= 0 for local in self._local_ids)
@@ -191,6 +197,9 @@ class FusedMoE(torch.nn.Module):
             expert_map=self.expert_map,
             w1_bias=self.w13_bias,
             w2_bias=self.w2_bias,
+            swiglu_alpha=self.swiglu_alpha,
+            swiglu_beta=self.swiglu_beta,
+            swiglu_limit=self.swiglu_limit,
         )
         return out.reshape(hidden_states.shape)
 

@@ -19,7 +19,8 @@ from moe_jax_torch.weight_cache import WeightCache
 
 _LAYER = (
     "Tensor hidden_states, Tensor w1, Tensor w2, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, "
-    "Tensor? w1_bias, Tensor? w2_bias, str activation, bool apply_router_weight_on_input, int global_num_experts"
+    "Tensor? w1_bias, Tensor? w2_bias, str activation, bool apply_router_weight_on_input, int global_num_experts, "
+    "float? swiglu_alpha, float? swiglu_beta, float? swiglu_limit"
 )
 _RULE = (
     "Tensor logits, Tensor? bias, int top_k, str score, str weight, bool renormalize, float renorm_epsilon, "
@@ -72,7 +73,7 @@ def _check_range(name: str, ids: torch.Tensor, bound: int) -> None:
 
 def _import_layer(layer: tuple[Any, ...]) -> tuple[calls.Operands, Any, Any, calls.Static]:
     """The arrays of a layer, those with tokens padded, and its static part."""
-    x, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias, activation, on_input, experts = layer
+    x, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias, activation, on_input, experts, *swiglu = layer
     _check_range("topk_ids", topk_ids, experts)
     if expert_map is not None:
         _check_range("expert_map", expert_map, w1.shape[0])
@@ -87,7 +88,7 @@ def _import_layer(layer: tuple[Any, ...]) -> tuple[calls.Operands, Any, Any, cal
     ids = to_jax(_padded(topk_ids, -1))
     local = None if expert_map is None else to_jax(expert_map)
     implementation = calls.implementation_for(x.device.type)
-    return operands, ids, local, calls.Static(activation, on_input, experts, implementation)
+    return operands, ids, local, calls.Static(activation, on_input, experts, *swiglu, implementation)
 
 
 def _fused_experts_out(*arguments: Any) -> None:
@@ -221,10 +222,13 @@ class FusedExperts(torch.autograd.Function):
         activation: str,
         apply_router_weight_on_input: bool,
         global_num_experts: int,
+        swiglu_alpha: float | None,
+        swiglu_beta: float | None,
+        swiglu_limit: float | None,
     ) -> torch.Tensor:
         """The operator."""
         tensors = (hidden_states, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias)
-        static = (activation, apply_router_weight_on_input, global_num_experts)
+        static = (activation, apply_router_weight_on_input, global_num_experts, swiglu_alpha, swiglu_beta, swiglu_limit)
         return torch.ops.moe_jax.fused_experts(*tensors, *static)
 
     @staticmethod
@@ -240,7 +244,7 @@ class FusedExperts(torch.autograd.Function):
         needs = [ctx.needs_input_grad[place] for place in _OPERANDS]
         grads = iter(torch.ops.moe_jax.fused_experts_backward(grad, *ctx.saved_tensors, *ctx.static, needs))
         wanted = {place: next(grads) for place, need in zip(_OPERANDS, needs, strict=True) if need}
-        return tuple(wanted.get(place) for place in range(11))
+        return tuple(wanted.get(place) for place in range(8 + len(ctx.static)))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *layer: Any) -> tuple[Any, Any]:
