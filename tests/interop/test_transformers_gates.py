@@ -3,8 +3,10 @@
 import builtins
 import copy
 import importlib
+import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -52,14 +54,16 @@ MODULES = {
     "inkling2": ("Inkling2Experts", None),
     "muse_spark": ("MuseSparkExperts", Gate("silu")),  # with a norm after the experts, hence in three stages too
 }
-ALIKE = ("minimax_m3_vl",)  # compute what another one does, but need a compilation of their own
 
 
 def experts_of(model="mixtral", **config):
-    torch.manual_seed(0)
     module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
-    config = types.SimpleNamespace(**CONFIG | {"_experts_implementation": "moe_jax"} | config)
-    experts = getattr(module, MODULES[model][0])(config)
+    return made(getattr(module, MODULES[model][0]), **config)
+
+
+def made(kind, **config):
+    torch.manual_seed(0)
+    experts = kind(types.SimpleNamespace(**CONFIG | {"_experts_implementation": "moe_jax"} | config))
     with torch.no_grad():
         for name, parameter in experts.named_parameters():
             parameter.normal_(0, 0.3 if "bias" in name else 0.4)
@@ -97,8 +101,20 @@ def check_equals_eager(experts, slots):
 def test_gates_and_layouts_of_all_kinds(model):
     experts = experts_of(model)
     assert recognise(experts) == MODULES[model][1]
-    if model not in ALIKE:
-        check_equals_eager(experts, slots_of())
+    check_equals_eager(experts, slots_of())
+
+
+def test_every_class_of_the_interface():
+    folder = Path(transformers.__file__).parent / "models"
+    sources = {path: path.read_text() for path in sorted(folder.glob("*/modeling_*.py"))}
+    found = 0
+    for path, source in sources.items():
+        for name in re.findall(r"^@use_experts_implementation.*\nclass (\w+)", source, re.MULTILINE):
+            module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
+            check_equals_eager(made(getattr(module, name)), slots_of())
+            found += 1
+    assert found >= len(MODULES)
+    assert sum("@use_experts_implementation" in source for source in sources.values()) <= found
 
 
 def test_the_check_can_fail():
