@@ -5,7 +5,9 @@ Each entry says why it is here, so that it can go when the reason does.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -82,6 +84,47 @@ def reset_interpreter() -> None:
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # public only as a name in the interpreter's docs
 
     gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+@functools.cache
+def _cuda_library() -> ctypes.CDLL:
+    """The library of JAX's CUDA plugin; private, as is what it exports, but what `plgpu.as_torch_kernel` uses too.
+
+    That one launches a single kernel and on torch's default stream, which no CUDA graph records.
+    """
+    import jax.experimental.mosaic.gpu  # noqa: F401  (tells the compiler where its runtime library is)
+
+    for name in ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"):
+        try:
+            library = ctypes.CDLL(importlib.import_module(name)._get_library_path())
+        except ImportError:
+            continue
+        library.MosaicGpuCompile.argtypes = [ctypes.c_char_p, ctypes.c_int]
+        library.MosaicGpuCompile.restype = ctypes.POINTER(ctypes.c_void_p)
+        return library
+    raise RuntimeError("JAX has no CUDA plugin here, which has the compiler of Mosaic kernels; install moe_jax[cuda13]")
+
+
+_Launch = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+
+
+def load_mosaic(module: bytes) -> Callable[[int, int], None]:
+    """Compiles the module of a Mosaic custom call and loads it into the current CUDA context, for good: graphs may replay it.
+
+    Args:
+        module: as the custom call has it.
+
+    Returns:
+        ``launch(stream, buffers)``: the handle of a stream, and the address of an array of the addresses of operands and
+        results. Only this call reads the array. A launch that CUDA refuses ends the process, as it does under JAX.
+
+    Raises:
+        RuntimeError: the compiler refuses the module, or there is none.
+    """
+    compiled = _cuda_library().MosaicGpuCompile(module, len(module))
+    if not compiled:
+        raise RuntimeError(f"the compiler of Mosaic kernels refused a module of {len(module)} bytes, without a reason")
+    return functools.partial(_Launch(compiled[1]), compiled[0])
 
 
 def measure_kernels(

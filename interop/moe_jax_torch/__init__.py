@@ -8,5 +8,6 @@ from moe_jax_torch.bridge import to_torch as to_torch
 from moe_jax_torch.functional import fused_experts as fused_experts
 from moe_jax_torch.functional import fused_topk as fused_topk
 from moe_jax_torch.functional import grouped_topk as grouped_topk
+from moe_jax_torch.launch import set_launch as set_launch
 from moe_jax_torch.module import FusedMoE as FusedMoE
 from moe_jax_torch.weight_cache import WeightCache as WeightCache

@@ -73,7 +73,7 @@ def to_jax(tensor: torch.Tensor, *, detach: bool = False) -> jax.Array:
             "moe_jax_torch's functions, which are differentiable, or pass detach=True to go without"
         )
     check_device(tensor.device)
-    tensor = own_memory(_as_jax_dtype(tensor.detach()))
+    tensor = own_memory(as_jax_dtype(tensor.detach()))
     with torch.cuda.device_of(tensor):  # the export refuses a tensor of another than the current device
         return jax.dlpack.from_dlpack(tensor)
 
@@ -198,7 +198,7 @@ def check_capture() -> None:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a CUDA graph is being captured, but JAX runs on streams of its own, which the graph would not record: a "
-            "replay would return stale values. Leave this call out of the graph (torch.compile splits around it)"
+            "replay would return stale values. Leave this call out of the graph"
         )
 
 
@@ -224,17 +224,41 @@ def shares_memory(tensor: torch.Tensor) -> bool:
     """
     if tensor.dtype == torch.int64 or not tensor.is_contiguous():
         return False
-    return tensor.data_ptr() % ALIGNMENT.get(tensor.device.type, 1) == 0
+    return tensor.data_ptr() % ALIGNMENT["cuda" if tensor.is_cuda else "cpu"] == 0
 
 
-def _as_jax_dtype(tensor: torch.Tensor) -> torch.Tensor:
+def array_dtype(dtype: torch.dtype) -> str:
+    """The dtype of the array that `to_jax` makes of a tensor.
+
+    Raises:
+        TypeError: JAX has no such dtype.
+
+    Example:
+        >>> array_dtype(torch.int64)
+        'int32'
+    """
+    known = DTYPES | {torch.int64: "int32", torch.float4_e2m1fn_x2: "uint8"}
+    if dtype not in known:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{dtype} does not cross; cast it to one of {names}")
+    return known[dtype]
+
+
+def as_jax_dtype(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the dtype that its array has, see `to_jax`.
+
+    Raises:
+        TypeError, ValueError: what `to_jax` refuses.
+
+    Example:
+        >>> as_jax_dtype(torch.tensor([3])).dtype
+        torch.int32
+    """
     if tensor.dtype in DTYPES:
         return tensor
+    array_dtype(tensor.dtype)
     if tensor.dtype == torch.float4_e2m1fn_x2:
         return tensor.view(torch.uint8)
-    if tensor.dtype != torch.int64:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"{tensor.dtype} does not cross; cast it to one of {names}")
     if tensor.device.type == "cpu" and tensor.numel():
         low, high = (int(bound) for bound in torch.aminmax(tensor))
         if low < _INT32.min or high > _INT32.max:

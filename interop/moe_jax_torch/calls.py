@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax import ExpertWeights, MoEConfig, TopK, apply_experts
+from moe_jax import ExpertWeights, MoEConfig, RoutingConfig, TopK, apply_experts, moe
 from moe_jax.ops.topk import topk
 from moe_jax.routing_methods import RoutingRule
 
@@ -23,7 +23,7 @@ class Operands(NamedTuple):
         x: ``[T, H]``.
         w1: ``[E_local, 2I, H]`` or ``[E_local, I, H]``.
         w2: ``[E_local, H, I]``.
-        topk_weights: float32 ``[T, k]``.
+        topk_weights: float32 ``[T, k]``, or None where the layer routes.
         w1_bias: ``[E_local, 2I]`` or ``[E_local, I]``.
         w2_bias: ``[E_local, H]``.
 
@@ -35,7 +35,7 @@ class Operands(NamedTuple):
     x: jax.Array
     w1: jax.Array
     w2: jax.Array
-    topk_weights: jax.Array
+    topk_weights: jax.Array | None
     w1_bias: jax.Array | None = None
     w2_bias: jax.Array | None = None
 
@@ -47,8 +47,8 @@ class Static(NamedTuple):
         activation: torch's name.
         apply_router_weight_on_input: as in `moe_jax.MoEConfig`.
         num_experts: global experts ``E``.
-        swiglu_alpha, swiglu_beta, swiglu_limit: as in `moe_jax.MoEConfig`.
         implementation: as in `moe_jax.moe`, see `implementation_for`.
+        swiglu_alpha, swiglu_beta, swiglu_limit: as in `moe_jax.MoEConfig`.
 
     Example:
         >>> Static("silu", False, 8).num_experts
@@ -58,10 +58,23 @@ class Static(NamedTuple):
     activation: str
     apply_router_weight_on_input: bool
     num_experts: int
+    implementation: str = "auto"
     swiglu_alpha: float | None = None
     swiglu_beta: float | None = None
     swiglu_limit: float | None = None
-    implementation: str = "auto"
+
+
+@functools.cache
+def routing_of(
+    method: str, renormalize: bool | None, num_expert_group: int, topk_group: int, scale: float
+) -> RoutingConfig:
+    """The routing of `moe_forward`, made once.
+
+    Example:
+        >>> routing_of("sigmoid", None, 1, 1, 2.0).routed_scaling_factor
+        2.0
+    """
+    return RoutingConfig(method, num_expert_group, topk_group, scale, renormalize)
 
 
 def implementation_for(platform: str) -> str:
@@ -75,7 +88,16 @@ def implementation_for(platform: str) -> str:
 
 
 def _experts(operands: Operands, ids: jax.Array, expert_map: jax.Array | None, static: Static) -> jax.Array:
-    x, w1, w2, weights, w1_bias, w2_bias = operands
+    experts, config = _layer(operands, static, top_k=ids.shape[1])
+    topk_of_tokens = TopK(ids, operands.topk_weights)
+    implementation = static.implementation
+    return apply_experts(
+        operands.x, experts, topk_of_tokens, config, expert_map=expert_map, implementation=implementation
+    )
+
+
+def _layer(operands: Operands, static: Static, **config: Any) -> tuple[ExpertWeights, MoEConfig]:
+    x, w1, w2, _, w1_bias, w2_bias = operands
     activation, alternating = TORCH_ACTIVATIONS.get(static.activation, (static.activation, False))
     has_bias = w1_bias is not None or w2_bias is not None
     if has_bias:  # a layer has both
@@ -83,9 +105,9 @@ def _experts(operands: Operands, ids: jax.Array, expert_map: jax.Array | None, s
         w2_bias = jnp.zeros(w2.shape[:2], x.dtype) if w2_bias is None else w2_bias
     if alternating:
         w1, w1_bias = _gate_first(w1), None if w1_bias is None else _gate_first(w1_bias)
-    config = MoEConfig(
+    experts = ExpertWeights(w13=w1, w2=w2, w13_bias=w1_bias, w2_bias=w2_bias)
+    return experts, MoEConfig(
         num_experts=static.num_experts,
-        top_k=ids.shape[1],
         hidden_size=x.shape[1],
         intermediate_size=w2.shape[2],
         activation=activation,
@@ -95,11 +117,7 @@ def _experts(operands: Operands, ids: jax.Array, expert_map: jax.Array | None, s
         has_bias=has_bias,
         apply_router_weight_on_input=static.apply_router_weight_on_input,
         dtype=x.dtype,
-    )
-    experts = ExpertWeights(w13=w1, w2=w2, w13_bias=w1_bias, w2_bias=w2_bias)
-    topk_of_tokens = TopK(ids, weights)
-    return apply_experts(
-        x, experts, topk_of_tokens, config, expert_map=expert_map, implementation=static.implementation
+        **config,
     )
 
 
@@ -109,6 +127,45 @@ def _gate_first(rows: jax.Array) -> jax.Array:
 
 
 experts_forward = jax.jit(_experts, static_argnames="static")
+
+
+@functools.partial(jax.jit, static_argnames=("static", "top_k", "routing"))
+def moe_forward(
+    operands: Operands,
+    logits: jax.Array,
+    bias: jax.Array | None,
+    expert_map: jax.Array | None,
+    static: Static,
+    top_k: int,
+    routing: RoutingConfig,
+) -> jax.Array:
+    """The layer with its routing, which on a GPU is fewer kernels than both alone.
+
+    Args:
+        operands: without `Operands.topk_weights`, which is None.
+        logits: ``[T, E]``.
+        bias: float32 ``[E]`` or None, for the selection only.
+        expert_map: int32 ``[E]`` or None.
+        static: the layer.
+        top_k: k.
+        routing: how tokens choose.
+
+    Example:
+        >>> one = Operands(jnp.ones((1, 4)), jnp.ones((2, 8, 4)), jnp.ones((2, 4, 4)), None)
+        >>> static, routing = Static("silu", False, 2, "xla"), RoutingConfig("renormalize")
+        >>> moe_forward(one, jnp.ones((1, 2)), None, None, static=static, top_k=1, routing=routing).shape
+        (1, 4)
+    """
+    experts, config = _layer(operands, static, top_k=top_k, routing=routing, has_correction_bias=bias is not None)
+    return moe(
+        operands.x,
+        experts,
+        logits,
+        config,
+        expert_map=expert_map,
+        correction_bias=bias,
+        implementation=static.implementation,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("static", "needs"))

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
-from moe_jax.activations import ACTIVATIONS, ALIASES, get_activation
-from moe_jax_torch.calls import TORCH_ACTIVATIONS
-from moe_jax_torch.ops import FusedExperts, Route
+from moe_jax_torch.checks import (
+    check_activation,
+    check_devices,
+    check_gating,
+    check_slots,
+    check_weights,
+    refuse_forward_mode,
+)
+from moe_jax_torch.ops import FusedExperts, Route, differentiably
 
-_ACTIVATIONS = frozenset((*ACTIVATIONS, *ALIASES, *TORCH_ACTIVATIONS))
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_SCORES = ("softmax", "sigmoid")
 _EPSILON = 1e-20  # as in the grouped methods of moe_jax: a sum of scores that all underflow gives weights of 0
 
 
@@ -49,7 +51,7 @@ def fused_topk(
         >>> ids.tolist(), round(float(weights.sum()), 6)
         ([[1, 2]], 1.0)
     """
-    _check_gating(hidden_states, gating_output, topk, scoring_func)
+    check_gating(hidden_states, gating_output, topk, scoring_func)
     if scoring_func == "softmax" and renormalize:  # the same as a softmax of the chosen logits, which cannot underflow
         rule = ("identity", "softmax", False, 0.0, 1, 1, "max", 1.0)
     else:
@@ -98,7 +100,7 @@ def grouped_topk(
         >>> grouped_topk(torch.zeros(1, 8), logits, 2, True, 2, 1)[1].tolist()
         [[0, 1]]
     """
-    _check_gating(hidden_states, gating_output, topk, scoring_func)
+    check_gating(hidden_states, gating_output, topk, scoring_func)
     experts = gating_output.shape[1]
     if num_expert_group < 1 or experts % num_expert_group or not 1 <= topk_group <= num_expert_group:
         raise ValueError(
@@ -200,8 +202,8 @@ def fused_experts(
     check_activation(activation, swiglu_alpha, swiglu_beta, swiglu_limit)
     if global_num_experts == -1:
         global_num_experts = w1.shape[0] if expert_map is None else expert_map.shape[0]
-    _check_weights(hidden_states, w1, w2, activation, w1_bias, w2_bias)
-    _check_slots(hidden_states, w1, topk_weights, topk_ids, expert_map, global_num_experts)
+    check_weights(hidden_states, w1, w2, activation, w1_bias, w2_bias)
+    check_slots(hidden_states, w1, topk_weights, topk_ids, expert_map, global_num_experts)
     if apply_router_weight_on_input and topk_ids.shape[1] != 1:
         raise ValueError(
             f"apply_router_weight_on_input needs k = 1, got topk_ids of shape {tuple(topk_ids.shape)}: with more experts a "
@@ -213,31 +215,8 @@ def fused_experts(
     swiglu = (swiglu_alpha, swiglu_beta, swiglu_limit)
     arguments = (*tensors, activation, apply_router_weight_on_input, global_num_experts, *swiglu)
     if out is None and not inplace:
-        return FusedExperts.apply(*arguments)
+        return differentiably(FusedExperts, torch.ops.moe_jax.fused_experts.default, *arguments)
     return _write(hidden_states, out, inplace, arguments)
-
-
-def check_activation(activation: str, alpha: float | None, beta: float | None, limit: float | None) -> None:
-    """Refuses a name that no activation has, and parameters that it does not take.
-
-    Raises:
-        ValueError: as said.
-
-    Example:
-        >>> check_activation("gelu", None, None, 7.0)
-        Traceback (most recent call last):
-        ...
-        ValueError: swiglu_limit=7.0 has no meaning for activation='gelu'; ...
-    """
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is not one of {', '.join(sorted(_ACTIVATIONS))}")
-    if (
-        torch.compiler.is_compiling()
-    ):  # the operator looks at the parameters again, and the compiler cannot look into JAX
-        return
-    if not (alpha is None and beta is None and limit is None):
-        name, _ = TORCH_ACTIVATIONS.get(activation, (activation, False))
-        get_activation(name, alpha, beta, limit)
 
 
 def _write(
@@ -265,119 +244,4 @@ def _route(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_devices((logits, bias))
     refuse_forward_mode((logits, bias))
-    return Route.apply(logits, bias, topk, *rule)
-
-
-def refuse_forward_mode(tensors: tuple[torch.Tensor | None, ...]) -> None:
-    """Refuses tensors with a tangent, which torch would drop.
-
-    Raises:
-        NotImplementedError: as said.
-
-    Example:
-        >>> refuse_forward_mode((torch.ones(2), None))
-    """
-    if torch.compiler.is_compiling():  # the compiler refuses it itself
-        return
-    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise NotImplementedError(
-            "moe_jax_torch has no forward-mode derivatives; use reverse mode (backward, torch.func.grad, torch.func.vjp), "
-            "or jax.jvp on moe_jax itself"
-        )
-
-
-def _check_gating(hidden_states: torch.Tensor, gating_output: torch.Tensor, topk: int, scoring_func: str) -> None:
-    if gating_output.dim() != 2 or gating_output.shape[0] != hidden_states.shape[0]:
-        raise ValueError(
-            f"gating_output is {tuple(gating_output.shape)}, but must be [T, E] with the T of hidden_states, "
-            f"{hidden_states.shape[0]}"
-        )
-    if gating_output.dtype not in _FLOATS:
-        raise TypeError(f"gating_output is {gating_output.dtype}, not bfloat16, float16 or float32; cast it")
-    if not 1 <= topk <= gating_output.shape[1]:
-        raise ValueError(f"topk={topk} must lie in [1, E={gating_output.shape[1]}]")
-    if scoring_func not in _SCORES:
-        raise ValueError(f"scoring_func={scoring_func!r} is not one of {', '.join(_SCORES)}")
-
-
-def _check_weights(
-    x: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    activation: str,
-    w1_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-) -> None:
-    if x.dim() != 2 or x.dtype not in _FLOATS:
-        raise ValueError(
-            f"hidden_states is {x.dtype} {tuple(x.shape)}, but must be bfloat16, float16 or float32 [T, H]; cast it, or "
-            "flatten(0, -2) its leading axes"
-        )
-    if w1.dim() != 3 or w2.dim() != 3:
-        raise ValueError(
-            f"w1 and w2 have {w1.dim()} and {w2.dim()} axes, but must be [E_local, N, H] and [E_local, H, I]"
-        )
-    if w1.dtype != x.dtype or w2.dtype != x.dtype:
-        raise TypeError(
-            f"hidden_states is {x.dtype}, w1 {w1.dtype}, w2 {w2.dtype}, but all must be the same; cast them"
-        )
-    gated = not activation.endswith("_no_mul")
-    local, hidden, intermediate = w1.shape[0], x.shape[1], w2.shape[2]
-    rows = 2 * intermediate if gated else intermediate
-    if tuple(w1.shape) != (local, rows, hidden) or tuple(w2.shape) != (local, hidden, intermediate):
-        raise ValueError(
-            f"w1 is {tuple(w1.shape)} and w2 {tuple(w2.shape)}, but for H={hidden} and activation={activation!r} they must be "
-            f"[E_local, {'2I' if gated else 'I'}, H] and [E_local, H, I]: the contracted axis comes last"
-        )
-    for name, bias, width in (("w1_bias", w1_bias, rows), ("w2_bias", w2_bias, hidden)):
-        if bias is not None and (tuple(bias.shape) != (local, width) or bias.dtype not in _FLOATS):
-            raise ValueError(f"{name} is {bias.dtype} {tuple(bias.shape)}, but must be floating {(local, width)}")
-
-
-def _check_slots(
-    x: torch.Tensor,
-    w1: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    expert_map: torch.Tensor | None,
-    experts: int,
-) -> None:
-    if topk_ids.dtype not in (torch.int32, torch.int64) or not topk_weights.is_floating_point():
-        raise TypeError(
-            f"topk_ids is {topk_ids.dtype} and topk_weights {topk_weights.dtype}, but must be int32 or int64, and "
-            "floating; note their order: weights, then ids"
-        )
-    if topk_ids.dim() != 2 or topk_ids.shape[0] != x.shape[0] or topk_weights.shape != topk_ids.shape:
-        raise ValueError(
-            f"topk_weights is {tuple(topk_weights.shape)} and topk_ids {tuple(topk_ids.shape)}, but both must be [T, k] "
-            f"with the T of hidden_states, {x.shape[0]}"
-        )
-    if not 1 <= topk_ids.shape[1] <= experts:
-        raise ValueError(f"topk_ids has k={topk_ids.shape[1]} slots a token, which must lie in [1, E={experts}]")
-    if expert_map is None:
-        if w1.shape[0] != experts:
-            raise ValueError(
-                f"w1 holds {w1.shape[0]} experts of global_num_experts={experts}; pass the expert_map that says which"
-            )
-    elif tuple(expert_map.shape) != (experts,) or expert_map.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"expert_map is {expert_map.dtype} {tuple(expert_map.shape)}, but must be int32 or int64 [{experts}]: for "
-            "each global expert its local id, or -1"
-        )
-
-
-def check_devices(tensors: tuple[torch.Tensor | None, ...]) -> None:
-    """Refuses tensors on several devices.
-
-    Raises:
-        ValueError: as said.
-
-    Example:
-        >>> check_devices((torch.ones(2), torch.ones(2, device="meta")))
-        Traceback (most recent call last):
-        ...
-        ValueError: the tensors are on cpu, meta; move them to one device
-    """
-    devices = {tensor.device for tensor in tensors if tensor is not None}
-    if len(devices) > 1:
-        raise ValueError(f"the tensors are on {', '.join(sorted(map(str, devices)))}; move them to one device")
+    return differentiably(Route, torch.ops.moe_jax.route.default, logits, bias, topk, *rule)

@@ -15,7 +15,7 @@ from moe_jax.ops.group_tokens import group_tokens
 from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax_torch.bridge import to_jax, to_torch
 from moe_jax_torch.calls import implementation_for
-from moe_jax_torch.functional import check_devices, refuse_forward_mode
+from moe_jax_torch.checks import check_devices, refuse_forward_mode
 from moe_jax_torch.ops import _TAGS, _check_range, _each, _library, _padded, _weights
 
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor ids, Tensor? bias"

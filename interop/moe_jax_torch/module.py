@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-from moe_jax_torch.functional import check_activation, fused_experts, fused_topk, grouped_topk
+from moe_jax_torch.checks import check_activation, check_devices, check_gating, check_weights, refuse_forward_mode
+from moe_jax_torch.functional import fused_experts, fused_topk, grouped_topk
 
 
 class FusedMoE(torch.nn.Module):
     """Routed experts behind router logits. The result of a rank that holds a part of the layer is its part of the sum.
 
+    Without gradients (`torch.no_grad`, `torch.inference_mode`) routing and experts are one operator, of fewer kernels on a GPU.
     Under autocast the experts run in its dtype; routing is float32 in any case. A batch of tokens is what `fused_experts` takes,
     with the same rules.
 
@@ -101,7 +104,7 @@ class FusedMoE(torch.nn.Module):
         self.num_expert_group, self.topk_group = num_expert_group, topk_group
         self.routed_scaling_factor = routed_scaling_factor
         self.activation, self.apply_router_weight_on_input = activation, apply_router_weight_on_input
-        self.swiglu_alpha, self.swiglu_beta, self.swiglu_limit = swiglu_alpha, swiglu_beta, swiglu_limit
+        self._swiglu = (swiglu_alpha, swiglu_beta, swiglu_limit)
         self.tp_size, self.tp_rank = tp_size, tp_rank
         self.is_gated = not activation.endswith("_no_mul")
         self.num_local_experts = sum(local >= 0 for local in self._local_ids)
@@ -179,12 +182,15 @@ class FusedMoE(torch.nn.Module):
         Raises:
             ValueError, TypeError: what `fused_experts` refuses.
         """
-        x = hidden_states.reshape(-1, self.hidden_size)
-        weights, ids = self.select_experts(x, router_logits.reshape(-1, self.num_experts))
+        x, logits = hidden_states.reshape(-1, self.hidden_size), router_logits.reshape(-1, self.num_experts)
         w13, w2 = self.w13_weight, self.w2_weight
+        whole = None if torch.is_grad_enabled() else self._routing()
+        weights, ids = (None, None) if whole else self.select_experts(x, logits)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, w13, w2 = x.to(dtype), w13.to(dtype), w2.to(dtype)
+        if whole:
+            return self._whole(x, w13, w2, logits, whole).reshape(hidden_states.shape)
         out = fused_experts(
             x,
             w13,
@@ -197,11 +203,38 @@ class FusedMoE(torch.nn.Module):
             expert_map=self.expert_map,
             w1_bias=self.w13_bias,
             w2_bias=self.w2_bias,
-            swiglu_alpha=self.swiglu_alpha,
-            swiglu_beta=self.swiglu_beta,
-            swiglu_limit=self.swiglu_limit,
+            swiglu_alpha=self._swiglu[0],
+            swiglu_beta=self._swiglu[1],
+            swiglu_limit=self._swiglu[2],
         )
         return out.reshape(hidden_states.shape)
+
+    def _routing(self) -> tuple[Any, ...] | None:
+        """The routing as `moe_jax.RoutingConfig` takes it; None for one that it has no method for."""
+        grouped, biased = self.num_expert_group > 1, self.e_score_correction_bias is not None
+        names = {
+            ("softmax", False): "deepseek_v2" if grouped else "renormalize" if self.renormalize else "default",
+            ("sigmoid", False): None if grouped else "sigmoid_renorm" if self.renormalize else "sigmoid",
+            ("sigmoid", True): "deepseek_v3",
+        }
+        method = names.get((self.scoring_func, biased))
+        if method is None or not 0 < self.routed_scaling_factor < math.inf:
+            return None
+        renormalize = self.renormalize if method.startswith("deepseek") else None
+        return method, renormalize, self.num_expert_group, self.topk_group, float(self.routed_scaling_factor)
+
+    def _whole(
+        self, x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, logits: torch.Tensor, routing: tuple[Any, ...]
+    ) -> torch.Tensor:
+        """Routing and experts as one: on a GPU fewer kernels than one after the other. It has no gradient."""
+        check_gating(x, logits, self.top_k, self.scoring_func)
+        check_weights(x, w13, w2, self.activation, self.w13_bias, self.w2_bias)
+        tensors = (x, w13, w2, logits, self.e_score_correction_bias, self.expert_map, self.w13_bias, self.w2_bias)
+        check_devices(tensors)
+        refuse_forward_mode(tensors)
+        return torch.ops.moe_jax.moe.default(
+            *tensors, self.activation, self.apply_router_weight_on_input, *self._swiglu, self.top_k, *routing
+        )
 
     @torch.no_grad()
     def weight_loader(

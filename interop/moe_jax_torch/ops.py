@@ -1,20 +1,24 @@
 """The operators that torch knows: `torch.ops.moe_jax`, with fake kernels for the compiler and gradients for autograd.
 
 They are low-level: `moe_jax_torch.functional` checks arguments and calls them. Their gradients are those of `FusedExperts` and
-`Route`; called alone an operator has none, and torch warns when one is asked for. An operator's kernel is the only place from
-which tensors cross to JAX, so that the compiler, vmap and autograd never look into the crossing.
+`Route`; called alone an operator has none, and torch warns when one is asked for. `moe` is for inference alone. An operator's
+kernel is the only place that launches kernels and from which tensors cross to JAX, so that the compiler, vmap and autograd never
+look into that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import torch
 from torch.autograd.function import once_differentiable
 
 from moe_jax.routing_methods import RoutingRule
 from moe_jax_torch import calls
 from moe_jax_torch.bridge import to_jax, to_torch
+from moe_jax_torch.launch import launcher
 from moe_jax_torch.weight_cache import WeightCache
 
 _LAYER = (
@@ -26,18 +30,26 @@ _RULE = (
     "Tensor logits, Tensor? bias, int top_k, str score, str weight, bool renormalize, float renorm_epsilon, "
     "int num_expert_group, int topk_group, str group_score, float scale"
 )
+_MOE = (
+    "Tensor hidden_states, Tensor w1, Tensor w2, Tensor logits, Tensor? bias, Tensor? expert_map, Tensor? w1_bias, "
+    "Tensor? w2_bias, str activation, bool apply_router_weight_on_input, float? swiglu_alpha, float? swiglu_beta, "
+    "float? swiglu_limit, int top_k, str method, bool? renormalize, "
+    "int num_expert_group, int topk_group, float routed_scaling_factor"
+)
 # Of the arguments of a layer, those with gradients: as `calls.Operands` has them.
 _OPERANDS = (0, 1, 2, 3, 6, 7)
 
-# The compiler must keep strides as they are, and split CUDA graphs around the operators.
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe)
+# The compiler must keep strides as they are, and split CUDA graphs around what JAX runs, which is not launched on torch's stream.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_BACKWARD_TAGS = (*_TAGS, torch.Tag.cudagraph_unsafe)
 
 _library = torch.library.Library("moe_jax", "DEF")  # the operators live as long as this object
 _library.define(f"fused_experts({_LAYER}) -> Tensor", tags=_TAGS)
 _library.define(f"fused_experts_out({_LAYER}, Tensor(a!) out) -> ()", tags=_TAGS)
-_library.define(f"fused_experts_backward(Tensor grad, {_LAYER}, bool[] needs) -> Tensor[]", tags=_TAGS)
+_library.define(f"moe({_MOE}) -> Tensor", tags=_TAGS)
+_library.define(f"fused_experts_backward(Tensor grad, {_LAYER}, bool[] needs) -> Tensor[]", tags=_BACKWARD_TAGS)
 _library.define(f"route({_RULE}) -> (Tensor, Tensor)", tags=_TAGS)
-_library.define(f"route_backward(Tensor grad, {_RULE}) -> Tensor", tags=_TAGS)
+_library.define(f"route_backward(Tensor grad, {_RULE}) -> Tensor", tags=_BACKWARD_TAGS)
 
 _weights = WeightCache()
 
@@ -52,13 +64,15 @@ def bucket(tokens: int) -> int:
     return 1 << max(0, tokens - 1).bit_length()
 
 
-def _padded(tensor: torch.Tensor, value: float = 0) -> torch.Tensor:
-    """The tensor with rows of `value` up to its bucket."""
+def _padded(tensor: torch.Tensor, value: float | None = 0) -> torch.Tensor:
+    """The tensor with rows of `value` up to its bucket; of anything for None, where no kernel reads rows without an expert."""
     tokens = tensor.shape[0]
     if tokens == bucket(tokens):
         return tensor
-    padded = tensor.new_full((bucket(tokens), *tensor.shape[1:]), value)
+    padded = tensor.new_empty((bucket(tokens), *tensor.shape[1:]))
     padded[:tokens] = tensor
+    if value is not None:
+        padded[tokens:] = value
     return padded
 
 
@@ -71,38 +85,60 @@ def _check_range(name: str, ids: torch.Tensor, bound: int) -> None:
         raise ValueError(f"{name} ranges from {low} to {high}, but must lie in [-1, {bound}), -1 for no expert")
 
 
-def _import_layer(layer: tuple[Any, ...]) -> tuple[calls.Operands, Any, Any, calls.Static]:
-    """The arrays of a layer, those with tokens padded, and its static part."""
+# What `calls` takes, but tensors.
+_Layer = tuple[calls.Operands, torch.Tensor, torch.Tensor | None]
+
+
+def _padded_layer(layer: tuple[Any, ...], value: float | None = None) -> tuple[_Layer, calls.Static]:
+    """The tensors of a layer, those with tokens padded (ids with -1, others with `value`), and its static part."""
     x, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias, activation, on_input, experts, *swiglu = layer
     _check_range("topk_ids", topk_ids, experts)
     if expert_map is not None:
         _check_range("expert_map", expert_map, w1.shape[0])
-    operands = calls.Operands(
-        to_jax(_padded(x), detach=True),
-        _weights(w1),
-        _weights(w2),
-        to_jax(_padded(topk_weights), detach=True),
-        None if w1_bias is None else _weights(w1_bias),
-        None if w2_bias is None else _weights(w2_bias),
-    )
-    ids = to_jax(_padded(topk_ids, -1))
-    local = None if expert_map is None else to_jax(expert_map)
-    implementation = calls.implementation_for(x.device.type)
-    return operands, ids, local, calls.Static(activation, on_input, experts, *swiglu, implementation)
+    operands = calls.Operands(_padded(x, value), w1, w2, _padded(topk_weights, value), w1_bias, w2_bias)
+    static = calls.Static(activation, on_input, experts, calls.implementation_for(x.device.type), *swiglu)
+    return (operands, _padded(topk_ids, -1), expert_map), static
+
+
+def _cross(operands: calls.Operands, tensor: Callable[[Any], Any], weight: Callable[[Any], Any]) -> calls.Operands:
+    """`weight` of each of the weights, `tensor` of all else."""
+    x, w1, w2, topk_weights, w1_bias, w2_bias = operands
+    topk_weights = None if topk_weights is None else tensor(topk_weights)
+    w1_bias, w2_bias = (None if bias is None else weight(bias) for bias in (w1_bias, w2_bias))
+    return calls.Operands(tensor(x), weight(w1), weight(w2), topk_weights, w1_bias, w2_bias)
+
+
+def _import(tensor: torch.Tensor) -> jax.Array:
+    return to_jax(tensor, detach=True)
+
+
+def _run(function: Any, tensors: Any, static: dict[str, Any], tokens: int, out: torch.Tensor | None) -> torch.Tensor:
+    """A layer, its `calls.Operands` first: launched on torch's stream where it can be, else by JAX."""
+    operands, *others = tensors
+    launch = launcher(function, tensors, static)
+    if launch is None:
+        operands = _cross(operands, _import, _weights)
+        return to_torch(function(operands, *jax.tree.map(_import, others), **static), out=out, rows=tokens)
+    (result,) = launch((_cross(operands, lambda tensor: tensor, _weights.own), *others))
+    result = result if result.shape[0] == tokens else result[:tokens]
+    return result if out is None else out.copy_(result)
+
+
+def _run_experts(layer: tuple[Any, ...], out: torch.Tensor | None) -> torch.Tensor:
+    tokens = layer[0].shape[0]
+    if tokens == 0:  # kernels cannot have grids of nothing
+        return _fake_fused_experts(*layer) if out is None else out
+    tensors, static = _padded_layer(layer)
+    return _run(calls.experts_forward, tensors, {"static": static}, tokens, out)
+
+
+def _fused_experts(*layer: Any) -> torch.Tensor:
+    return _run_experts(layer, None)
 
 
 def _fused_experts_out(*arguments: Any) -> None:
     *layer, out = arguments
-    tokens = out.shape[0]
-    if tokens > 0:  # kernels cannot have grids of nothing
-        operands, ids, expert_map, static = _import_layer(tuple(layer))
-        to_torch(calls.experts_forward(operands, ids, expert_map, static=static), out=out, rows=tokens)
-
-
-def _fused_experts(*layer: Any) -> torch.Tensor:
-    out = _fake_fused_experts(*layer)
-    _fused_experts_out(*layer, out)
-    return out
+    _run_experts(tuple(layer), out)
 
 
 def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
@@ -110,13 +146,46 @@ def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> list[torch.T
     tokens = layer[0].shape[0]
     if tokens == 0:
         return [out.zero_() for out in _fake_fused_experts_backward(grad, *arguments)]
-    operands, ids, expert_map, static = _import_layer(tuple(layer))
-    needs, grad = tuple(needs), to_jax(_padded(grad), detach=True)
+    tensors, static = _padded_layer(tuple(layer), 0)
+    operands, (ids, expert_map) = _cross(tensors[0], _import, _weights), jax.tree.map(_import, tensors[1:])
+    needs, grad = tuple(needs), _import(_padded(grad))
     grads = calls.experts_backward(grad, operands, ids, expert_map, static=static, needs=needs)
     with_tokens = [
         name in ("x", "topk_weights") for name, need in zip(calls.Operands._fields, needs, strict=True) if need
     ]
     return [to_torch(g, rows=tokens if rows else None) for g, rows in zip(grads, with_tokens, strict=True)]
+
+
+def _moe(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    w1_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    activation: str,
+    apply_router_weight_on_input: bool,
+    swiglu_alpha: float | None,
+    swiglu_beta: float | None,
+    swiglu_limit: float | None,
+    top_k: int,
+    *routing: Any,
+) -> torch.Tensor:
+    tokens, experts = logits.shape
+    if tokens == 0:
+        return _fake_fused_experts(hidden_states)
+    operands = calls.Operands(_padded(hidden_states, None), w1, w2, None, w1_bias, w2_bias)
+    tensors = operands, _padded(logits, float("nan")), bias, expert_map  # a row of NaN chooses no expert
+    implementation = calls.implementation_for(hidden_states.device.type)
+    swiglu = (swiglu_alpha, swiglu_beta, swiglu_limit)
+    static = {
+        "static": calls.Static(activation, apply_router_weight_on_input, experts, implementation, *swiglu),
+        "top_k": top_k,
+        "routing": calls.routing_of(*routing),
+    }
+    return _run(calls.moe_forward, tensors, static, tokens, None)
 
 
 def _static_route(logits: torch.Tensor, top_k: int, rule: tuple[Any, ...]) -> dict[str, Any]:
@@ -127,14 +196,18 @@ def _static_route(logits: torch.Tensor, top_k: int, rule: tuple[Any, ...]) -> di
 def _route(
     logits: torch.Tensor, bias: torch.Tensor | None, top_k: int, *rule: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    weights, ids = _fake_route(logits, bias, top_k, *rule)
-    if (tokens := logits.shape[0]) > 0:
-        bias = None if bias is None else to_jax(bias, detach=True)
-        static = _static_route(logits, top_k, rule)
-        topk = calls.route_forward(to_jax(_padded(logits), detach=True), bias, **static)
-        to_torch(topk.weights, out=weights, rows=tokens)
-        to_torch(topk.ids, out=ids, rows=tokens)
-    return weights, ids
+    tokens = logits.shape[0]
+    if tokens == 0:
+        return _fake_route(logits, bias, top_k)
+    tensors, static = (_padded(logits), bias), _static_route(logits, top_k, rule)
+    launch = launcher(calls.route_forward, tensors, static)
+    if launch is None:
+        ids, weights = (
+            to_torch(array, rows=tokens) for array in calls.route_forward(*jax.tree.map(_import, tensors), **static)
+        )
+        return weights, ids
+    ids, weights = launch(tensors)
+    return weights[:tokens], ids[:tokens]
 
 
 def _route_backward(
@@ -142,10 +215,8 @@ def _route_backward(
 ) -> torch.Tensor:
     out = _fake_route_backward(grad, logits)
     if (tokens := logits.shape[0]) > 0:
-        bias = None if bias is None else to_jax(bias, detach=True)
-        static = _static_route(logits, top_k, rule)
-        grad, logits = (to_jax(_padded(tensor), detach=True) for tensor in (grad, logits))
-        to_torch(calls.route_backward(grad, logits, bias, **static), out=out, rows=tokens)
+        arrays = jax.tree.map(_import, (_padded(grad), _padded(logits), bias))
+        to_torch(calls.route_backward(*arrays, **_static_route(logits, top_k, rule)), out=out, rows=tokens)
     return out
 
 
@@ -186,6 +257,7 @@ def _register() -> None:
     kernels = {
         "fused_experts": (_fused_experts, _fake_fused_experts),
         "fused_experts_out": (_fused_experts_out, lambda *_: None),
+        "moe": (_moe, _fake_fused_experts),
         "fused_experts_backward": (_fused_experts_backward, _fake_fused_experts_backward),
         "route": (_route, _fake_route),
         "route_backward": (_route_backward, _fake_route_backward),
@@ -194,13 +266,31 @@ def _register() -> None:
         for device in ("CPU", "CUDA"):
             _library.impl(name, kernel, device)
         torch.library.register_fake(f"moe_jax::{name}", fake, lib=_library)
-    for name in ("fused_experts_backward", "route_backward"):
+    for name in ("moe", "fused_experts_backward", "route_backward"):
         operator = getattr(torch.ops.moe_jax, name)
         rule = lambda info, in_dims, *arguments, operator=operator: _each(operator, info, in_dims, arguments)  # noqa: E731
         torch.library.register_vmap(f"moe_jax::{name}", rule, lib=_library)
 
 
 _register()
+
+
+def differentiably(function: type[torch.autograd.Function], operator: Any, *arguments: Any) -> Any:
+    """An operator through its `torch.autograd.Function` where something asks for that, else alone, which is much quicker.
+
+    Args:
+        function: `FusedExperts` or `Route`.
+        operator: what it is the gradient of.
+        arguments: of both.
+    """
+    tensors = (argument for argument in arguments if isinstance(argument, torch.Tensor))
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    ):
+        return function.apply(*arguments)
+    return operator(*arguments)
 
 
 class FusedExperts(torch.autograd.Function):

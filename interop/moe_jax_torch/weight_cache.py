@@ -9,7 +9,7 @@ import jax
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from moe_jax_torch.bridge import shares_memory, to_jax
+from moe_jax_torch.bridge import as_jax_dtype, own_memory, shares_memory, to_jax
 
 
 class _Entry(NamedTuple):
@@ -64,13 +64,20 @@ class WeightCache:
             self._warn(tensor)
         return array
 
+    def own(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as kernels take it where it is, or a copy, with the same warning."""
+        if shares_memory(tensor):
+            return tensor
+        self._warn(tensor)
+        return own_memory(as_jax_dtype(tensor))
+
     def _warn(self, tensor: torch.Tensor) -> None:
         if self._warned or tensor.numel() == 0:
             return
         self._warned = True
         warnings.warn(
             f"weights of shape {tuple(tensor.shape)}, strides {tensor.stride()} at an address of {tensor.data_ptr() % 256} "
-            "modulo 256 are copied at every call, because JAX cannot share such memory; give them memory of their own "
+            "modulo 256 are copied at every call, because no kernel can read them there; give them memory of their own "
             "once, with p.data = p.data.clone(memory_format=torch.contiguous_format), or in a model of transformers with "
             "moe_jax_torch.transformers.own_weights(model)",
             stacklevel=2,

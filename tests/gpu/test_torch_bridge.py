@@ -1,4 +1,4 @@
-"""The torch side on a GPU: whose memory results are in, streams, graphs, and layers against a loop over experts."""
+"""Layers that JAX runs for torch on a GPU: whose memory results are in, streams, graphs, and what a loop over experts gives."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from moe_jax_torch import FusedMoE, fused_experts, fused_topk, to_jax, to_torch  # noqa: E402
+from moe_jax_torch import FusedMoE, fused_experts, fused_topk, set_launch, to_jax, to_torch  # noqa: E402
 from tests.interop.torch_layers import TOLERANCE, Layer, layer_of  # noqa: E402
 from tests.util import check_close  # noqa: E402
 
@@ -15,7 +15,18 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 
+# float32 has no kernels, and a layer of it says so.
+slow_in_float32 = pytest.mark.filterwarnings("ignore:.* runs its plain-JAX form on this GPU")
+
 LARGE = {"tokens": 300, "hidden": 256, "intermediate": 192, "experts": 16, "top_k": 4}
+
+
+@pytest.fixture(autouse=True)
+def never_launched():
+    """Without this only float32 would cross the bridge; what is launched is in test_torch_launch."""
+    before = set_launch("never")
+    yield
+    set_launch(before)
 
 
 def on_gpu(layer: Layer) -> Layer:
@@ -27,6 +38,7 @@ def run(layer: Layer, **more):
     return fused_experts(*layer[:5], **layer.kwargs, **more)
 
 
+@slow_in_float32
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("arguments", [LARGE, LARGE | {"tokens": 1}, {"tokens": 0}, LARGE | {"bias": True}], ids=str)
 def test_layer_and_out_equal_the_loop(arguments, dtype):
@@ -39,6 +51,7 @@ def test_layer_and_out_equal_the_loop(arguments, dtype):
     assert torch.equal(run(there, out=gaps[..., 1]), out) and (gaps[..., 0] == 0).all()
 
 
+@slow_in_float32
 def test_gradients_equal_those_of_the_loop():
     layer = layer_of(**LARGE)
     results = []
@@ -82,7 +95,7 @@ def test_results_survive_early_frees_overwritten_inputs_and_other_work_of_jax():
 
 
 def test_side_streams_and_weights_that_change_on_them():
-    layer = on_gpu(layer_of(**LARGE))
+    layer = on_gpu(layer_of(**LARGE, dtype=torch.bfloat16))
     expected = [run(layer._replace(w1=layer.w1 * scale)) for scale in range(1, 9)]
     weight, found = layer.w1.clone(), []
     stream = torch.cuda.Stream()
@@ -98,7 +111,8 @@ def test_side_streams_and_weights_that_change_on_them():
 
 
 def test_a_cuda_graph_is_refused():
-    layer = on_gpu(layer_of(**LARGE))
+    """JAX runs on streams of its own."""
+    layer = on_gpu(layer_of(**LARGE, dtype=torch.bfloat16))
     run(layer)
     with (
         pytest.raises(RuntimeError, match="replay would return stale values"),
@@ -120,7 +134,7 @@ def test_compiled_module():
 
 
 def test_memory_does_not_grow():
-    layer = on_gpu(layer_of(**LARGE))
+    layer = on_gpu(layer_of(**LARGE, dtype=torch.bfloat16))
     for _ in range(100):
         run(layer)
     torch.cuda.synchronize()

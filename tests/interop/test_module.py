@@ -50,6 +50,33 @@ def test_layer_equals_the_loop(arguments):
     check_close(out.detach().flatten(0, 1), expected, 2e-6)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"renormalize": False, "routed_scaling_factor": 0.5},
+        {"scoring_func": "sigmoid", "ep_size": 2},
+        {"num_expert_group": 3, "topk_group": 2},
+        {"num_expert_group": 3, "topk_group": 2, "scoring_func": "sigmoid", "has_correction_bias": True},
+        {"num_expert_group": 3, "topk_group": 2, "scoring_func": "sigmoid"},  # has no method: two operators
+        {"top_k": 1, "apply_router_weight_on_input": True, "activation": "swigluoai", "has_bias": True},
+    ],
+    ids=str,
+)
+def test_one_operator_without_gradients_is_routing_and_experts(arguments):
+    layer = layer_of(**arguments)
+    x, logits = inputs_of(layer, 11)
+    logits[3] = float("nan")  # no expert
+    expected = layer(x, logits).detach()
+    with torch.no_grad():
+        check_close(layer(x, logits), expected, 1e-6)
+        assert not layer(x, logits)[3].any() and layer(x[:0], logits[:0]).shape == (0, 20)
+        batch = torch.func.vmap(layer)(x[:, None], logits[:, None])
+        check_close(batch[:, 0], expected, 1e-6)
+        with pytest.raises(ValueError, match="gating_output"):
+            layer(x, logits[:4])
+
+
 def test_routing_that_models_have():
     layer = layer_of(
         scoring_func="sigmoid", num_expert_group=3, topk_group=2, routed_scaling_factor=2.5, has_correction_bias=True

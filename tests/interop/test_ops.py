@@ -138,10 +138,13 @@ def test_gradients_of_routing():
         check_close(found, expected, 2e-6)
 
 
+NO_SWIGLU = (None, None, None)  # no alpha, beta, limit
+
+
 def operands(layer):
     kwargs = layer.kwargs
     tensors = [*layer[:5], kwargs.get("expert_map"), kwargs.get("w1_bias"), kwargs.get("w2_bias")]
-    return (*tensors, kwargs["activation"], False, layer.w1.shape[0])
+    return (*tensors, kwargs["activation"], False, layer.w1.shape[0], *NO_SWIGLU)
 
 
 RULE = ("softmax", "score", True, 0.0, 1, 1, "max", 1.0)
@@ -158,6 +161,9 @@ def test_opcheck(arguments):
     torch.library.opcheck(namespace.fused_experts_backward.default, (torch.randn_like(layer.x), *arguments, needs))
     logits = torch.randn(layer.x.shape[0], 8)
     torch.library.opcheck(namespace.route.default, (logits, None, 3, *RULE))
+    x, w1, w2 = arguments[:3]
+    layer_arguments = (x, w1, w2, logits[:, :6].contiguous(), None, None, *arguments[6:8], "silu", False, *NO_SWIGLU, 3)
+    torch.library.opcheck(namespace.moe.default, (*layer_arguments, "renormalize", None, 1, 1, 1.0))
     torch.library.opcheck(namespace.route_backward.default, (torch.randn(layer.x.shape[0], 3), logits, None, 3, *RULE))
 
 

@@ -1,0 +1,215 @@
+"""Kernels launched on torch's current stream, into memory that torch allocated: no XLA, no waiting, and CUDA graphs record it.
+
+It is the same code as in JAX: a compiled function of `moe_jax_torch.calls` is lowered, and the Mosaic kernels that it consists of
+are launched in their order. A function that XLA has a part in cannot be launched so, and crosses the bridge instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import torch
+from torch._C import _cuda_getCurrentRawStream as current_raw_stream  # private, but ten times as fast as the public way
+
+from moe_jax import _compat
+from moe_jax_torch.bridge import TORCH_DTYPES, array_dtype, as_jax_dtype, own_memory, shares_memory
+from moe_jax_torch.program import NotLaunchable, Program
+
+MODES = ("auto", "never", "always")
+_mode = "auto"
+
+
+def set_launch(mode: str) -> str:
+    """How layers run on a GPU, in the whole process.
+
+    Args:
+        mode: ``auto``: kernels are launched on torch's current stream where a layer is Mosaic kernels alone, else JAX runs it and
+            results cross the bridge. ``never``: always the latter; no CUDA graph can be captured. ``always``: a layer that cannot
+            be launched raises, with the reason; to find out before anything depends on it.
+
+    Returns:
+        The mode before.
+
+    Raises:
+        ValueError: another mode.
+
+    Example:
+        >>> before = set_launch("never")
+        >>> set_launch(before)
+        'never'
+    """
+    global _mode
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is not one of {', '.join(MODES)}")
+    before, _mode = _mode, mode
+    return before
+
+
+def launcher(function: Any, operands: Any, static: dict[str, Any]) -> Launcher | None:
+    """What launches a function of `moe_jax_torch.calls` on a GPU, or None where JAX has to run it.
+
+    The first call with new shapes lowers the function and compiles its kernels, which takes seconds. It cannot be done while a
+    graph is captured: make one call before, as one does to warm up.
+
+    Args:
+        function: jitted.
+        operands: its positional arguments, with tensors in the place of arrays; only shapes, dtypes and device are looked at.
+        static: its static arguments.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured and there is nothing compiled to be launched; the mode is ``always`` and the
+            function is not Mosaic kernels alone.
+        TypeError: a dtype that JAX does not have.
+    """
+    leaves, tree = jax.tree.flatten(operands)
+    device = leaves[0].device
+    if _mode == "never" or device.type != "cuda":
+        return None
+    key = (function, tree, device, *static.values(), *[(leaf.shape, leaf.dtype) for leaf in leaves])
+    found = _found.get(key)
+    if found is None:
+        found = _find(key, function, operands, static)
+    if isinstance(found, Launcher):
+        return found
+    if _mode == "always":
+        raise RuntimeError(f"set_launch('always'), but {found}; use a dtype and sizes that have kernels, or set 'auto'")
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"a CUDA graph is being captured, but JAX has to run this layer, on streams that the graph does not record: {found}. "
+            "Use a dtype and sizes that have kernels, or leave the call out of the graph"
+        )
+    return None
+
+
+_found: dict[Any, Launcher | str] = {}  # or the reason why there is none
+_building = threading.Lock()
+
+
+def _find(key: Any, function: Any, operands: Any, static: dict[str, Any]) -> Launcher | str:
+    if torch.cuda.is_current_stream_capturing():
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in jax.tree.leaves(operands))
+        raise RuntimeError(
+            f"a CUDA graph is being captured, but nothing is compiled yet for tensors of {shapes}: make one call with as many "
+            "tokens, or with another count up to the same power of two, before the capture"
+        )
+    with _building:
+        if key not in _found:
+            structs = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape, array_dtype(t.dtype)), operands)
+            try:
+                program = Program.of(function.trace(*structs, **static).lower(lowering_platforms=("cuda",)))
+                _found[key] = Launcher(program, jax.tree.leaves(operands)[0].device)
+            except NotLaunchable as error:
+                _found[key] = str(error)
+        return _found[key]
+
+
+class Launcher:
+    """A program whose kernels are loaded on a device. Any thread may call it, several at a time: what calls share never changes.
+
+    The workspace is allocated at each call, by torch's allocator, which knows streams and graphs.
+
+    Args:
+        program: to be launched.
+        device: a GPU.
+    """
+
+    def __init__(self, program: Program, device: torch.device):
+        self._device, self._context = device, _Context(device.index)
+        self._outputs = [(shape, TORCH_DTYPES[dtype]) for shape, dtype in program.outputs]
+        self._workspace_bytes = program.workspace_bytes
+        self._constants = [
+            torch.frombuffer(bytearray(array.tobytes()), dtype=torch.uint8).to(device) for array in program.constants
+        ]
+        torch.cuda.current_stream(device).synchronize()  # calls may come on any stream
+        # A base is the address of an argument, an output, the workspace or a constant, in this order.
+        outputs = len(program.arguments)
+        workspace = outputs + len(program.outputs)
+        first = {"argument": 0, "output": outputs, "workspace": workspace, "constant": workspace + 1}
+        places = [place for step in program.launches for place in step.buffers]
+        self._slots = [(first[place.space] + place.index, place.offset) for place in places]
+        self._array_type = ctypes.c_uint64 * len(places)
+        self._arrays: dict[tuple[int, ...], ctypes.Array] = {}
+        kernels = _load(program, self._context, device.index)
+        self._launches, start = [], 0
+        for step in program.launches:
+            self._launches.append((kernels[step.kernel], start * ctypes.sizeof(ctypes.c_uint64)))
+            start += len(step.buffers)
+
+    def __call__(self, operands: Any) -> list[torch.Tensor]:
+        """Launches the kernels on the current stream.
+
+        Args:
+            operands: of the function, with tensors on the device. One that kernels cannot take as it is (not contiguous, not at a
+                multiple of 256 bytes, int64) is copied first.
+
+        Returns:
+            The leaves of what the function returns.
+        """
+        tensors = [
+            tensor if shares_memory(tensor) else own_memory(as_jax_dtype(tensor))
+            for tensor in jax.tree.leaves(operands)
+        ]
+        outputs = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in self._outputs]
+        workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=self._device)
+        buffers = self._buffers((*[tensor.data_ptr() for tensor in (*tensors, *outputs)], workspace.data_ptr()))
+        address, stream = ctypes.addressof(buffers), current_raw_stream(self._device.index)
+        with self._context:
+            for kernel, start in self._launches:
+                kernel(stream, address + start)
+        return outputs
+
+    def _buffers(self, bases: tuple[int, ...]) -> ctypes.Array:
+        """The addresses of the buffers of all launches. A layer mostly finds its tensors where they were before."""
+        found = self._arrays.get(bases)
+        if found is None:
+            all_bases = (*bases, *(constant.data_ptr() for constant in self._constants))
+            found = self._array_type(*[all_bases[base] + offset for base, offset in self._slots])
+            if len(self._arrays) >= _MAX_ARRAYS:
+                self._arrays.clear()
+            self._arrays[bases] = found
+        return found
+
+
+_MAX_ARRAYS = 1024
+_kernels: dict[tuple[bytes, int], Callable[[int, int], None]] = {}  # by hash and device
+
+
+def _load(program: Program, context: _Context, device: int) -> dict[bytes, Callable[[int, int], None]]:
+    """The kernels of a program by hash, compiled side by side where they are not loaded yet."""
+
+    def load(item: tuple[bytes, bytes]) -> None:
+        name, module = item
+        with context:
+            _kernels[name, device] = _compat.load_mosaic(module)
+
+    modules = {step.kernel: step.module for step in program.launches}
+    missing = [item for item in modules.items() if (item[0], device) not in _kernels]
+    with ThreadPoolExecutor(max(1, len(missing))) as pool:
+        list(pool.map(load, missing))
+    return {name: _kernels[name, device] for name in modules}
+
+
+class _Context:
+    """The CUDA context in which torch works on a device, current within a ``with``, also on a thread that is new to CUDA."""
+
+    def __init__(self, device: int):
+        driver, number, self._handle = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
+        self._push, self._pop = driver.cuCtxPushCurrent_v2, driver.cuCtxPopCurrent_v2
+        results = (
+            driver.cuDeviceGet(ctypes.byref(number), device),
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(self._handle), number),
+        )
+        if any(results):
+            raise RuntimeError(f"the CUDA driver gives no context on device {device}: errors {results}")
+
+    def __enter__(self) -> None:
+        if error := self._push(self._handle):
+            raise RuntimeError(f"the CUDA driver cannot enter a context: error {error}")
+
+    def __exit__(self, *_: object) -> None:
+        self._pop(ctypes.byref(ctypes.c_void_p()))
