@@ -1,4 +1,4 @@
-"""Which of our activations a transformers experts module has: found by what its own gate computes, not by its class."""
+"""Which of our activations an experts module of transformers has: found by what its own gate computes, not by its class."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from transformers import activations
 
 from moe_jax.activations import get_activation
+from moe_jax_torch.calls import TORCH_ACTIVATIONS
 
 # What an experts module calls its activation, by its type or the function itself. Of each only one kind of object can be made.
 _ACTIVATIONS: dict[Any, str] = {
@@ -56,7 +57,9 @@ def recognise(experts: torch.nn.Module) -> Gate | None:
     """The gate of a transformers experts module, or None if none of ours computes the same.
 
     The class's own ``_apply_gate`` runs on made-up rows, with the activation and the numbers of the module, and what it gives
-    is compared with our activations. So a gate that a model changed is never taken for another one.
+    is compared with our activations. So a gate that a model changed is never taken for another one. One whose rows of gate and up
+    alternate (gpt-oss) is none of ours: the rows of the weights would have to be put in order at every call, and they are many
+    more than those of the tokens.
 
     Example:
         >>> from transformers import MixtralConfig
@@ -73,16 +76,16 @@ def recognise(experts: torch.nn.Module) -> Gate | None:
         return None
     numbers = []
     for name in (*_LIMITS, *_ALPHAS, *_OTHERS):
-        value = getattr(experts, name, 0)
+        value = getattr(experts, name, ())
         if value is None or isinstance(value, float | int):
-            numbers.append((name, value, hasattr(experts, name)))
+            numbers.append((name, value))
     return _recognise(type(experts), kind if kind in _ACTIVATIONS else None, tuple(numbers))
 
 
 # torch's compiler takes the answer for a constant: all arguments are, and it need not look into the search.
 @torch.compiler.assume_constant_result
-def _recognise(experts: type, kind: Any, numbers: tuple[tuple[str, Any, bool], ...]) -> Gate | None:
-    return _search(experts._apply_gate, kind, tuple((name, value) for name, value, there in numbers if there))
+def _recognise(experts: type, kind: Any, numbers: tuple[tuple[str, Any], ...]) -> Gate | None:
+    return _search(experts._apply_gate, kind, numbers)
 
 
 @functools.cache
@@ -104,23 +107,21 @@ def _matching(apply_gate: Callable, kind: Any, numbers: dict[str, Any]) -> Gate 
             wanted = apply_gate(stand_in, torch.tensor(rows, device="cpu")).numpy()
     except Exception:  # the model's code may need anything of the real module: then it is not one of the gates we know
         return None
-    for gate, is_alternating in _candidates(kind, numbers, limits):
-        name = gate.activation.removesuffix("_uninterleave")
-        halves = (rows[:, 0::2], rows[:, 1::2]) if is_alternating else np.split(rows, 2, axis=1)
+    for gate in _candidates(kind, numbers, limits):
+        name, _ = TORCH_ACTIVATIONS.get(gate.activation, (gate.activation, False))
         act = get_activation(name, gate.swiglu_alpha, None, gate.swiglu_limit)
-        found = np.asarray(act.apply_gated(*map(jnp.asarray, halves)))
+        found = np.asarray(act(jnp.asarray(rows)))
         if found.shape == wanted.shape and np.linalg.norm(found - wanted) <= _TOLERANCE * np.linalg.norm(wanted):
             return gate
     return None
 
 
-def _candidates(kind: Any, numbers: dict[str, Any], limits: list[float]) -> Iterator[tuple[Gate, bool]]:
-    """Gates that a module with these objects may have, and whether gate and up alternate in its rows."""
+def _candidates(kind: Any, numbers: dict[str, Any], limits: list[float]) -> Iterator[Gate]:
+    """Gates that a module with these objects may have, its rows of gate first."""
     if kind is not None:
-        yield Gate(_ACTIVATIONS[kind]), False
+        yield Gate(_ACTIVATIONS[kind])
     for limit in limits:
-        yield Gate("silu", None, limit), False
+        yield Gate("silu", None, limit)
     alphas = [value for name in _ALPHAS if (value := numbers.get(name))]
     for alpha, limit in itertools.product(alphas, limits):
-        yield Gate("swigluoai", alpha, limit), True
-        yield Gate("swigluoai_uninterleave", alpha, limit), False
+        yield Gate("swigluoai_uninterleave", alpha, limit)

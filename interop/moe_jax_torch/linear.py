@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,16 +14,27 @@ from moe_jax.ops.combine import combine
 from moe_jax.ops.gather import gather
 from moe_jax.ops.group_tokens import group_tokens
 from moe_jax.ops.grouped_matmul import grouped_matmul
-from moe_jax_torch.bridge import to_jax, to_torch
+from moe_jax_torch.bridge import to_torch
 from moe_jax_torch.calls import implementation_for
 from moe_jax_torch.checks import check_devices, refuse_forward_mode
-from moe_jax_torch.ops import _TAGS, _check_range, _each, _library, _padded, _weights
+from moe_jax_torch.launch import launcher
+from moe_jax_torch.ops import (
+    _BACKWARD_TAGS,
+    _TAGS,
+    _check_range,
+    _each,
+    _import,
+    _library,
+    _padded,
+    _weights,
+    differentiably,
+)
 
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor ids, Tensor? bias"
 _OPERANDS = (0, 1, 3)  # of the arguments, those with gradients
 
 _library.define(f"expert_linear({_ARGUMENTS}) -> Tensor", tags=_TAGS)
-_library.define(f"expert_linear_backward(Tensor grad, {_ARGUMENTS}, bool[] needs) -> Tensor[]", tags=_TAGS)
+_library.define(f"expert_linear_backward(Tensor grad, {_ARGUMENTS}, bool[] needs) -> Tensor[]", tags=_BACKWARD_TAGS)
 
 
 def expert_linear(
@@ -64,7 +76,7 @@ def expert_linear(
     tensors = (x, weight, ids, bias)
     check_devices(tensors)
     refuse_forward_mode(tensors)
-    return ExpertLinear.apply(*tensors)
+    return differentiably(ExpertLinear, torch.ops.moe_jax.expert_linear.default, *tensors)
 
 
 class ExpertLinear(torch.autograd.Function):
@@ -103,17 +115,21 @@ def _linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None, ids: jax.Ar
     return combine(out, groups.positions.reshape(-1, 1), None, implementation=implementation)
 
 
-_forward = jax.jit(_linear, static_argnames="implementation")
+linear_forward = jax.jit(_linear, static_argnames="implementation")
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "needs"))
-def _backward(
+def _linear_backward(
     grad: jax.Array,
-    operands: tuple[jax.Array | None, ...],
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
     ids: jax.Array,
     implementation: str,
     needs: tuple[bool, ...],
 ) -> list[jax.Array]:
+    operands = (x, weight, bias)
+
     def forward(wanted: list[jax.Array]) -> jax.Array:
         values = iter(wanted)
         chosen = (next(values) if need else old for need, old in zip(needs, operands, strict=True))
@@ -123,20 +139,27 @@ def _backward(
     return pull(grad)[0]
 
 
-def _import(
-    x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[tuple[jax.Array | None, ...], jax.Array, str]:
+def _padded_operands(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor | None) -> Any:
     _check_range("ids", ids, weight.shape[0])
-    operands = (to_jax(_padded(x), detach=True), _weights(weight), None if bias is None else _weights(bias))
-    return operands, to_jax(_padded(ids, -1)), implementation_for(x.device.type)
+    return (_padded(x), weight, bias, _padded(ids, -1)), {"implementation": implementation_for(x.device.type)}
+
+
+def _map_weights(function: Callable[[Any], Any], operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    x, weight, bias, ids = operands
+    return x, function(weight), None if bias is None else function(bias), ids
 
 
 def _expert_linear(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     out = _fake(x, weight, ids, bias)
-    if out.numel() > 0:
-        operands, ids, implementation = _import(x, weight, ids, bias)
-        to_torch(_forward(*operands, ids, implementation=implementation), out=out, rows=out.shape[0])
-    return out
+    if out.numel() == 0:
+        return out
+    operands, static = _padded_operands(x, weight, ids, bias)
+    launch = launcher(linear_forward, operands, static)
+    if launch is not None:
+        (result,) = launch(_map_weights(_weights.own, operands))
+        return result[: out.shape[0]]
+    x, weight, bias, ids = _map_weights(_weights, operands)
+    return to_torch(linear_forward(_import(x), weight, bias, _import(ids), **static), out=out, rows=out.shape[0])
 
 
 def _expert_linear_backward(
@@ -150,9 +173,10 @@ def _expert_linear_backward(
     outs = _fake_backward(grad, x, weight, ids, bias, needs)
     if grad.numel() == 0:
         return [out.zero_() for out in outs]
-    operands, ids, implementation = _import(x, weight, ids, bias)
-    rows = torch.nn.functional.pad(grad, (0, 0, 0, ids.size - grad.shape[0]))  # of the tokens up to the bucket: zeros
-    grads = _backward(to_jax(rows, detach=True), operands, ids, implementation=implementation, needs=tuple(needs))
+    operands, static = _padded_operands(x, weight, ids, bias)
+    x, weight, bias, ids = _map_weights(_weights, operands)
+    grad = torch.nn.functional.pad(grad, (0, 0, 0, ids.numel() - grad.shape[0]))
+    grads = _linear_backward(_import(grad), _import(x), weight, bias, _import(ids), **static, needs=tuple(needs))
     return [to_torch(g, out=out, rows=out.shape[0]) for g, out in zip(grads, outs, strict=True)]
 
 

@@ -73,9 +73,9 @@ def experts_forward(
 ) -> torch.Tensor:
     """What transformers calls in the place of the experts' own forward.
 
-    A gate that is one of our activations (`moe_jax_torch.gates.recognise`) runs in `moe_jax_torch.fused_experts`. Any other
-    takes three stages: a linear layer for each expert, the module's own gate in torch, a second linear layer; so does a norm
-    after each expert. Ids equal to ``num_experts`` are experts of other ranks and contribute nothing.
+    A gate that is one of our activations (`moe_jax_torch.gates.recognise`) runs in `moe_jax_torch.fused_experts`. Any other, and
+    a norm after the experts, takes three stages: a linear layer for each expert, the module's own gate in torch, a second
+    linear layer. Ids equal to ``num_experts`` are experts of other ranks and contribute nothing.
 
     Matmuls run in the dtype of the weights, under autocast in its dtype; sums over the slots in float32.
 
@@ -108,29 +108,29 @@ def experts_forward(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else up.dtype
     x, up, down = hidden_states.to(dtype), up.to(dtype), down.to(dtype)
     ids = top_k_index.masked_fill(top_k_index == experts.num_experts, -1)
-    gate = None if getattr(experts, "has_post_expert_norm", False) else recognise(experts)
-    if gate is None:
-        rows = expert_linear(x, up, ids, up_bias)
-        rows = experts._apply_gate(rows) if getattr(experts, "has_gate", True) else experts.act_fn(rows)
-        rows = expert_linear(rows.to(dtype), down, ids.reshape(-1, 1), down_bias)
-        if getattr(experts, "has_post_expert_norm", False):
-            rows = experts.post_expert_norm(rows)
-        weights = top_k_weights.float().masked_fill(ids < 0, 0)
-        out = (rows.float().unflatten(0, ids.shape) * weights[:, :, None]).sum(dim=1)
-    else:
+    has_norm = getattr(experts, "has_post_expert_norm", False)
+    gate = None if has_norm else recognise(experts)
+    if gate is not None:
         out = fused_experts(
             x,
             up,
             down,
             top_k_weights,
             ids,
+            activation=gate.activation,
             expert_map=_padded_map(experts.num_experts, ids),
             w1_bias=up_bias,
             w2_bias=down_bias,
-            activation=gate.activation,
             swiglu_alpha=gate.swiglu_alpha,
             swiglu_limit=gate.swiglu_limit,
         )
+        return out.to(hidden_states.dtype)
+    rows = expert_linear(x, up, ids, up_bias)
+    rows = experts._apply_gate(rows) if getattr(experts, "has_gate", True) else experts.act_fn(rows)
+    rows = expert_linear(rows.to(dtype), down, ids.reshape(-1, 1), down_bias)
+    rows = experts.post_expert_norm(rows) if has_norm else rows
+    weights = top_k_weights.float().masked_fill(ids < 0, 0)
+    out = (rows.float().unflatten(0, ids.shape) * weights[:, :, None]).sum(dim=1)
     return out.to(hidden_states.dtype)
 
 

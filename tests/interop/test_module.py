@@ -8,6 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import torch.utils.checkpoint  # noqa: E402
+
 from moe_jax_torch import FusedMoE, weight_cache  # noqa: E402
 from tests.interop.torch_layers import expert_loop  # noqa: E402
 from tests.util import check_close, relative_error  # noqa: E402
@@ -34,12 +36,21 @@ def loop(layer, x, logits):
     """The layer in plain torch, softmax renormalised over the chosen."""
     chosen, ids = logits.topk(layer.top_k, dim=1)
     kwargs = {"activation": layer.activation, "expert_map": layer.expert_map}
-    biases = {"w1_bias": layer.w13_bias, "w2_bias": layer.w2_bias}
+    numbers = dict(zip(("swiglu_alpha", "swiglu_beta", "swiglu_limit"), layer._swiglu, strict=True))
+    biases = {"w1_bias": layer.w13_bias, "w2_bias": layer.w2_bias} | numbers
     return expert_loop(x, layer.w13_weight, layer.w2_weight, chosen.softmax(1), ids, **kwargs, **biases)
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"has_bias": True, "activation": "swigluoai"}, {"ep_size": 4, "ep_rank": 1}], ids=str
+    "arguments",
+    [
+        {},
+        {"has_bias": True, "activation": "swigluoai"},
+        {"ep_size": 4, "ep_rank": 1},
+        {"swiglu_limit": 0.4},
+        {"activation": "swigluoai", "swiglu_alpha": 1.3, "swiglu_limit": 0.6},
+    ],
+    ids=str,
 )
 def test_layer_equals_the_loop(arguments):
     layer = layer_of(**arguments)
@@ -200,6 +211,8 @@ def test_what_the_constructor_refuses():
         ({"ep_size": 2, "ep_rank": 2}, "ep_rank=2"),
         ({"expert_map": torch.tensor([0, 1, 1, -1, -1, -1])}, "once each"),
         ({"expert_map": torch.tensor([0, 1])}, "each of num_experts=6"),
+        ({"activation": "gelu", "swiglu_alpha": 2.0}, "swiglu_alpha=2.0 has no meaning for activation='gelu'"),
+        ({"activation": "tanh"}, "activation='tanh' is not one of"),
         ({"ep_size": 2, "expert_map": torch.arange(6)}, "give one of them"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -289,3 +302,29 @@ def test_the_correction_bias_stays_float32():
     bias = layer.e_score_correction_bias.clone()
     assert torch.equal(layer.to(torch.bfloat16).e_score_correction_bias, bias)
     assert layer.w2_weight.dtype == torch.bfloat16
+
+
+def test_torch_func_and_checkpointing_of_the_module():
+    layer = layer_of(has_bias=True)
+    x, logits = inputs_of(layer, 8)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(layer, parameters, (x, logits)).square().sum()
+
+    layer(x, logits).square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    layer.zero_grad()
+    torch.utils.checkpoint.checkpoint(
+        layer, x.clone().requires_grad_(), logits, use_reentrant=False
+    ).square().sum().backward()
+    batched = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, torch.stack([-x, x]))
+    for name, gradient in torch.func.grad(loss)(parameters, x).items():
+        assert torch.equal(gradient, expected[name])
+        assert torch.equal(batched[name][1], expected[name])
+        assert torch.equal(layer.get_parameter(name).grad, expected[name])
+    with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+        torch.func.jvp(lambda x: layer(x, logits), (x,), (x,))
+    (gradient,) = torch.autograd.grad(layer(leaf := x.clone().requires_grad_(), logits).sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()

@@ -15,8 +15,10 @@ transformers = pytest.importorskip("transformers")
 
 from moe_jax_torch import gates  # noqa: E402
 from moe_jax_torch.gates import Gate, recognise  # noqa: E402
-from moe_jax_torch.linear import expert_linear  # noqa: E402
+from moe_jax_torch.linear import expert_linear, linear_forward  # noqa: E402
+from moe_jax_torch.program import Program  # noqa: E402
 from moe_jax_torch.transformers import own_weights, register  # noqa: E402
+from tests.interop.test_launch_program import like, lowered  # noqa: E402
 from tests.util import assert_discriminates, check_close, relative_error  # noqa: E402
 
 register()
@@ -42,7 +44,7 @@ CONFIG = {
 # model: (class, what its gate is recognised as, None for three stages)
 MODULES = {
     "mixtral": ("MixtralExperts", Gate("silu")),
-    "gpt_oss": ("GptOssExperts", Gate("swigluoai", 1.3, 0.8)),
+    "gpt_oss": ("GptOssExperts", None),  # rows of gate and up alternate
     "openai_privacy_filter": ("OpenAIPrivacyFilterExperts", Gate("swigluoai_uninterleave", 1.3, 0.8)),
     "minimax_m3_vl": ("MiniMaxM3VLExperts", Gate("swigluoai_uninterleave", 1.3, 0.8)),
     "deepseek_v4": ("DeepseekV4Experts", Gate("silu", None, 0.8)),
@@ -327,6 +329,13 @@ def test_opcheck_of_the_linear_layer(tokens):
     torch.library.opcheck(torch.ops.moe_jax.expert_linear.default, arguments)
     backward = torch.ops.moe_jax.expert_linear_backward.default
     torch.library.opcheck(backward, (torch.randn(2 * tokens, 24), *arguments, [True, True, False]))
+
+
+def test_the_linear_layer_is_kernels_alone():
+    shapes = (("bfloat16", 16, 256), ("bfloat16", 8, 384, 256), ("bfloat16", 8, 384), ("int32", 16, 2))
+    program = Program.of(lowered(linear_forward, *(like(*shape) for shape in shapes), implementation="mosaic"))
+    assert [tuple(output) for output in program.outputs] == [((32, 384), "bfloat16")]
+    assert len(program.launches) >= 4  # group, gather, multiply, put back
 
 
 def test_what_the_linear_layer_refuses():
