@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import torch
-from torch.autograd.function import once_differentiable
 
 from moe_jax.ops.combine import combine
 from moe_jax.ops.gather import gather
@@ -16,7 +15,7 @@ from moe_jax.ops.group_tokens import group_tokens
 from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax_torch.bridge import to_torch
 from moe_jax_torch.calls import implementation_for
-from moe_jax_torch.checks import check_devices, refuse_forward_mode
+from moe_jax_torch.checks import check_devices, once_differentiable, refuse_forward_mode
 from moe_jax_torch.launch import launcher
 from moe_jax_torch.ops import (
     _BACKWARD_TAGS,

@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import torch
-from torch.autograd.function import once_differentiable
 
 from moe_jax.routing_methods import RoutingRule
 from moe_jax_torch import calls
 from moe_jax_torch.bridge import to_jax, to_torch
+from moe_jax_torch.checks import once_differentiable
 from moe_jax_torch.launch import launcher
 from moe_jax_torch.weight_cache import WeightCache
 

@@ -99,6 +99,14 @@ def test_second_derivatives_and_forward_mode_raise():
     (gradient,) = torch.autograd.grad(ours(layer, tensors).square().sum(), tensors["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.sum().backward()
+    (gradient,) = torch.autograd.grad(ours(layer, tensors).sum(), tensors["x"], create_graph=True)  # of a constant
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (gradient.square().sum() + tensors["x"].sum()).backward()
+    logits = torch.randn(5, 4, requires_grad=True)
+    weights, _ = fused_topk(logits, logits, 2, False)
+    (gradient,) = torch.autograd.grad(weights.sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.square().sum().backward()
     with pytest.raises(NotImplementedError, match="no forward-mode derivatives; use reverse mode"):
         torch.func.jvp(lambda x: fused_experts(x, *layer[1:5]), (layer.x,), (torch.ones_like(layer.x),))
     with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
