@@ -15,6 +15,7 @@ from moe_jax_torch.checks import (
     refuse_forward_mode,
 )
 from moe_jax_torch.ops import FusedExperts, Route, differentiably
+from moe_jax_torch.quantized import QuantConfig, quantized_experts
 
 _EPSILON = 1e-20  # as in the grouped methods of moe_jax: a sum of scores that all underflow gives weights of 0
 
@@ -146,7 +147,7 @@ def fused_experts(
     swiglu_alpha: float | None = None,
     swiglu_beta: float | None = None,
     swiglu_limit: float | None = None,
-    quant_config: Any = None,
+    quant_config: QuantConfig | None = None,
     inplace: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -173,7 +174,7 @@ def fused_experts(
         w2_bias: ``[E_local, H]``, floating.
         swiglu_alpha, swiglu_beta, swiglu_limit: parameters of the activation, None for its own: see
             `moe_jax.activations.get_activation`.
-        quant_config: None. Quantized weights are not taken yet.
+        quant_config: the number format of `w1` and `w2`, which then are its codes, and their scales. Without a gradient.
         inplace: write the result into `hidden_states`, without a gradient.
         out: ``[T, H]``, of the dtype and device of `hidden_states`, any strides: written in place, without a gradient.
 
@@ -182,8 +183,8 @@ def fused_experts(
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or values that do not fit.
-        NotImplementedError: a `quant_config`.
-        RuntimeError: a gradient wanted through `out` or `inplace`, a device that JAX does not have, a CUDA graph being captured.
+        RuntimeError: a gradient wanted through `out`, `inplace` or quantized weights; a device that JAX does not have; a CUDA
+            graph being captured of a layer that is not kernels alone.
 
     Source: vLLM's function of this name for names and meaning; `moe_jax.apply_experts` computes it.
 
@@ -194,15 +195,11 @@ def fused_experts(
         >>> y.shape, bool((y[1] == 0).all())
         (torch.Size([2, 8]), True)
     """
-    if quant_config is not None:
-        raise NotImplementedError(
-            f"quant_config={type(quant_config).__name__} is not taken yet: use moe_jax.quantize_experts and moe_jax.moe "
-            "in JAX, or dequantize w1 and w2 and leave it None"
-        )
     check_activation(activation, swiglu_alpha, swiglu_beta, swiglu_limit)
     if global_num_experts == -1:
         global_num_experts = w1.shape[0] if expert_map is None else expert_map.shape[0]
-    check_weights(hidden_states, w1, w2, activation, w1_bias, w2_bias)
+    if quant_config is None:
+        check_weights(hidden_states, w1, w2, activation, w1_bias, w2_bias)
     check_slots(hidden_states, w1, topk_weights, topk_ids, expert_map, global_num_experts)
     if apply_router_weight_on_input and topk_ids.shape[1] != 1:
         raise ValueError(
@@ -213,13 +210,19 @@ def fused_experts(
     check_devices(tensors)
     refuse_forward_mode(tensors)
     swiglu = (swiglu_alpha, swiglu_beta, swiglu_limit)
-    arguments = (*tensors, activation, apply_router_weight_on_input, global_num_experts, *swiglu)
+    static = (activation, apply_router_weight_on_input, global_num_experts, *swiglu)
+    arguments = (*tensors, *static)
+    if quant_config is not None:
+        result = quantized_experts(tensors, quant_config, static)
+        return result if out is None and not inplace else _target(hidden_states, out, inplace, arguments).copy_(result)
     if out is None and not inplace:
         return differentiably(FusedExperts, torch.ops.moe_jax.fused_experts.default, *arguments)
-    return _write(hidden_states, out, inplace, arguments)
+    out = _target(hidden_states, out, inplace, arguments)
+    torch.ops.moe_jax.fused_experts_out(*arguments, out)
+    return out
 
 
-def _write(
+def _target(
     hidden_states: torch.Tensor, out: torch.Tensor | None, inplace: bool, arguments: tuple[Any, ...]
 ) -> torch.Tensor:
     if inplace and out is not None:
@@ -235,7 +238,6 @@ def _write(
             f"out is {tuple(out.shape)}, {out.dtype} on {out.device}, but must be like hidden_states: "
             f"{tuple(hidden_states.shape)}, {hidden_states.dtype} on {hidden_states.device}, with any strides"
         )
-    torch.ops.moe_jax.fused_experts_out(*arguments, out)
     return out
 
 

@@ -9,6 +9,7 @@ import torch
 
 from moe_jax_torch.checks import check_activation, check_devices, check_gating, check_weights, refuse_forward_mode
 from moe_jax_torch.functional import fused_experts, fused_topk, grouped_topk
+from moe_jax_torch.parallel import Ranks, checked_map, neighbours
 
 
 class FusedMoE(torch.nn.Module):
@@ -35,6 +36,10 @@ class FusedMoE(torch.nn.Module):
         expert_map: integers ``[E]``, global id to local id or -1; None: given by `ep_size`.
         ep_size, ep_rank: expert parallelism: each rank holds a run of neighbouring experts, the first ones one more if need be.
         tp_size, tp_rank: tensor parallelism: each rank holds an equal part of I.
+        dp_size, dp_rank: data parallelism: ranks with tokens of their own that hold one layer together. They count into tp, or
+            with `enable_expert_parallel` into ep, as tp then does: see `moe_jax_torch.parallel.Ranks.of`. Gathering the tokens
+            before the layer, and reducing after it, is the caller's.
+        enable_expert_parallel: split experts, not their intermediate size, over the ranks of dp and tp.
         device, dtype: of the parameters.
 
     Attributes:
@@ -80,12 +85,22 @@ class FusedMoE(torch.nn.Module):
         ep_rank: int = 0,
         tp_size: int = 1,
         tp_rank: int = 0,
+        dp_size: int = 1,
+        dp_rank: int = 0,
+        enable_expert_parallel: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_rank("ep", ep_size, ep_rank)
-        _check_rank("tp", tp_size, tp_rank)
+        ep_size, ep_rank, tp_size, tp_rank = Ranks.of(
+            tp_size=tp_size,
+            tp_rank=tp_rank,
+            ep_size=ep_size,
+            ep_rank=ep_rank,
+            dp_size=dp_size,
+            dp_rank=dp_rank,
+            enable_expert_parallel=enable_expert_parallel,
+        )
         check_activation(activation, swiglu_alpha, swiglu_beta, swiglu_limit)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} must lie in [1, num_experts={num_experts}]")
@@ -94,9 +109,11 @@ class FusedMoE(torch.nn.Module):
         if expert_map is not None and ep_size > 1:
             raise ValueError(f"ep_size={ep_size} makes an expert_map, but one is given too; give one of them")
         if expert_map is None and ep_size > 1:
-            expert_map = _neighbours(num_experts, ep_size, ep_rank)
+            expert_map = neighbours(num_experts, ep_size, ep_rank)
         # The truth about the map, in Python: a loader that asks for every expert must not wait for a GPU each time.
-        self._local_ids = list(range(num_experts)) if expert_map is None else _checked(expert_map.tolist(), num_experts)
+        self._local_ids = (
+            list(range(num_experts)) if expert_map is None else checked_map(expert_map.tolist(), num_experts)
+        )
 
         self.num_experts, self.top_k = num_experts, top_k
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
@@ -325,27 +342,3 @@ class FusedMoE(torch.nn.Module):
         """
         names = ("num_experts", "top_k", "hidden_size", "intermediate_size", "num_local_experts", "activation")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-
-
-def _check_rank(name: str, size: int, rank: int) -> None:
-    if size < 1 or not 0 <= rank < size:
-        raise ValueError(f"{name}_rank={rank} must lie in [0, {name}_size={size}), and the size be at least 1")
-
-
-def _neighbours(num_experts: int, ep_size: int, ep_rank: int) -> torch.Tensor:
-    base, more = divmod(num_experts, ep_size)
-    start = ep_rank * base + min(ep_rank, more)
-    count = base + (ep_rank < more)
-    expert_map = torch.full((num_experts,), -1, dtype=torch.int32)
-    expert_map[start : start + count] = torch.arange(count, dtype=torch.int32)
-    return expert_map
-
-
-def _checked(expert_map: list[int], num_experts: int) -> list[int]:
-    local = sorted(value for value in expert_map if value != -1)
-    if len(expert_map) != num_experts or local != list(range(len(local))):
-        raise ValueError(
-            f"expert_map={expert_map} must have an entry for each of num_experts={num_experts}: -1, or the local ids "
-            "0, 1, ... once each"
-        )
-    return expert_map

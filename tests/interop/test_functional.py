@@ -196,8 +196,6 @@ def test_what_does_not_fit_is_refused_by_name():
     for arguments, kwargs, message in wrong:
         with pytest.raises((ValueError, TypeError), match=message):
             fused_experts(*arguments, **kwargs)
-    with pytest.raises(NotImplementedError, match="quantize_experts"):
-        fused_experts(x, w1, w2, weights, ids, quant_config=object())
     with pytest.raises(RuntimeError, match="no gradient"):
         fused_experts(x, w1.requires_grad_(), w2, weights, ids, inplace=True)
 

@@ -8,12 +8,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import torch.utils.checkpoint  # noqa: E402
+from torch.utils.checkpoint import checkpoint as rerun  # noqa: E402
 
 from moe_jax_torch import FusedMoE, weight_cache  # noqa: E402
+from moe_jax_torch.parallel import Ranks  # noqa: E402
 from tests.interop.torch_layers import expert_loop  # noqa: E402
 from tests.util import check_close, relative_error  # noqa: E402
 
+EXPERT_PARALLEL = {"enable_expert_parallel": True}
 SIZES = {"num_experts": 6, "top_k": 3, "hidden_size": 20, "intermediate_size": 12}
 
 
@@ -165,9 +167,15 @@ def test_shards_of_a_checkpoint_find_their_places(activation):
         [{"ep_size": 4, "ep_rank": rank} for rank in range(4)],
         [{"tp_size": 3, "tp_rank": rank} for rank in range(3)],
         [{"ep_size": 2, "ep_rank": e, "tp_size": 2, "tp_rank": t} for e in range(2) for t in range(2)],
+        [{"dp_size": 2, "dp_rank": d, "tp_size": 3, "tp_rank": t} for d in range(2) for t in range(3)],
+        [
+            {"dp_size": 2, "dp_rank": d, "tp_size": 2, "tp_rank": t} | EXPERT_PARALLEL
+            for d in range(2)
+            for t in range(2)
+        ],
         [{"expert_map": torch.tensor(m)} for m in ([1, -1, 0, -1, -1, 2], [-1, 2, -1, 0, 1, -1])],
     ],
-    ids=["ep", "tp", "ep and tp", "maps"],
+    ids=["ep", "tp", "ep and tp", "dp and tp", "dp as ep", "maps"],
 )
 def test_ranks_loaded_from_one_checkpoint_add_up(ranks):
     tensors = checkpoint(layer_of())
@@ -213,6 +221,9 @@ def test_what_the_constructor_refuses():
         ({"expert_map": torch.tensor([0, 1])}, "each of num_experts=6"),
         ({"activation": "gelu", "swiglu_alpha": 2.0}, "swiglu_alpha=2.0 has no meaning for activation='gelu'"),
         ({"activation": "tanh"}, "activation='tanh' is not one of"),
+        ({"dp_size": 2, "dp_rank": 3}, "dp_rank=3 must lie in"),
+        ({"ep_size": 2, "dp_size": 2}, "ep_size=2 is given, but follows from dp_size=2, tp_size=1 and"),
+        ({"enable_expert_parallel": True, "tp_size": 2, "expert_map": torch.arange(6)}, "give one of them"),
         ({"ep_size": 2, "expert_map": torch.arange(6)}, "give one of them"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -315,9 +326,7 @@ def test_torch_func_and_checkpointing_of_the_module():
     layer(x, logits).square().sum().backward()
     expected = {name: parameter.grad for name, parameter in layer.named_parameters()}
     layer.zero_grad()
-    torch.utils.checkpoint.checkpoint(
-        layer, x.clone().requires_grad_(), logits, use_reentrant=False
-    ).square().sum().backward()
+    rerun(layer, x.clone().requires_grad_(), logits, use_reentrant=False).square().sum().backward()
     batched = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, torch.stack([-x, x]))
     for name, gradient in torch.func.grad(loss)(parameters, x).items():
         assert torch.equal(gradient, expected[name])
@@ -328,3 +337,21 @@ def test_torch_func_and_checkpointing_of_the_module():
     (gradient,) = torch.autograd.grad(layer(leaf := x.clone().requires_grad_(), logits).sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"tp_size": 2}, (1, 2)),
+        ({"dp_size": 2}, (1, 2)),
+        ({"tp_size": 2, "dp_size": 2}, (1, 4)),
+        ({"tp_size": 2} | EXPERT_PARALLEL, (2, 1)),
+        ({"dp_size": 2} | EXPERT_PARALLEL, (2, 1)),
+        ({"tp_size": 2, "dp_size": 2} | EXPERT_PARALLEL, (4, 1)),
+        ({"tp_size": 2, "ep_size": 2}, (2, 2)),
+    ],
+    ids=str,
+)
+def test_sizes_of_parallelism(given, found):
+    ranks = Ranks.of(**given)
+    assert (ranks.ep_size, ranks.tp_size) == found
