@@ -9,9 +9,9 @@ import jax
 import torch
 
 from moe_jax import ExpertWeights, MoEConfig, TopK, apply_experts
-from moe_jax.quantization import QuantizedArray, quant_format
+from moe_jax.quantization import QuantizedArray, quant_format, quantize_experts
 from moe_jax_torch import calls
-from moe_jax_torch.bridge import to_torch
+from moe_jax_torch.bridge import TORCH_DTYPES, to_torch
 from moe_jax_torch.launch import launcher
 from moe_jax_torch.ops import _TAGS, _check_range, _each, _import, _library, _padded, _weights
 
@@ -52,6 +52,52 @@ class QuantConfig(NamedTuple):
     w2_zp: torch.Tensor | None = None
     a1_scale: torch.Tensor | None = None
     a2_scale: torch.Tensor | None = None
+
+
+def parameters_of(format: str, experts: int, rows: int, hidden: int, intermediate: int) -> dict[str, tuple[Any, ...]]:
+    """Names, shapes and dtypes of what a layer of this format holds, as checkpoints and serving engines name them.
+
+    Args:
+        format: the format.
+        experts: E_local.
+        rows: of ``w13``, 2I or I.
+        hidden: H.
+        intermediate: I.
+
+    Raises:
+        ValueError: no such format.
+
+    Example:
+        >>> parameters_of("fp8_block", 4, 512, 128, 256)["w13_weight_scale_inv"]
+        ((4, 4, 1), torch.float32)
+        >>> list(parameters_of("int8_weight", 4, 512, 128, 256))
+        ['w13_weight', 'w13_weight_scale', 'w2_weight', 'w2_weight_scale']
+    """
+    form = quant_format(format)
+    plain = ExpertWeights(
+        *(jax.ShapeDtypeStruct((experts, *s), "float32") for s in ((rows, hidden), (hidden, intermediate)))
+    )
+    quantized = jax.eval_shape(functools.partial(quantize_experts, format=format), plain)
+    found = {}
+    for name in ("w13", "w2"):
+        part = getattr(quantized, name)
+        arrays = {"weight": part.values, scale_name(format): part.scales, "weight_zero_point": part.zero_points}
+        if form.activations is not None and form.activations.static:
+            arrays["input_scale"] = jax.ShapeDtypeStruct((experts,), "float32")
+        for kind, array in arrays.items():
+            if array is not None:
+                found[f"{name}_{kind}"] = tuple(array.shape), TORCH_DTYPES[array.dtype.name]
+    return found
+
+
+def scale_name(format: str) -> str:
+    """What the scales of weights are called: those of blocks are named as in DeepSeek-V3.
+
+    Example:
+        >>> scale_name("fp8_channel")
+        'weight_scale'
+    """
+    return "weight_scale_inv" if quant_format(format).weights.granularity == "block" else "weight_scale"
 
 
 class _Static(NamedTuple):

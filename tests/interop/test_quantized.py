@@ -1,5 +1,7 @@
 """`fused_experts` with quantized weights, against the same codes and scales in JAX."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -8,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 from moe_jax import ExpertWeights, MoEConfig, TopK, apply_experts, quantize_experts  # noqa: E402
 from moe_jax.quantization import quant_format  # noqa: E402
-from moe_jax_torch import QuantConfig, fused_experts, to_jax, to_torch  # noqa: E402
+from moe_jax_torch import FusedMoE, QuantConfig, fused_experts, to_jax, to_torch  # noqa: E402
 from tests.interop.torch_layers import layer_of  # noqa: E402
 from tests.util import assert_discriminates, check_close  # noqa: E402
 
@@ -95,3 +97,65 @@ def test_what_is_refused():
         run(layer, config, w1_bias=torch.zeros(6, 64))
     with pytest.raises((ValueError, TypeError), match="w13"):
         run(layer, config._replace(w1_scale=torch.ones(6, 3)))
+
+
+def whole_scale(tensor, half):
+    """The gate or the up part of one expert's array of `w13`."""
+    if tensor.dim() == 0:
+        return tensor
+    middle = tensor.shape[0] // 2
+    return tensor[:middle] if half == "w1" else tensor[middle:]
+
+
+@pytest.mark.parametrize(
+    "name", ["fp8_block", "fp8_channel", "int8_weight", "fp8_weight_tensor", "int8_channel_static"]
+)
+def test_module_loaded_shard_by_shard(name):
+    _, layer, config = quantized(layer_of(dtype=torch.bfloat16, **SIZES), name)
+    suffix = "weight_scale_inv" if name == "fp8_block" else "weight_scale"
+    arrays = {
+        "w13_weight": layer.w1,
+        "w2_weight": layer.w2,
+        f"w13_{suffix}": config.w1_scale,
+        f"w2_{suffix}": config.w2_scale,
+    }
+    if config.a1_scale is not None:
+        arrays |= {"w13_input_scale": config.a1_scale, "w2_input_scale": config.a2_scale}
+    logits = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    total, parts = torch.zeros(8, 64), []
+    for rank in range(2):
+        module = FusedMoE(6, 3, 64, 32, quant_config=name, ep_size=2, ep_rank=rank)
+        assert set(module.state_dict()) == set(arrays)
+        for key, array in arrays.items():
+            for expert in range(6):
+                for shard in ("w2",) if key.startswith("w2") else ("w1", "w3"):
+                    part = array[expert] if shard == "w2" else whole_scale(array[expert], shard)
+                    part = part[:, None] if key.endswith("weight_scale") and part.dim() == 1 and len(part) > 1 else part
+                    here = module.weight_loader(getattr(module, key), part, key, shard, expert)
+                    assert here == (expert // 3 == rank)
+        parts.append(module)
+        total += module(layer.x, logits).float()
+    chosen, ids = logits.topk(3, dim=1)
+    expected = fused_experts(layer.x, layer.w1, layer.w2, chosen.softmax(1), ids, quant_config=config)
+    assert_discriminates(lambda out: check_close(out, expected.float(), 1e-2), total)
+    twin = FusedMoE(6, 3, 64, 32, quant_config=name, ep_size=2)
+    twin.load_state_dict(parts[0].state_dict())
+    moved = copy.deepcopy(parts[0]).to(torch.float16).half()
+    for other in (twin, moved):
+        assert torch.equal(other(layer.x, logits), parts[0](layer.x, logits))
+    with torch.no_grad():
+        assert torch.equal(twin(layer.x, logits), parts[0](layer.x, logits))
+
+
+def test_what_a_quantized_module_refuses():
+    module = FusedMoE(6, 3, 64, 32, quant_config="fp8_channel")
+    with pytest.raises(ValueError, match=r"some.name is torch.bfloat16 .*here is torch.float8_e4m3fn \(32, 64\)"):
+        module.weight_loader(module.w13_weight, torch.ones(32, 64, dtype=torch.bfloat16), "some.name", "w1", 0)
+    with pytest.raises(ValueError, match="does not belong"):
+        module.weight_loader(module.w2_weight_scale, torch.ones(32), "some.name", "w1", 0)
+    with pytest.raises(ValueError, match="takes neither tensor parallelism"):
+        FusedMoE(6, 3, 64, 32, quant_config="fp8_channel", tp_size=2)
+    with pytest.raises(ValueError, match="format 'fp7' is not one of"):
+        FusedMoE(6, 3, 64, 32, quant_config="fp7")
+    with pytest.raises(RuntimeError, match="have no gradient"):
+        module(torch.ones(2, 64, requires_grad=True), torch.ones(2, 6))
