@@ -185,7 +185,7 @@ def _quantized(rule, changes: dict[str, int], activation, k: int, n: int, quanti
     """The configuration and the kernel of a number format, and its operands: rows of codes, or rows for codes to be decoded."""
     import jax
 
-    from moe_jax.kernels.hopper import matmul_bf16, matmul_fp8
+    from moe_jax.kernels.hopper import matmul_bf16, matmul_fp8, matmul_rows_first
     from moe_jax.kernels.hopper.gather_quantize import scales_shape
     from moe_jax.kernels.hopper.matmul_config import eight_bit, few_counts
     from moe_jax.quantization import quant_format, quantize
@@ -209,9 +209,11 @@ def _quantized(rule, changes: dict[str, int], activation, k: int, n: int, quanti
     spec = form.activations
 
     def multiply(rows, row_scales, weights, scales, *schedule):
-        more = dict(aligned=True, quantize=spec if config.quantizes else None)
-        operands = rows, row_scales, weights, scales, *schedule
-        return matmul_fp8.grouped_matmul(*operands, None, activation, config=config, out_dtype="bfloat16", **more)
+        more = dict(quantize=spec if config.quantizes else None, out_dtype="bfloat16", config=config)
+        operands = rows, row_scales, weights, scales, *schedule, None, activation
+        if config.rows_first:
+            return matmul_rows_first.grouped_matmul(*operands, **more)
+        return matmul_fp8.grouped_matmul(*operands, aligned=True, **more)
 
     of_rows = [_like(ROWS, k, dtype=spec.dtype), _like(*scales_shape(ROWS, k, spec), dtype="float32")]
     return config, multiply, [*of_rows, *operands]

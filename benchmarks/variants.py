@@ -22,7 +22,7 @@ import typer
 
 from moe_jax import moe
 from moe_jax.bench.cases import parse_case
-from moe_jax.bench.compiling import CALLS, Layer, stack_logits
+from moe_jax.bench.compiling import Layer, layers_a_call, stack_logits
 from moe_jax.bench.inputs import in_format, make_inputs, make_weights, parse_routings, weights_shape
 from moe_jax.bench.timing import call_time, kernel_times
 from moe_jax.config import MoEConfig
@@ -93,7 +93,7 @@ def measure(cell: Cell, stacks: dict[str, Layer], turns: int) -> None:
     weights = jax.block_until_ready(in_format(make_weights(cell.config, jax.random.key(0)), cell.config))
     for routing in cell.routings:
         x, logits = make_inputs(cell.config, cell.tokens, routing)
-        logits = stack_logits(logits)
+        logits, calls = stack_logits(logits), layers_a_call(cell.tokens)
         runs = {name: layer.compiled_stacks[cell.tokens] for name, layer in stacks.items()}
         outputs = {name: np.asarray(run(x, weights, logits)[0]).view(np.int16) for name, run in runs.items()}
         for name, output in outputs.items():
@@ -103,9 +103,9 @@ def measure(cell: Cell, stacks: dict[str, Layer], turns: int) -> None:
         for turn in range(turns):
             for name in list(runs)[:: -1 if turn % 2 else 1]:
                 call = functools.partial(runs[name], x, weights, logits)
-                times[name].append(call_time(call, seconds=0.5) / CALLS)
+                times[name].append(call_time(call, seconds=0.5) / calls)
         for name, run in runs.items():
-            kernels = kernel_times(run, x, weights, logits, layers=CALLS, iterations=5)
+            kernels = kernel_times(run, x, weights, logits, layers=calls, iterations=5)
             layer_us = " ".join(f"{time:.1f}" for time in times[name])
             of_kernels = ", ".join(f"{kernel}: {time:.2f}" for kernel, time in kernels.items())
             print(

@@ -199,7 +199,8 @@ def rounded_reciprocal(x: Any) -> Any:
 def store_columns(target: Any, values: Any, first: int, columns: tuple[Any, ...]) -> None:
     """Emits ``target[first + i, column] = values[i]`` for several columns; within `plgpu.inline_mgpu`.
 
-    Lanes that hold the same values share the columns among them. What is past the last row of `target` is not stored.
+    Lanes that hold the same values share the columns among them. What is past the last row of `target` is not stored. L2 is to
+    keep the words: memory is written in sectors of 32 bytes, and their neighbours come later, from other warps.
 
     Args:
         target: memref ``[N, R]`` of 32-bit elements in GPU memory.
@@ -234,8 +235,9 @@ def store_columns(target: Any, values: Any, first: int, columns: tuple[Any, ...]
             llvm.inline_asm(
                 ir.Type.parse("!llvm.void"),
                 [address, value, row, column],
-                f"{{ .reg .pred p, q; setp.ge.s32 p, $3, 0; setp.lt.and.s32 q, $2, {num_rows}, p; "
-                "@q st.global.f32 [$0], $1; }",
+                f"{{ .reg .pred p, q; .reg .b64 keep; setp.ge.s32 p, $3, 0; setp.lt.and.s32 q, $2, {num_rows}, p; "
+                "createpolicy.fractional.L2::evict_last.b64 keep, 1.0; "
+                "@q st.global.L2::cache_hint.f32 [$0], $1, keep; }",
                 "l,f,r,r,~{memory}",
                 has_side_effects=True,
             )

@@ -97,11 +97,13 @@ def check_activation(activation: str, alpha: float | None, beta: float | None, l
         get_activation(name, alpha, beta, limit)
 
 
-def check_gating(hidden_states: torch.Tensor, gating_output: torch.Tensor, topk: int, scoring_func: str) -> None:
+def check_gating(
+    hidden_states: torch.Tensor, gating_output: torch.Tensor, topk: int, scoring_func: str = "softmax"
+) -> None:
     """Raises ValueError or TypeError for router logits or a routing that do not fit.
 
     Example:
-        >>> check_gating(torch.ones(3, 8), torch.ones(3, 4), 2, "softmax")
+        >>> check_gating(torch.ones(3, 8), torch.ones(3, 4), 2)
     """
     if gating_output.dim() != 2 or gating_output.shape[0] != hidden_states.shape[0]:
         raise ValueError(
@@ -162,12 +164,13 @@ def check_slots(
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None,
     experts: int,
+    on_input: bool,
 ) -> None:
     """Raises ValueError or TypeError for slots ``[T, k]`` or an expert map that do not fit E experts and their weights.
 
     Example:
         >>> slots = torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int32)
-        >>> check_slots(torch.ones(3, 8), torch.ones(4, 32, 8), *slots, None, 4)
+        >>> check_slots(torch.ones(3, 8), torch.ones(4, 32, 8), *slots, None, 4, False)
     """
     if topk_ids.dtype not in (torch.int32, torch.int64) or not topk_weights.is_floating_point():
         raise TypeError(
@@ -181,6 +184,11 @@ def check_slots(
         )
     if not 1 <= topk_ids.shape[1] <= experts:
         raise ValueError(f"topk_ids has k={topk_ids.shape[1]} slots a token, which must lie in [1, E={experts}]")
+    if on_input and topk_ids.shape[1] != 1:
+        raise ValueError(
+            f"apply_router_weight_on_input needs k = 1, got topk_ids of shape {tuple(topk_ids.shape)}: with more experts a "
+            "token has no single weight"
+        )
     if expert_map is None:
         if w1.shape[0] != experts:
             raise ValueError(

@@ -6,15 +6,8 @@ from typing import Any
 
 import torch
 
-from moe_jax_torch.checks import (
-    check_activation,
-    check_devices,
-    check_gating,
-    check_slots,
-    check_weights,
-    refuse_forward_mode,
-)
-from moe_jax_torch.ops import FusedExperts, Route, differentiably
+from moe_jax_torch.checks import check_activation, check_devices, check_gating, refuse_forward_mode
+from moe_jax_torch.gradients import FusedExperts, Route, differentiably
 from moe_jax_torch.quantized import QuantConfig, quantized_experts
 
 _EPSILON = 1e-20  # as in the grouped methods of moe_jax: a sum of scores that all underflow gives weights of 0
@@ -154,7 +147,8 @@ def fused_experts(
     """Every token through its experts, summed with the weights of its slots, in float32.
 
     Differentiable in `hidden_states`, `w1`, `w2`, `topk_weights` and the biases. Each static configuration is compiled once for
-    each power of two of tokens; the rows up to it visit no expert. On a GPU the call cannot be part of a CUDA graph.
+    each power of two of tokens; the rows up to it visit no expert. On a GPU the kernels are launched on torch's current stream
+    and can be captured in a CUDA graph, after one call with as many tokens; see `moe_jax_torch.set_launch` for the exceptions.
 
     Args:
         hidden_states: ``[T, H]``, bfloat16, float16 or float32, any strides; T may be 0.
@@ -184,7 +178,7 @@ def fused_experts(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or values that do not fit.
         RuntimeError: a gradient wanted through `out`, `inplace` or quantized weights; a device that JAX does not have; a CUDA
-            graph being captured of a layer that is not kernels alone.
+            graph being captured that cannot record this layer, or before the first call.
 
     Source: vLLM's function of this name for names and meaning; `moe_jax.apply_experts` computes it.
 
@@ -198,16 +192,9 @@ def fused_experts(
     check_activation(activation, swiglu_alpha, swiglu_beta, swiglu_limit)
     if global_num_experts == -1:
         global_num_experts = w1.shape[0] if expert_map is None else expert_map.shape[0]
-    if quant_config is None:
-        check_weights(hidden_states, w1, w2, activation, w1_bias, w2_bias)
-    check_slots(hidden_states, w1, topk_weights, topk_ids, expert_map, global_num_experts)
-    if apply_router_weight_on_input and topk_ids.shape[1] != 1:
-        raise ValueError(
-            f"apply_router_weight_on_input needs k = 1, got topk_ids of shape {tuple(topk_ids.shape)}: with more experts a "
-            "token has no single weight"
-        )
-    tensors = (hidden_states, w1, w2, topk_weights.float(), topk_ids, expert_map, w1_bias, w2_bias)
-    check_devices(tensors)
+    topk_weights = topk_weights.float() if topk_weights.is_floating_point() else topk_weights  # integers are refused
+    tensors = (hidden_states, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias)
+    check_devices(tensors)  # here too: tensors on meta and elsewhere never reach an operator's kernel
     refuse_forward_mode(tensors)
     swiglu = (swiglu_alpha, swiglu_beta, swiglu_limit)
     static = (activation, apply_router_weight_on_input, global_num_experts, *swiglu)

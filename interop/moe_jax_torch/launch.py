@@ -14,11 +14,11 @@ from typing import Any
 
 import jax
 import torch
-from torch._C import _cuda_getCurrentRawStream as current_raw_stream  # private, but ten times as fast as the public way
 
 from moe_jax import _compat
-from moe_jax_torch.bridge import TORCH_DTYPES, array_dtype, as_jax_dtype, own_memory, shares_memory
+from moe_jax_torch.bridge import DTYPES, TORCH_DTYPES, array_dtype
 from moe_jax_torch.program import NotLaunchable, Program
+from moe_jax_torch.workspace import ALIGNMENT
 
 MODES = ("auto", "never", "always")
 _mode = "auto"
@@ -50,16 +50,20 @@ def set_launch(mode: str) -> str:
     return before
 
 
-def launcher(function: Any, operands: Any, static: dict[str, Any]) -> Launcher | None:
-    """What launches a function of `moe_jax_torch.calls` on a GPU, or None where JAX has to run it.
+def launch(
+    function: Any, operands: Any, static: dict[str, Any], *, check: Callable[[], None], own: Callable[[], Any]
+) -> list[torch.Tensor] | None:
+    """The leaves of what a function of `moe_jax_torch.calls` returns, in memory of their own; None where JAX has to run it.
 
     The first call with new shapes lowers the function and compiles its kernels, which takes seconds. It cannot be done while a
     graph is captured: make one call before, as one does to warm up.
 
     Args:
         function: jitted.
-        operands: its positional arguments, with tensors in the place of arrays; only shapes, dtypes and device are looked at.
+        operands: its positional arguments, with tensors in the place of arrays.
         static: its static arguments.
+        check: raises for operands that do not fit; not called again for shapes and dtypes that did.
+        own: makes the operands that kernels can take, where these are not such: contiguous, at multiples of 256 bytes, not int64.
 
     Raises:
         RuntimeError: a CUDA graph is being captured and there is nothing compiled to be launched; the mode is ``always`` and the
@@ -67,15 +71,16 @@ def launcher(function: Any, operands: Any, static: dict[str, Any]) -> Launcher |
         TypeError: a dtype that JAX does not have.
     """
     leaves, tree = jax.tree.flatten(operands)
-    device = leaves[0].device
-    if _mode == "never" or device.type != "cuda":
+    if _mode == "never" or not _on_gpu(leaves[0]):
+        check()
         return None
-    key = (function, tree, device, *static.values(), *[(leaf.shape, leaf.dtype) for leaf in leaves])
+    key = (function, tree, *static.values(), *[(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves])
     found = _found.get(key)
     if found is None:
+        check()
         found = _find(key, function, operands, static)
     if isinstance(found, Launcher):
-        return found
+        return found(leaves, own)
     if _mode == "always":
         raise RuntimeError(f"set_launch('always'), but {found}; use a dtype and sizes that have kernels, or set 'auto'")
     if torch.cuda.is_current_stream_capturing():
@@ -84,6 +89,15 @@ def launcher(function: Any, operands: Any, static: dict[str, Any]) -> Launcher |
             "Use a dtype and sizes that have kernels, or leave the call out of the graph"
         )
     return None
+
+
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _current_stream(device: int) -> int:
+    """The handle of torch's current stream; private, because the public way makes an object of it at every call."""
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 _found: dict[Any, Launcher | str] = {}  # or the reason why there is none
@@ -140,24 +154,25 @@ class Launcher:
             self._launches.append((kernels[step.kernel], start * ctypes.sizeof(ctypes.c_uint64)))
             start += len(step.buffers)
 
-    def __call__(self, operands: Any) -> list[torch.Tensor]:
+    def __call__(self, tensors: list[torch.Tensor], own: Callable[[], Any]) -> list[torch.Tensor]:
         """Launches the kernels on the current stream.
 
         Args:
-            operands: of the function, with tensors on the device. One that kernels cannot take as it is (not contiguous, not at a
-                multiple of 256 bytes, int64) is copied first.
+            tensors: the leaves of the operands, on the device.
+            own: gives the operands that are used instead, if kernels cannot take these.
 
         Returns:
             The leaves of what the function returns.
         """
-        tensors = [
-            tensor if shares_memory(tensor) else own_memory(as_jax_dtype(tensor))
-            for tensor in jax.tree.leaves(operands)
-        ]
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        taken = all(tensor.is_contiguous() and tensor.dtype in DTYPES for tensor in tensors)
+        if not taken or any(address % ALIGNMENT for address in addresses):
+            tensors = jax.tree.leaves(own())  # which live until the kernels are queued
+            addresses = [tensor.data_ptr() for tensor in tensors]
         outputs = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in self._outputs]
         workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=self._device)
-        buffers = self._buffers((*[tensor.data_ptr() for tensor in (*tensors, *outputs)], workspace.data_ptr()))
-        address, stream = ctypes.addressof(buffers), current_raw_stream(self._device.index)
+        buffers = self._buffers((*addresses, *[output.data_ptr() for output in outputs], workspace.data_ptr()))
+        address, stream = ctypes.addressof(buffers), _current_stream(self._device.index)
         with self._context:
             for kernel, start in self._launches:
                 kernel(stream, address + start)

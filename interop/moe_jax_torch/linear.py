@@ -16,18 +16,9 @@ from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax_torch.bridge import to_torch
 from moe_jax_torch.calls import implementation_for
 from moe_jax_torch.checks import check_devices, once_differentiable, refuse_forward_mode
-from moe_jax_torch.launch import launcher
-from moe_jax_torch.ops import (
-    _BACKWARD_TAGS,
-    _TAGS,
-    _check_range,
-    _each,
-    _import,
-    _library,
-    _padded,
-    _weights,
-    differentiably,
-)
+from moe_jax_torch.gradients import differentiably
+from moe_jax_torch.launch import launch
+from moe_jax_torch.ops import _BACKWARD_TAGS, _TAGS, _check_range, _import, _library, _own, _padded, _weights, each
 
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor ids, Tensor? bias"
 _OPERANDS = (0, 1, 3)  # of the arguments, those with gradients
@@ -103,7 +94,7 @@ class ExpertLinear(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         """One element of the batch after the other."""
-        return _each(ExpertLinear.apply, info, in_dims, arguments)
+        return each(ExpertLinear.apply, info, in_dims, arguments)
 
 
 def _linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None, ids: jax.Array, implementation: str) -> jax.Array:
@@ -139,8 +130,7 @@ def _linear_backward(
 
 
 def _padded_operands(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor | None) -> Any:
-    _check_range("ids", ids, weight.shape[0])
-    return (_padded(x), weight, bias, _padded(ids, -1)), {"implementation": implementation_for(x.device.type)}
+    return (_padded(x, 0), weight, bias, _padded(ids, -1)), {"implementation": implementation_for(x.device.type)}
 
 
 def _map_weights(function: Callable[[Any], Any], operands: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -153,10 +143,15 @@ def _expert_linear(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, bia
     if out.numel() == 0:
         return out
     operands, static = _padded_operands(x, weight, ids, bias)
-    launch = launcher(linear_forward, operands, static)
-    if launch is not None:
-        (result,) = launch(_map_weights(_weights.own, operands))
-        return result[: out.shape[0]]
+
+    def own() -> Any:
+        x, weight, bias, ids = _map_weights(_weights.own, operands)
+        return _own(x), weight, bias, _own(ids)
+
+    check = functools.partial(_check_range, "ids", ids, weight.shape[0])
+    results = launch(linear_forward, operands, static, check=check, own=own)
+    if results is not None:
+        return results[0][: out.shape[0]]
     x, weight, bias, ids = _map_weights(_weights, operands)
     return to_torch(linear_forward(_import(x), weight, bias, _import(ids), **static), out=out, rows=out.shape[0])
 
@@ -200,7 +195,7 @@ def _register() -> None:
         torch.library.register_fake(f"moe_jax::{name}", fake, lib=_library)
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        return _each(torch.ops.moe_jax.expert_linear_backward, info, in_dims, arguments)
+        return each(torch.ops.moe_jax.expert_linear_backward, info, in_dims, arguments)
 
     torch.library.register_vmap("moe_jax::expert_linear_backward", rule, lib=_library)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moe_jax_torch.checks import check_activation, check_devices, check_gating, check_weights, refuse_forward_mode
+from moe_jax_torch.checks import check_activation, check_devices, refuse_forward_mode
 from moe_jax_torch.functional import fused_experts, fused_topk, grouped_topk
 from moe_jax_torch.parallel import Ranks, checked_map, neighbours
 from moe_jax_torch.quantized import QuantConfig, parameters_of, scale_name
@@ -274,8 +274,6 @@ class FusedMoE(torch.nn.Module):
         self, x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, logits: torch.Tensor, routing: tuple[Any, ...]
     ) -> torch.Tensor:
         """Routing and experts as one: on a GPU fewer kernels than one after the other. It has no gradient."""
-        check_gating(x, logits, self.top_k, self.scoring_func)
-        check_weights(x, w13, w2, self.activation, self.w13_bias, self.w2_bias)
         tensors = (x, w13, w2, logits, self.e_score_correction_bias, self.expert_map, self.w13_bias, self.w2_bias)
         check_devices(tensors)
         refuse_forward_mode(tensors)

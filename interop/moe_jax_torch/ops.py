@@ -1,13 +1,14 @@
 """The operators that torch knows: `torch.ops.moe_jax`, with fake kernels for the compiler and gradients for autograd.
 
-They are low-level: `moe_jax_torch.functional` checks arguments and calls them. Their gradients are those of `FusedExperts` and
-`Route`; called alone an operator has none, and torch warns when one is asked for. `moe` is for inference alone. An operator's
-kernel is the only place that launches kernels and from which tensors cross to JAX, so that the compiler, vmap and autograd never
-look into that.
+They are low-level: `moe_jax_torch.functional` calls them. Their gradients are in `moe_jax_torch.gradients`; called alone an
+operator has none, and torch warns when one is asked for. `moe` is for inference alone. An operator's kernel is the only place
+that launches kernels and from which tensors cross to JAX, so that the compiler, vmap and autograd never look into that. It checks
+its arguments where their shapes and dtypes are new to it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,9 @@ import torch
 
 from moe_jax.routing_methods import RoutingRule
 from moe_jax_torch import calls
-from moe_jax_torch.bridge import to_jax, to_torch
-from moe_jax_torch.checks import once_differentiable
-from moe_jax_torch.launch import launcher
+from moe_jax_torch.bridge import as_jax_dtype, own_memory, to_jax, to_torch
+from moe_jax_torch.checks import check_devices, check_gating, check_slots, check_weights
+from moe_jax_torch.launch import launch
 from moe_jax_torch.weight_cache import WeightCache
 
 _LAYER = (
@@ -37,7 +38,7 @@ _MOE = (
     "int num_expert_group, int topk_group, float routed_scaling_factor"
 )
 # Of the arguments of a layer, those with gradients: as `calls.Operands` has them.
-_OPERANDS = (0, 1, 2, 3, 6, 7)
+OPERANDS = (0, 1, 2, 3, 6, 7)
 
 # The compiler must keep strides as they are, and split CUDA graphs around what JAX runs, which is not launched on torch's stream.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -64,7 +65,7 @@ def bucket(tokens: int) -> int:
     return 1 << max(0, tokens - 1).bit_length()
 
 
-def _padded(tensor: torch.Tensor, value: float | None = 0) -> torch.Tensor:
+def _padded(tensor: torch.Tensor, value: float | None) -> torch.Tensor:
     """The tensor with rows of `value` up to its bucket; of anything for None, where no kernel reads rows without an expert."""
     tokens = tensor.shape[0]
     if tokens == bucket(tokens):
@@ -92,12 +93,13 @@ _Layer = tuple[calls.Operands, torch.Tensor, torch.Tensor | None]
 def _padded_layer(layer: tuple[Any, ...], value: float | None = None) -> tuple[_Layer, calls.Static]:
     """The tensors of a layer, those with tokens padded (ids with -1, others with `value`), and its static part."""
     x, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias, activation, on_input, experts, *swiglu = layer
-    _check_range("topk_ids", topk_ids, experts)
-    if expert_map is not None:
-        _check_range("expert_map", expert_map, w1.shape[0])
-    operands = calls.Operands(_padded(x, value), w1, w2, _padded(topk_weights, value), w1_bias, w2_bias)
+    if x.shape[0] != bucket(x.shape[0]):
+        if not x.shape[:1] == topk_weights.shape[:1] == topk_ids.shape[:1]:
+            _check_experts(layer)  # now: their buckets may be the same
+        x, topk_weights, topk_ids = _padded(x, value), _padded(topk_weights, value), _padded(topk_ids, -1)
+    operands = calls.Operands(x, w1, w2, topk_weights, w1_bias, w2_bias)
     static = calls.Static(activation, on_input, experts, calls.implementation_for(x.device.type), *swiglu)
-    return (operands, _padded(topk_ids, -1), expert_map), static
+    return (operands, topk_ids, expert_map), static
 
 
 def _cross(operands: calls.Operands, tensor: Callable[[Any], Any], weight: Callable[[Any], Any]) -> calls.Operands:
@@ -112,24 +114,50 @@ def _import(tensor: torch.Tensor) -> jax.Array:
     return to_jax(tensor, detach=True)
 
 
-def _run(function: Any, tensors: Any, static: dict[str, Any], tokens: int, out: torch.Tensor | None) -> torch.Tensor:
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    return own_memory(as_jax_dtype(tensor))
+
+
+def _run(
+    function: Any,
+    tensors: Any,
+    static: dict[str, Any],
+    check: Callable[[], None],
+    tokens: int,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
     """A layer, its `calls.Operands` first: launched on torch's stream where it can be, else by JAX."""
     operands, *others = tensors
-    launch = launcher(function, tensors, static)
-    if launch is None:
-        operands = _cross(operands, _import, _weights)
-        return to_torch(function(operands, *jax.tree.map(_import, others), **static), out=out, rows=tokens)
-    (result,) = launch((_cross(operands, lambda tensor: tensor, _weights.own), *others))
-    result = result if result.shape[0] == tokens else result[:tokens]
+
+    def own() -> Any:
+        return _cross(operands, _own, _weights.own), *jax.tree.map(_own, others)
+
+    results = launch(function, tensors, static, check=check, own=own)
+    if results is None:
+        arrays = _cross(operands, _import, _weights), *jax.tree.map(_import, others)
+        return to_torch(function(*arrays, **static), out=out, rows=tokens)
+    result = results[0] if results[0].shape[0] == tokens else results[0][:tokens]
     return result if out is None else out.copy_(result)
 
 
+def _check_experts(layer: tuple[Any, ...]) -> None:
+    x, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias, activation, on_input, experts, *_ = layer
+    check_weights(x, w1, w2, activation, w1_bias, w2_bias)
+    check_slots(x, w1, topk_weights, topk_ids, expert_map, experts, on_input)
+    check_devices(layer[:8])
+    _check_range("topk_ids", topk_ids, experts)
+    if expert_map is not None:
+        _check_range("expert_map", expert_map, w1.shape[0])
+
+
 def _run_experts(layer: tuple[Any, ...], out: torch.Tensor | None) -> torch.Tensor:
-    tokens = layer[0].shape[0]
-    if tokens == 0:  # kernels cannot have grids of nothing
+    x = layer[0]
+    if x.dim() != 2 or x.shape[0] == 0:  # kernels cannot have grids of nothing
+        _check_experts(layer)
         return _fake_fused_experts(*layer) if out is None else out
     tensors, static = _padded_layer(layer)
-    return _run(calls.experts_forward, tensors, {"static": static}, tokens, out)
+    check = functools.partial(_check_experts, layer)
+    return _run(calls.experts_forward, tensors, {"static": static}, check, x.shape[0], out)
 
 
 def _fused_experts(*layer: Any) -> torch.Tensor:
@@ -148,7 +176,7 @@ def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> list[torch.T
         return [out.zero_() for out in _fake_fused_experts_backward(grad, *arguments)]
     tensors, static = _padded_layer(tuple(layer), 0)
     operands, (ids, expert_map) = _cross(tensors[0], _import, _weights), jax.tree.map(_import, tensors[1:])
-    needs, grad = tuple(needs), _import(_padded(grad))
+    needs, grad = tuple(needs), _import(_padded(grad, 0))
     grads = calls.experts_backward(grad, operands, ids, expert_map, static=static, needs=needs)
     with_tokens = [
         name in ("x", "topk_weights") for name, need in zip(calls.Operands._fields, needs, strict=True) if need
@@ -173,19 +201,36 @@ def _moe(
     top_k: int,
     *routing: Any,
 ) -> torch.Tensor:
-    tokens, experts = logits.shape
-    if tokens == 0:
-        return _fake_fused_experts(hidden_states)
-    operands = calls.Operands(_padded(hidden_states, None), w1, w2, None, w1_bias, w2_bias)
-    tensors = operands, _padded(logits, float("nan")), bias, expert_map  # a row of NaN chooses no expert
-    implementation = calls.implementation_for(hidden_states.device.type)
+    layer = hidden_states, w1, w2, activation, w1_bias, w2_bias
+    check = functools.partial(_check_moe, layer, logits, bias, expert_map, top_k)
+    x, tokens = hidden_states, hidden_states.shape[0]
+    if x.dim() != 2 or logits.dim() != 2 or logits.shape[0] != tokens or tokens == 0:
+        check()
+        return _fake_fused_experts(x)
+    if tokens != bucket(tokens):
+        x, logits = _padded(x, None), _padded(logits, float("nan"))  # a row of NaN chooses no expert
+    implementation = calls.implementation_for(x.device.type)
     swiglu = (swiglu_alpha, swiglu_beta, swiglu_limit)
     static = {
-        "static": calls.Static(activation, apply_router_weight_on_input, experts, implementation, *swiglu),
+        "static": calls.Static(activation, apply_router_weight_on_input, logits.shape[1], implementation, *swiglu),
         "top_k": top_k,
         "routing": calls.routing_of(*routing),
     }
-    return _run(calls.moe_forward, tensors, static, tokens, None)
+    tensors = calls.Operands(x, w1, w2, None, w1_bias, w2_bias), logits, bias, expert_map
+    return _run(calls.moe_forward, tensors, static, check, tokens, None)
+
+
+def _check_moe(
+    layer: tuple[Any, ...],
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    top_k: int,
+) -> None:
+    x, w1, w2, _, w1_bias, w2_bias = layer
+    check_weights(*layer)
+    check_gating(x, logits, top_k)
+    check_devices((x, w1, w2, w1_bias, w2_bias, logits, bias, expert_map))
 
 
 def _static_route(logits: torch.Tensor, top_k: int, rule: tuple[Any, ...]) -> dict[str, Any]:
@@ -199,14 +244,15 @@ def _route(
     tokens = logits.shape[0]
     if tokens == 0:
         return _fake_route(logits, bias, top_k)
-    tensors, static = (_padded(logits), bias), _static_route(logits, top_k, rule)
-    launch = launcher(calls.route_forward, tensors, static)
-    if launch is None:
+    tensors, static = (_padded(logits, 0), bias), _static_route(logits, top_k, rule)
+    check = functools.partial(check_devices, tensors)
+    launched = launch(calls.route_forward, tensors, static, check=check, own=lambda: jax.tree.map(_own, tensors))
+    if launched is None:
         ids, weights = (
             to_torch(array, rows=tokens) for array in calls.route_forward(*jax.tree.map(_import, tensors), **static)
         )
         return weights, ids
-    ids, weights = launch(tensors)
+    ids, weights = launched
     return weights[:tokens], ids[:tokens]
 
 
@@ -215,7 +261,7 @@ def _route_backward(
 ) -> torch.Tensor:
     out = _fake_route_backward(grad, logits)
     if (tokens := logits.shape[0]) > 0:
-        arrays = jax.tree.map(_import, (_padded(grad), _padded(logits), bias))
+        arrays = jax.tree.map(_import, (_padded(grad, 0), _padded(logits, 0), bias))
         to_torch(calls.route_backward(*arrays, **_static_route(logits, top_k, rule)), out=out, rows=tokens)
     return out
 
@@ -226,7 +272,7 @@ def _fake_fused_experts(hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
 
 def _fake_fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
     *layer, needs = arguments
-    operands = (layer[place] for place in _OPERANDS)
+    operands = (layer[place] for place in OPERANDS)
     return [operand.new_empty(operand.shape) for operand, need in zip(operands, needs, strict=True) if need]
 
 
@@ -239,7 +285,7 @@ def _fake_route_backward(_: torch.Tensor, logits: torch.Tensor, *__: Any) -> tor
     return logits.new_empty(logits.shape)
 
 
-def _each(operator: Any, info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+def each(operator: Any, info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
     """The rule of vmap: the operator on each element of the batch, one after the other."""
 
     def element(index: int) -> list[Any]:
@@ -268,116 +314,8 @@ def _register() -> None:
         torch.library.register_fake(f"moe_jax::{name}", fake, lib=_library)
     for name in ("moe", "fused_experts_backward", "route_backward"):
         operator = getattr(torch.ops.moe_jax, name)
-        rule = lambda info, in_dims, *arguments, operator=operator: _each(operator, info, in_dims, arguments)  # noqa: E731
+        rule = lambda info, in_dims, *arguments, operator=operator: each(operator, info, in_dims, arguments)  # noqa: E731
         torch.library.register_vmap(f"moe_jax::{name}", rule, lib=_library)
 
 
 _register()
-
-
-def differentiably(function: type[torch.autograd.Function], operator: Any, *arguments: Any) -> Any:
-    """An operator through its `torch.autograd.Function` where something asks for that, else alone, which is much quicker.
-
-    Args:
-        function: `FusedExperts` or `Route`.
-        operator: what it is the gradient of.
-        arguments: of both.
-    """
-    tensors = (argument for argument in arguments if isinstance(argument, torch.Tensor))
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-    ):
-        return function.apply(*arguments)
-    return operator(*arguments)
-
-
-class FusedExperts(torch.autograd.Function):
-    """`torch.ops.moe_jax.fused_experts` with its gradient. Forward mode and second derivatives raise.
-
-    The backward pass runs the layer again and computes the gradients that are needed, those of frozen weights not.
-    """
-
-    @staticmethod
-    def forward(  # torch.compile counts the parameters, so they are written out
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        expert_map: torch.Tensor | None,
-        w1_bias: torch.Tensor | None,
-        w2_bias: torch.Tensor | None,
-        activation: str,
-        apply_router_weight_on_input: bool,
-        global_num_experts: int,
-        swiglu_alpha: float | None,
-        swiglu_beta: float | None,
-        swiglu_limit: float | None,
-    ) -> torch.Tensor:
-        """The operator."""
-        tensors = (hidden_states, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias)
-        static = (activation, apply_router_weight_on_input, global_num_experts, swiglu_alpha, swiglu_beta, swiglu_limit)
-        return torch.ops.moe_jax.fused_experts(*tensors, *static)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        """Keeps the inputs: an in-place write to one of them before the backward pass raises."""
-        ctx.save_for_backward(*inputs[:8])
-        ctx.static = inputs[8:]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        """Of those inputs that have gradients and need them."""
-        needs = [ctx.needs_input_grad[place] for place in _OPERANDS]
-        grads = iter(torch.ops.moe_jax.fused_experts_backward(grad, *ctx.saved_tensors, *ctx.static, needs))
-        wanted = {place: next(grads) for place, need in zip(_OPERANDS, needs, strict=True) if need}
-        return tuple(wanted.get(place) for place in range(8 + len(ctx.static)))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *layer: Any) -> tuple[Any, Any]:
-        """One element of the batch after the other."""
-        return _each(FusedExperts.apply, info, in_dims, layer)
-
-
-class Route(torch.autograd.Function):
-    """`torch.ops.moe_jax.route` with the gradient of its logits. Forward mode and second derivatives raise."""
-
-    @staticmethod
-    def forward(
-        logits: torch.Tensor,
-        bias: torch.Tensor | None,
-        top_k: int,
-        score: str,
-        weight: str,
-        renormalize: bool,
-        renorm_epsilon: float,
-        num_expert_group: int,
-        topk_group: int,
-        group_score: str,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The operator."""
-        rule = (score, weight, renormalize, renorm_epsilon, num_expert_group, topk_group, group_score, scale)
-        return torch.ops.moe_jax.route(logits, bias, top_k, *rule)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Keeps the inputs."""
-        ctx.save_for_backward(*inputs[:2])
-        ctx.static = inputs[2:]
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
-        """Of the logits; the bias only selects."""
-        logits = torch.ops.moe_jax.route_backward(grad, *ctx.saved_tensors, *ctx.static)
-        return (logits, *[None] * (1 + len(ctx.static)))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        """One element of the batch after the other."""
-        return _each(Route.apply, info, in_dims, arguments)

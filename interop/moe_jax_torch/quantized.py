@@ -12,8 +12,9 @@ from moe_jax import ExpertWeights, MoEConfig, TopK, apply_experts
 from moe_jax.quantization import QuantizedArray, quant_format, quantize_experts
 from moe_jax_torch import calls
 from moe_jax_torch.bridge import TORCH_DTYPES, to_torch
-from moe_jax_torch.launch import launcher
-from moe_jax_torch.ops import _TAGS, _check_range, _each, _import, _library, _padded, _weights
+from moe_jax_torch.checks import check_devices, check_slots
+from moe_jax_torch.launch import launch
+from moe_jax_torch.ops import _TAGS, _check_range, _import, _library, _own, _padded, _weights, each
 
 _TENSORS = (
     "Tensor hidden_states, Tensor w1, Tensor w2, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, "
@@ -176,15 +177,23 @@ def _quantized_experts(*arguments: Any) -> torch.Tensor:
     if tokens == 0:
         return out
     static = _Static(*arguments[14:], calls.implementation_for(x.device.type))
-    _check_range("topk_ids", topk_ids, static.num_experts)
-    if expert_map is not None:
-        _check_range("expert_map", expert_map, w1.shape[0])
-    rows = (_padded(x), _padded(topk_weights), _padded(topk_ids, -1), expert_map)
+
+    def check() -> None:
+        check_slots(x, w1, topk_weights, topk_ids, expert_map, static.num_experts, static.apply_router_weight_on_input)
+        check_devices(arguments[:14])
+        _check_range("topk_ids", topk_ids, static.num_experts)
+        if expert_map is not None:
+            _check_range("expert_map", expert_map, w1.shape[0])
+
+    rows = (_padded(x, 0), _padded(topk_weights, 0), _padded(topk_ids, -1), expert_map)
     arrays = (w1, w2, w1_bias, w2_bias, *quant)
-    launch = launcher(quantized_forward, (*rows, arrays), {"static": static})
-    if launch is not None:
-        (result,) = launch((*rows, jax.tree.map(_weights.own, arrays)))
-        return result[:tokens]
+
+    def own() -> Any:
+        return *jax.tree.map(_own, rows), jax.tree.map(_weights.own, arrays)
+
+    results = launch(quantized_forward, (*rows, arrays), {"static": static}, check=check, own=own)
+    if results is not None:
+        return results[0][:tokens]
     operands = (*jax.tree.map(_import, rows), jax.tree.map(_weights, arrays))
     return to_torch(quantized_forward(*operands, static=static), out=out, rows=tokens)
 
@@ -199,7 +208,7 @@ def _register() -> None:
     torch.library.register_fake("moe_jax::quantized_experts", _fake, lib=_library)
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        return _each(torch.ops.moe_jax.quantized_experts, info, in_dims, arguments)
+        return each(torch.ops.moe_jax.quantized_experts, info, in_dims, arguments)
 
     torch.library.register_vmap("moe_jax::quantized_experts", rule, lib=_library)
 

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from moe_jax.config import MoEConfig
 
 THREADS = 16
-CALLS = 4  # layers one behind the other, in one jit or in one CUDA graph, as those of a model are
+FEW_TOKENS = 16
+
+
+def layers_a_call(tokens: int) -> int:
+    """Layers one behind the other, in one jit or in one CUDA graph, as those of a model are.
+
+    So many that the GPU is busy for longer than the host needs to start a jitted function.
+    """
+    return 16 if tokens <= FEW_TOKENS else 4
 
 
 class Layer:
@@ -45,7 +53,7 @@ class Layer:
         return self.compiled.get(tokens, self.jitted)
 
     def stack_at(self, tokens: int) -> Callable[..., Any]:
-        """`CALLS` layers in one jit, each on the output of the last: ``(x, weights, logits) -> (first output, last output)``.
+        """`layers_a_call` layers in one jit, each on the output of the last: ``(x, weights, logits) -> (first, last output)``.
 
         XLA computes what is the same in all of them once: each gets its logits as an argument of its own (`stack_logits`).
         """
@@ -58,7 +66,7 @@ class Layer:
 
 def stack_logits(logits: Any) -> tuple[Any, ...]:
     """The logits as a stack takes them."""
-    return (logits,) * CALLS
+    return (logits,) * layers_a_call(logits.shape[0])
 
 
 class Job(NamedTuple):

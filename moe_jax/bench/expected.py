@@ -24,7 +24,9 @@ TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 # With quantized experts, in any dtype. Hidden rows are quantized too: a sum that is a little off may fall to the next code, in
 # FP8 a step of up to an eighth. So a difference of a thousandth before that is one of a hundredth after it.
 QUANTIZED_TOLERANCE = 1e-2
-FP8_TOLERANCE = 2e-2
+# FP8 products that are not promoted every 128 of K are further off: with K 7168 up to 2.2e-2, ours and those of CUTLASS alike
+# (2026-11-26-h100-fp8_channel-layer.json).
+FP8_TOLERANCE = 3e-2
 PEER_TOLERANCE = (
     4e-2  # peers also round gate and up to 16 bits, and divide by a scale or multiply by its inverse, as they like
 )
@@ -145,7 +147,9 @@ def tolerance(config: MoEConfig, *, peer: bool = False) -> float:
         >>> def of(form):
         ...     return MoEConfig(2, 1, 16, 16, quantization=form)
         >>> [tolerance(of(form)) for form in (None, "int8_weight", "int8_channel", "fp8_block")]
-        [0.01, 0.01, 0.01, 0.02]
+        [0.01, 0.01, 0.01, 0.01]
+        >>> tolerance(of("fp8_channel"))
+        0.03
         >>> [tolerance(of(form), peer=True) for form in (None, "int8_weight", "fp8_block")]
         [0.01, 0.01, 0.04]
     """
@@ -156,7 +160,8 @@ def tolerance(config: MoEConfig, *, peer: bool = False) -> float:
         return QUANTIZED_TOLERANCE
     if peer:
         return PEER_TOLERANCE
-    return FP8_TOLERANCE if form.weights.is_float else QUANTIZED_TOLERANCE
+    promoted = form.weights.granularity == "block"
+    return FP8_TOLERANCE if form.weights.is_float and not promoted else QUANTIZED_TOLERANCE
 
 
 def wrong_output(error: float, largest: float) -> str | None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.bench.compiling import CALLS, Layer, stack_logits
+from moe_jax.bench.compiling import Layer, layers_a_call, stack_logits
 from moe_jax.bench.expected import Expected, finite, shared_scale, tolerance, wrong_output
 from moe_jax.bench.inputs import expert_loads
 from moe_jax.bench.roofline import Ceilings, bound_us, expert_bytes, floors, layer_flops
@@ -126,17 +126,18 @@ def _times(
     config: MoEConfig, stack: Any, operands: tuple[Any, ...], logits: jax.Array, ceilings: Ceilings, on_gpu: bool
 ) -> dict[str, Any]:
     tokens = logits.shape[0]
+    calls = layers_a_call(tokens)
     loads = expert_loads(config, np.asarray(logits))
     touched = int((loads > 0).sum())
     found: dict[str, Any] = {"touched_experts": touched, "rows_per_expert_max": int(loads.max())}
     least = floors(config, tokens, touched, ceilings)
     if on_gpu:
         try:
-            kernels = kernel_times(stack, *operands, layers=CALLS)
+            kernels = kernel_times(stack, *operands, layers=calls)
             found |= _rates(kernels, layer_flops(config, tokens), expert_bytes(config, touched), least.us)
         except RuntimeError as error:  # the profiler's; the layer can be timed without
             found["kernels_reason"] = str(error)[:300]
-    layer_us = call_time(lambda: stack(*operands)) / CALLS
+    layer_us = call_time(lambda: stack(*operands)) / calls
     found["layer_us"] = round(layer_us, 1)
     found["floor_memory_us"] = round(least.memory_us, 2)
     found["floor_compute_us"] = round(least.compute_us, 2)

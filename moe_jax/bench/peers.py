@@ -1,9 +1,9 @@
 """What else can run the layer here: the same inputs and weights, in the form that each peer likes best.
 
 A peer prepares its weights once (a transposed copy, a tensor on the same memory) and that is not timed. What runs under torch
-is recorded as a CUDA graph of `CALLS` layers, one behind the other, and replayed; JAX layers, ours too, are as many in one jit.
-Every layer reads the same inputs and weights. Nothing is rotated through memory: what fits into the L2 cache is found there, by
-every layer alike. The only file of the benchmark with torch.
+is recorded as a CUDA graph of `layers_a_call` layers, one behind the other, and replayed; JAX layers, ours too, are as many in
+one jit. Every layer reads the same inputs and weights. Nothing is rotated through memory: what fits into the L2 cache is found
+there, by every layer alike. The only file of the benchmark with torch.
 
 What a peer raises ends up in its row. An illegal address in its kernel cannot be caught: it breaks the CUDA context of the
 process, which is that of one case (`moe_jax.bench.processes`).
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.bench.compiling import CALLS, Layer, stack_logits
+from moe_jax.bench.compiling import Layer, layers_a_call, stack_logits
 from moe_jax.bench.inputs import weights_shape
 from moe_jax.bench.jax_layers import JAX_LAYERS
 from moe_jax.bench.quantized_layers import QUANTIZED_LAYERS, Coded, torch_layer
@@ -91,7 +91,8 @@ class JaxPeer:
         def bind(x: jax.Array, logits: jax.Array) -> Bound:
             jitted = self.layer.stack_at(x.shape[0]), x, own, stack_logits(logits)
             call = functools.partial(*jitted)
-            return Bound(call, jax.block_until_ready, _rows, self.what, layers=CALLS, jitted=jitted)
+            layers = layers_a_call(x.shape[0])
+            return Bound(call, jax.block_until_ready, _rows, self.what, layers=layers, jitted=jitted)
 
         return bind
 
@@ -159,7 +160,7 @@ class TorchPeer:
             call = functools.partial(torch.no_grad()(layer.function), *operands)
             if not operands[0].is_cuda or layer.reads_back:
                 return Bound(call, wait, rows, layer.what)
-            return _in_cuda_graph(torch, Bound(call, wait, rows, layer.what))
+            return _in_cuda_graph(torch, Bound(call, wait, rows, layer.what), layers_a_call(x.shape[0]))
 
         return bind
 
@@ -182,8 +183,8 @@ def _check_device(torch: Any) -> None:
         )
 
 
-def _in_cuda_graph(torch: Any, eager: Bound) -> Bound:
-    """The same as the replay of a CUDA graph; as it is, with the reason, where that fails."""
+def _in_cuda_graph(torch: Any, eager: Bound, layers: int) -> Bound:
+    """The same as the replay of a CUDA graph of so many layers; as it is, with the reason, where that fails."""
     try:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -193,7 +194,7 @@ def _in_cuda_graph(torch: Any, eager: Bound) -> Bound:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for _ in range(CALLS):  # the next one takes over the memory of the last
+            for _ in range(layers):  # the next one takes over the memory of the last
                 output = eager.call()
     except RuntimeError as error:
         return dataclasses.replace(eager, what=f"{eager.what}, no CUDA graph ({short(error)})")
@@ -202,7 +203,7 @@ def _in_cuda_graph(torch: Any, eager: Bound) -> Bound:
         graph.replay()
         return output
 
-    return dataclasses.replace(eager, call=replay, what=f"{eager.what}, in a CUDA graph", layers=CALLS)
+    return dataclasses.replace(eager, call=replay, what=f"{eager.what}, in a CUDA graph", layers=layers)
 
 
 def parse_peers(text: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moe_jax.bench import peers
-from moe_jax.bench.compiling import CALLS
+from moe_jax.bench.compiling import FEW_TOKENS, layers_a_call
 from moe_jax.bench.entrant import Entrant, Progress, Row, Turn, plan
 from moe_jax.bench.environment import describe, has_gpu
 from moe_jax.bench.options import BenchOptions
@@ -52,7 +52,7 @@ def run_bench(
         },
         "budget_seconds": options.budget,
         "peer_seconds": options.peer_seconds,
-        "layers_a_call": CALLS,
+        "layers_a_call": f"{layers_a_call(1)} (up to {FEW_TOKENS} tokens) or {layers_a_call(FEW_TOKENS + 1)}",
         "rows": [],
         "skipped": [head for case in options.cases for head in plan(case, options)],
     }

@@ -97,24 +97,32 @@ def quantized_matmul(
         likely_tiles = min(groups.num_rows, weights.shape[0])
         config = eight_bit(default_config(groups.tile_rows, gated, n_out, likely_tiles))
         config = within_memory(config, jnp.dtype(dtype).name, f"{weights.spec.dtype} {weights.spec.granularity}")
+    of_rows_and_weights = rows.values, rows.scales, weights.values, _scales(weights)
+    schedule = tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
+    options = {
+        "config": config,
+        "out_dtype": jnp.dtype(dtype),
+        "quantize": quantize,
+        "interpret": impl.interpret_params(chosen),
+    }
+    aligned = tokens_as_rows or groups.row_multiple % kernel.ROW_MULTIPLE == 0
+    if config.rows_first and aligned and not tokens_as_rows and weights.spec.granularity == "block":
+        from moe_jax.kernels.hopper import matmul_rows_first
+
+        gated = activation is not None and activation.is_gated
+        n_out = weights.shape[1] // (2 if gated else 1)
+        blocks = weights.scales.shape[1]
+        if matmul_rows_first.supports(n_out, blocks, gated, config, quantize=quantize is not None) is None:
+            return matmul_rows_first.grouped_matmul(*of_rows_and_weights, *schedule, bias, activation, **options)
     return kernel.grouped_matmul(
-        rows.values,
-        rows.scales,
-        weights.values,
-        _scales(weights),
-        tile_group,
-        groups.tile_starts,
-        groups.tile_sizes,
-        groups.num_tiles,
+        *of_rows_and_weights,
+        *schedule,
         bias,
         activation,
-        config=config,
-        out_dtype=jnp.dtype(dtype),
         tile_tokens=groups.tile_tokens if tokens_as_rows else None,
         total_rows=groups.num_rows,
-        aligned=tokens_as_rows or groups.row_multiple % kernel.ROW_MULTIPLE == 0,
-        quantize=quantize,
-        interpret=impl.interpret_params(chosen),
+        aligned=aligned,
+        **options,
     )
 
 

@@ -7,8 +7,8 @@ import itertools
 from typing import Any
 
 from moe_jax.kernels.hopper.matmul_config import Config
-from moe_jax.tuning.fit import config_misfit, misfit, quantizes_misfit
-from moe_jax.tuning.plan import Codes, LayerPlan, LayerShape, default_plan, most_rows, splits
+from moe_jax.tuning.fit import config_misfit, misfit, quantizes_misfit, rows_first_misfit
+from moe_jax.tuning.plan import Codes, LayerPlan, LayerShape, default_plan, splits
 
 MOST_STAGES = 8
 # With few rows the stream of weights is all that counts: how wide and how deep it is read.
@@ -58,6 +58,9 @@ _MANY_EIGHT_BIT: tuple[dict[str, Any], ...] = (
     {"consumers": 1},
     {"halves": 1},
     {"quantizes": True},
+    {"quantizes": False},
+    {"rows_first": True},
+    {"rows_first": True, "quantizes": True},
 )
 
 
@@ -70,7 +73,7 @@ def row_tiles(shape: LayerShape) -> tuple[int, ...]:
     """
     mean, most = shape.mean_rows, (128, 160, 192)
     if Codes.of(shape.codes).both:
-        most = tuple(rows for rows in (128, 144, 160) if rows <= most_rows(shape.codes))
+        most = (88, 96, 128) if Codes.of(shape.codes).granularity == "block" else (128, 144, 160)
     likely = (64,) if mean <= 24 else (64, 128) if mean <= 96 else most
     return tuple(sorted({*likely, default_plan(shape).tile_rows}))
 
@@ -104,6 +107,8 @@ def _variants(base: Config, shape: LayerShape, gated: bool, up: bool) -> list[Co
         if not splits(base.tile_rows, config) or (config.gather and not up):
             continue
         if config.quantizes and quantizes_misfit("up" if up else "down", config, shape):
+            continue
+        if config.rows_first and rows_first_misfit("up" if up else "down", config, shape):
             continue
         config = dataclasses.replace(config, row_counts=tuple(c for c in config.row_counts if splits(c, config)))
         deepest = (dataclasses.replace(config, stages=stages) for stages in range(MOST_STAGES, 1, -1))

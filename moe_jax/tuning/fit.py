@@ -48,13 +48,13 @@ def shared_memory_bytes(config: Config, dtype: str, codes: str = "") -> int:
     buffers = (
         config.stages * config.tile_rows * config.tile_k * of_rows,
         config.stages * config.stage_rows * config.tile_k // config.depth * of_weights,
-        config.consumers * 2 * STORED * COLUMNS * item,
-        weight_rows * 4,
+        config.consumers * (64 * 128 if config.rows_first else 2 * STORED * COLUMNS * item),  # rows on their way out
+        weight_rows * 4 * (2 if config.rows_first else 1),  # a bias: of 64 rows of weights for each consumer, or of all
         row_scales * 4,
         weight_rows * 4 if of.granularity == "channel" else 0,
         (2 * config.stages + 3 * config.consumers) * 8,
         ALIGNED if config.gather else 0,  # set aside for reductions
-        2 * STORED * GROUP if config.quantizes else 0,  # codes on their way out
+        2 * STORED * GROUP if config.quantizes and not config.rows_first else 0,  # codes on their way out, beside rows
     )
     return sum(math.ceil(size / ALIGNED) * ALIGNED for size in buffers)
 
@@ -86,8 +86,7 @@ def config_misfit(config: Config, gated: bool, dtype: str, codes: str = "") -> s
         'halves=1 must be 2: a gated projection keeps gate and up in one tile'
     """
     counts = config.row_counts
-    sizes = dataclasses.asdict(dataclasses.replace(config, row_counts=(), overlap=True, gather=True, quantizes=True))
-    del sizes["row_counts"]
+    sizes = {name: size for name, size in dataclasses.asdict(config).items() if type(size) is int}
     for name, size in sizes.items():
         if size < 1:
             return f"{name}={size} must be at least 1"
@@ -165,6 +164,10 @@ def misfit(shape: LayerShape, plan: LayerPlan) -> str | None:
             reason = quantizes_misfit(name, config, shape)
             if reason:
                 return f"{name}: {reason}"
+        if config.rows_first:
+            reason = rows_first_misfit(name, config, shape)
+            if reason:
+                return f"{name}: {reason}"
         reason = _operands_misfit(shape, weights, act, plan.tile_rows, config.gather)
         reason = reason or config_misfit(config, act is not None, shape.dtype, shape.codes)
         if reason:
@@ -183,6 +186,18 @@ def quantizes_misfit(name: str, config: Config, shape: LayerShape) -> str | None
     if not (of.both and of.granularity == "block"):
         return f"quantizes=True is for rows and weights with scales of blocks, not for {shape.codes or shape.dtype}"
     return can_quantize(Spec(of.dtype, "group", GROUP), config, shape.intermediate_size, shape.gated)
+
+
+def rows_first_misfit(name: str, config: Config, shape: LayerShape) -> str | None:
+    """Why a projection cannot have its rows on the M side of wgmma."""
+    from moe_jax.kernels.hopper.matmul_rows_first import supports as can_run
+
+    of, up = Codes.of(shape.codes), name == "up"
+    if not (of.both and of.granularity == "block"):
+        return f"rows_first=True is for rows and weights with scales of blocks, not for {shape.codes or shape.dtype}"
+    gated, n_out = up and shape.gated, shape.intermediate_size if up else shape.hidden_size
+    blocks = -(-n_out // GROUP) * (2 if gated else 1)
+    return can_run(n_out, blocks, gated, config, quantize=config.quantizes)
 
 
 def _operands_misfit(

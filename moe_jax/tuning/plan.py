@@ -13,6 +13,7 @@ from moe_jax.kernels.hopper.matmul_config import (
     eight_bit_tile_rows,
     fetches_by_token,
     few_counts,
+    pays_to_quantize,
     tile_rows_for,
 )
 
@@ -156,7 +157,8 @@ class LayerPlan:
         def smaller(config: Config) -> Config:
             counts = (*(c for c in config.row_counts if c < tile_rows), tile_rows)
             cluster = config.cluster if splits(tile_rows, config) else 1
-            changes = {"row_counts": counts, "cluster": cluster, "gather": False, "quantizes": False, "overlap": True}
+            changes = {"row_counts": counts, "cluster": cluster, "overlap": True}
+            changes |= {"gather": False, "quantizes": False, "rows_first": False}
             small = dataclasses.replace(config, **changes)
             return dataclasses.replace(small, stages=config.stages * config.stage_size // small.stage_size)
 
@@ -184,16 +186,18 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
         >>> default_plan(LayerShape(128, 32768, 2048, 768, gated=True, dtype="bfloat16")).tile_rows
         160
     """
-    from moe_jax.tuning.fit import within_memory
+    from moe_jax.tuning.fit import quantizes_misfit, within_memory
 
     tiles = min(shape.num_pairs, shape.num_local_experts)
     if Codes.of(shape.codes).both:
-        tile_rows = tile_rows or eight_bit_tile_rows(shape.mean_rows, shape.num_pairs)
-        tile_rows = min(tile_rows, most_rows(shape.codes))
+        promoted = Codes.of(shape.codes).granularity == "block"
+        tile_rows = tile_rows or eight_bit_tile_rows(shape.mean_rows, shape.num_pairs, promoted)
         up = default_config(tile_rows, shape.gated, shape.intermediate_size, tiles)
         down = default_config(tile_rows, False, shape.hidden_size, tiles)
-        configs = (eight_bit(config, shape.mean_rows) for config in (up, down))
-        return LayerPlan(tile_rows, *(within_memory(config, shape.dtype, shape.codes) for config in configs))
+        up, down = (eight_bit(config, shape.mean_rows) for config in (up, down))
+        quantizes = promoted and pays_to_quantize(up, shape.mean_rows)
+        up = dataclasses.replace(up, quantizes=quantizes and quantizes_misfit("up", up, shape) is None)
+        return LayerPlan(tile_rows, *(within_memory(config, shape.dtype, shape.codes) for config in (up, down)))
     gather = fetches_by_token(shape.mean_rows, shape.hidden_size, shape.intermediate_size)
     if tile_rows is None:
         tile_rows = tile_rows_for(shape.mean_rows, shape.num_pairs, gather)

@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax import MoEConfig
 from moe_jax.bench import entrant, peers
-from moe_jax.bench.compiling import CALLS
+from moe_jax.bench.compiling import layers_a_call
 from moe_jax.bench.expected import Expected
 from moe_jax.bench.inputs import make_inputs, make_weights
 from tests.bench.stand_ins import module
@@ -89,7 +89,7 @@ def fake_sonicmoe(monkeypatch):
     )
 
 
-def row_of(name, tokens=5, seconds=0.01, on_gpu=False):
+def row_of(name, tokens=17, seconds=0.01, on_gpu=False):
     weights = make_weights(CONFIG, jax.random.key(0))
     x, logits = make_inputs(CONFIG, tokens)
     expected = Expected(CONFIG, weights, x, logits)
@@ -145,7 +145,7 @@ def test_a_slow_peer_is_measured_less_often(monkeypatch):
     monkeypatch.setattr(entrant, "kernel_times", kernel_times)
     monkeypatch.setattr(entrant, "call_time", lambda call, wait, seconds: next(times))
     rows = [row_of("xla", seconds=1.0, on_gpu=True) for _ in range(3)]
-    assert [row["layer_us"] for row in rows] == [1e3 / CALLS, 0.2e6 / CALLS, 0.6e6 / CALLS]
+    assert [row["layer_us"] for row in rows] == [time / layers_a_call(17) for time in (1e3, 0.2e6, 0.6e6)]
     assert asked == [11, 5]
     assert "kernels_total_us" not in rows[2]
 
@@ -181,16 +181,16 @@ class FakeTorch:
 def test_a_graph_holds_several_layers(fails):
     torch = FakeTorch(fails)
     eager = peers.Bound(lambda: torch.log.append("layer"), lambda out: out, lambda out, rows: out, "torch")
-    bound = peers._in_cuda_graph(torch, eager)
+    bound = peers._in_cuda_graph(torch, eager, 7)
     bound.call()
     if fails:
         assert torch.log == ["layer"] * 3 + ["capture", "layer"]
         assert bound.what == "torch, no CUDA graph (RuntimeError: operation not permitted)"
         assert bound.layers == 1
     else:
-        assert torch.log == ["layer"] * 3 + ["capture"] + ["layer"] * CALLS + ["replay"]
+        assert torch.log == ["layer"] * 3 + ["capture"] + ["layer"] * 7 + ["replay"]
         assert bound.what == "torch, in a CUDA graph"
-        assert bound.layers == CALLS
+        assert bound.layers == 7
 
 
 def test_torch_without_memory_is_told_how_to_get_it():

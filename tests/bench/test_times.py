@@ -10,7 +10,7 @@ from jax.experimental.mosaic.gpu import profiler
 from moe_jax import MoEConfig, _compat
 from moe_jax.bench import inputs, measure, roofline, timing
 from moe_jax.bench.cases import Case
-from moe_jax.bench.compiling import CALLS, Job, Layer, compile_all, stack_logits
+from moe_jax.bench.compiling import Job, Layer, compile_all, layers_a_call, stack_logits
 from moe_jax.bench.expected import Expected
 from moe_jax.bench.roofline import Ceilings, floors
 
@@ -90,7 +90,7 @@ def test_call_time_divides_by_the_calls_and_ends_when_calls_are_slow(monkeypatch
 def gpu_row(monkeypatch, kernel_times):
     config = Case("tiny", 4, 2, 32, 16).config("float32")
     monkeypatch.setattr(measure, "kernel_times", kernel_times)
-    monkeypatch.setattr(measure, "call_time", lambda call: 10.0 * CALLS)
+    monkeypatch.setattr(measure, "call_time", lambda call: 10.0 * layers_a_call(64))
     layer, weights = measure.make_layer(config, "xla"), inputs.make_weights(config, jax.random.key(0))
     compile_all([Job(layer, config, weights, 64), Job(layer, config, weights, 64, stack=False)])
     x, logits = inputs.make_inputs(config, 64)
@@ -143,9 +143,9 @@ def test_a_stack_is_so_many_layers():
     layer = Layer(lambda x, weights, logits: x @ weights + logits.sum())
     x, weights, logits = jnp.ones((3, 2)), 2 * jnp.eye(2), jnp.zeros((3, 4))
     first, last = layer.stack_at(3)(x, weights, stack_logits(logits))
-    assert (first == 2).all() and (last == 2**CALLS).all()
+    assert (first == 2).all() and (last == 2 ** layers_a_call(3)).all()
     lowered = layer.stacked.lower(x, weights, stack_logits(logits)).compile().as_text()
-    assert lowered.count("dot(") == CALLS
+    assert lowered.count("dot(") == layers_a_call(3)
 
 
 def test_kernel_times_of_a_stack_are_those_of_a_layer(monkeypatch):

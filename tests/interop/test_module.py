@@ -202,7 +202,10 @@ def test_what_the_loader_refuses():
         ((layer.w2_weight, good, "w1", 0), "does not belong"),
         ((None, good, "w1", 0), "does not belong"),
         ((layer.w13_weight, torch.ones(6, 20), "w1", 0), "axis 0 must be the whole intermediate_size=12"),
-        ((layer.w13_weight, torch.ones(12, 19), "w1", 0), r"\(6, 19\), but shard 'w1' of an expert here is torch.float32 \(6, 20\)"),
+        (
+            (layer.w13_weight, torch.ones(12, 19), "w1", 0),
+            r"\(6, 19\), but shard 'w1' of an expert here is .*\(6, 20\)",
+        ),
     ]
     for (param, tensor, shard, expert), message in wrong:
         with pytest.raises(ValueError, match=f"some.name.*{message}"):

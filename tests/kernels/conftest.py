@@ -3,11 +3,29 @@
 The tests of this folder need neither torch nor transformers: they also run in an environment with the newest JAX alone.
 """
 
+import numpy as np
 import pytest
+from jax._src import callback as jax_callback
+from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax import _compat
 from moe_jax.kernels.hopper import matmul_config
+
+
+def quick_callbacks(patch):
+    """Lets an interpreted kernel call Python, which it does for each of its steps, with NumPy arrays.
+
+    JAX would put every argument on a device, and the callback would take it off again: more than half of a step.
+    """
+    to_int = shared_memory._to_int
+
+    def io_callback_impl(*args, callback, **_):
+        copies = (np.array(arg) for arg in args)  # the program may go on to overwrite what it passed
+        return [np.asarray(out) for out in callback(*copies)]
+
+    patch.setattr(jax_callback, "io_callback_impl", io_callback_impl)
+    patch.setattr(shared_memory, "_to_int", lambda x: x.item() if isinstance(x, np.ndarray) else to_int(x))
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +39,7 @@ def interpreter(monkeypatch, capsys):
     # Each row count of a tile is a copy of the kernel's loop to be traced and compiled: a few, but where all are the subject.
     for name, counts in (("_FEW", (8, 24, 64)), ("_SOME", (48, 128)), ("_MANY", (112, 160)), ("_MOST", (112, 192))):
         monkeypatch.setattr(matmul_config, name, counts)
+    quick_callbacks(monkeypatch)
     monkeypatch.setattr(_compat, "interpret_params", lambda: plgpu.InterpretGPUParams(detect_races=True))
     yield
     printed = capsys.readouterr().out

@@ -158,9 +158,17 @@ SHAPES = {  # E, H, I
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("form", ["fp8_block", "fp8_channel", "int8_channel"])
-def test_lowers_for_cuda(monkeypatch, name, form):
+# Scales of blocks depend on the shape; those of channels are one a row: a K of whole stages and one that ends within.
+FORMS_AND_SHAPES = [
+    *(("fp8_block", name) for name in SHAPES),
+    ("fp8_channel", "dsv3"),
+    ("fp8_channel", "gpt-oss-120b"),
+    ("int8_channel", "gpt-oss-120b"),
+]
+
+
+@pytest.mark.parametrize(("form", "name"), FORMS_AND_SHAPES)
+def test_lowers_for_cuda(monkeypatch, form, name):
     monkeypatch.undo()
     experts, hidden, inner = SHAPES[name]
     spec, activations = quant_format(form).weights, quant_format(form).activations

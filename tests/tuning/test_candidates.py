@@ -12,12 +12,12 @@ import pytest
 from moe_jax import _compat
 from moe_jax.activations import get_activation
 from moe_jax.kernels.hopper import matmul_bf16 as kernel
-from moe_jax.kernels.hopper import matmul_fp8
+from moe_jax.kernels.hopper import matmul_fp8, matmul_rows_first
 from moe_jax.kernels.hopper.matmul_config import Config
 from moe_jax.quantization import Spec
 from moe_jax.tuning.candidates import candidates
 from moe_jax.tuning.fit import SHARED_MEMORY, config_misfit, misfit, shared_memory_bytes
-from moe_jax.tuning.plan import Codes, LayerShape, default_plan
+from moe_jax.tuning.plan import Codes, LayerPlan, LayerShape, default_plan
 
 SHAPES = [
     LayerShape(experts, pairs, hidden, inner, gated, dtype)
@@ -116,7 +116,8 @@ def quantized_bytes(shape: LayerShape, config: Config, gated: bool, bias: bool, 
         keywords = dict(config=config, out_dtype=jnp.dtype(shape.dtype))
         if config.quantizes:
             keywords["quantize"] = Spec(of.dtype, "group", 128)
-        run = functools.partial(matmul_fp8.grouped_matmul, rows, row_scales, weights, scales, *rest, **keywords)
+        matmul = (matmul_rows_first if config.rows_first else matmul_fp8).grouped_matmul
+        run = functools.partial(matmul, rows, row_scales, weights, scales, *rest, **keywords)
     else:
         run = lambda: kernel.grouped_matmul(rows, weights, *rest, config=config, weight_scales=scales)  # noqa: E731
     jax.eval_shape(run)
@@ -138,8 +139,13 @@ def test_the_memory_is_what_the_kernel_asks_for(index, gated, asked):
 def test_the_memory_of_codes_and_scales(shape, asked):
     """Each with the kernel of 8-bit operands or the one that decodes weights."""
     found = candidates(shape)
-    assert any(plan.up.quantizes for plan in found) == (shape.codes.endswith("n block") and shape.num_pairs > 1000)
-    for plan in (default_plan(shape), *found[-4:], *(plan for plan in found if plan.up.quantizes)):
+    many_blocks = shape.codes.endswith("n block") and shape.num_pairs > 1000
+    special = [plan for plan in found if plan.up.quantizes or plan.up.rows_first]
+    assert bool(special) == many_blocks
+    assert {(plan.up.quantizes, plan.up.rows_first) for plan in special} == (
+        {(True, False), (False, True), (True, True)} if many_blocks else set()
+    )
+    for plan in (default_plan(shape), *found[-4:], *special):
         for config, gated in ((plan.up, shape.gated), (plan.down, False)):
             estimate = shared_memory_bytes(config, shape.dtype, shape.codes)
             assert quantized_bytes(shape, config, gated, False, asked) <= estimate
@@ -205,3 +211,25 @@ def test_where_rows_cannot_be_quantized_as_they_leave(codes, inner, side, words)
     config = dataclasses.replace(getattr(plan, side), quantizes=True)
     assert misfit(shape, plan) is None
     assert words in misfit(shape, dataclasses.replace(plan, **{side: config}))
+
+
+@pytest.mark.parametrize(
+    ("codes", "change", "words"),
+    [
+        ("float8_e4m3fn block", {}, None),
+        ("float8_e4m3fn block", {"consumers": 1}, "consumers=2, not 1"),
+        ("float8_e4m3fn block", {"row_counts": (64, 96)}, "tile_rows=128, not 96"),
+        ("float8_e4m3fn block", {"quantizes": True}, "is for an up-projection"),
+        ("int8 channel", {}, "not for int8 channel"),
+        ("", {}, "not for bfloat16"),
+    ],
+    ids=str,
+)
+def test_where_rows_cannot_come_first(codes, change, words):
+    shape = LayerShape(128, 64000, 2048, 768, True, "bfloat16", codes)
+    plan = default_plan(shape, 128)
+    change = {"rows_first": True} | change
+    rows = change.get("row_counts", (128,))[-1]
+    plan = LayerPlan(rows, default_plan(shape, rows).up, dataclasses.replace(default_plan(shape, rows).down, **change))
+    reason = misfit(shape, plan)
+    assert reason is None if words is None else words in reason

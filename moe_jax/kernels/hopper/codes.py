@@ -22,6 +22,12 @@ _DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8))
 _COLUMNS = 64  # of a block that is decoded
 
 
+def block_scale(scales: Any, expert: Any, row: Any, group: Any) -> Any:
+    """The scale of a block of weights, of ``[E, N blocks, K / 128]`` in GPU memory; past the last one there are only zeros."""
+    _, rows, groups = scales.shape
+    return scales[expert, jnp.minimum(row, rows - 1), jnp.minimum(group, groups - 1)]
+
+
 def block_rows(n_out: int, blocks: int, gated: bool) -> int | None:
     """Weight rows of a block, of so many in a matrix (in both halves, if gated); None if 64 rows may have two scales.
 

@@ -42,12 +42,15 @@ class Columns:
         n_out: columns of the output.
         gated: the second block of 64 weight rows is that of the other half.
         dtype: of the numbers.
+        rows_first: as in `Config`: a block then has 128 rows of weights, on the other side of wgmma.
     """
 
-    def __init__(self, config: Config, n_out: int, gated: bool, dtype: Any):
-        self._halves, self._distance = config.halves, n_out if gated else config.columns
+    def __init__(self, config: Config, n_out: int, gated: bool, dtype: Any, rows_first: bool = False):
+        self._halves, self._axis = config.halves, 1 if rows_first else 0
+        self._width = 2 * WGMMA_ROWS if rows_first else WGMMA_ROWS
+        self._distance = n_out if gated else self._width if rows_first else config.columns
         self.scratch = [
-            plgpu.SMEM((config.consumers, config.halves * WGMMA_ROWS), dtype),
+            plgpu.SMEM((config.consumers, config.halves * self._width), dtype),
             plgpu.Barrier(num_arrivals=config.halves, num_barriers=config.consumers),
         ]
 
@@ -55,19 +58,19 @@ class Columns:
         """Asks for those of a consumer's columns from `col` on."""
         source, target, full = refs
         for half in range(self._halves):
-            part = target.at[wg, pl.ds(half * WGMMA_ROWS, WGMMA_ROWS)]
-            columns = pl.ds(col + half * self._distance, WGMMA_ROWS)
+            part = target.at[wg, pl.ds(half * self._width, self._width)]
+            columns = pl.ds(col + half * self._distance, self._width)
             plgpu.copy_gmem_to_smem(source.at[expert, columns], part, full.at[wg])
 
     def spread(self, refs: tuple[Any, Any, Any], wg: Any, shape: tuple[int, int]) -> list[Any]:
-        """For each block of 64 weight rows float32 ``[64, rows]``, when they have come."""
+        """For each block of weight rows float32 of that shape, ``[64, rows]`` or rows first, when they have come."""
         _, numbers, full = refs
         plgpu.barrier_wait(full.at[wg])
         found = []
         for half in range(self._halves):
-            part = numbers.at[wg, pl.ds(half * WGMMA_ROWS, WGMMA_ROWS)]
-            column = plgpu.load(part, layout=plgpu.Layout.WGMMA.reduce(1)).astype(jnp.float32)
-            found.append(lax.broadcast_in_dim(column, shape, [0]))
+            part = numbers.at[wg, pl.ds(half * self._width, self._width)]
+            column = plgpu.load(part, layout=plgpu.Layout.WGMMA.reduce(1 - self._axis)).astype(jnp.float32)
+            found.append(lax.broadcast_in_dim(column, shape, [self._axis]))
         return found
 
 
@@ -83,6 +86,7 @@ class Epilogue:
         marked: a tile says with a bit for each of its rows which to store, instead of how many.
         interpret: the kernel is interpreted.
         stores: `finish` is called, and not `activated` alone.
+        rows_first: as in `Config`; then it does not store.
     """
 
     def __init__(
@@ -96,12 +100,13 @@ class Epilogue:
         marked: bool,
         interpret: bool,
         stores: bool = True,
+        rows_first: bool = False,
     ):
         self._halves, self._columns, self._n_out, self._dtype = config.halves, config.columns, n_out, dtype
         self._activation, self._gated = activation, activation is not None and activation.is_gated
         self._marked, self._interpret = marked, interpret
         self._staged = views.Staged(config.consumers, config.columns, n_out, dtype, interpret)
-        self._bias = None if bias_dtype is None else Columns(config, n_out, self._gated, bias_dtype)
+        self._bias = None if bias_dtype is None else Columns(config, n_out, self._gated, bias_dtype, rows_first)
         self._stores = stores
         self.scratch = [*([self._staged.scratch] if stores else []), *(self._bias.scratch if self._bias else [])]
 
@@ -116,7 +121,7 @@ class Epilogue:
             self._bias.fetch(refs.bias, wg, expert, col)
 
     def activated(self, refs: References, wg: Any, accs: Any) -> list[Any]:
-        """Sums ``[64, rows]`` as they leave, float32: with the bias, after the activation."""
+        """Sums ``[64, rows]``, or rows first, as they leave, float32: with the bias, after the activation."""
         if self._bias is not None:
             columns = self._bias.spread(refs.bias, wg, accs[0].shape)
             accs = [acc + column for acc, column in zip(accs, columns, strict=True)]

@@ -8,8 +8,9 @@ words, 4 * R bytes apart, for which a copy from shared memory would be too small
 each for one of the token's slots.
 
 Learned on an H100 (benchmarks/results/2026-11-26-h100-quantize.txt): 16384 rows of 7168 bfloat16 take 130 us with FP8 groups of
-128, 125 us with a scale a row, 2.7 to 2.8 TB/s read and written; 4096 tokens of 2048, 8 places each, 37 us with groups and 32 us
-with a scale a row: the scales of groups are single words, far apart. 1 to 128 tokens: about 2 us.
+128, 125 us with a scale a row, 2.7 to 2.8 TB/s read and written; 4096 tokens of 2048, 8 places each, 34 us with groups and 32 us
+with a scale a row. 1 to 128 tokens: about 2 us. The scales of groups are single words, far apart: with 16384 tokens of 2048, 8
+places each, 159 us instead of 128 us, and 193 us where L2 is not told to keep them (2026-11-26-h100-fp8-paired.txt).
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ _MOST = (16, 32, 64, 96, 112, 128, 144, 160, 176, 192)
 MOST_ROWS = _MOST[-1]
 _COARSE = (8, 16, 32, 64, 96, 128)  # row counts where each costs a long loop
 _MANY_EIGHT_BIT = 192  # rows an expert, of operands of one byte, from which on products bind and not memory
+_PAIRED = 96  # rows of a tile where both products of a consumer are under way together: `matmul_fp8.MOST_PAIRED`
+_MANY_PROMOTED = 2048  # rows an expert from which on wider tiles are faster than such
 _BETWEEN = 8  # columns that a multiprocessor could make in the time from one tile to the next, with one token
 
 
@@ -34,6 +36,7 @@ class Config:
     columns: int = 64  # of the output that a block of 64 weight rows makes: 64, 32 or 16
     gather: bool = False  # rows of an up-projection are fetched by their tokens from the hidden states: `rows_by_token`
     quantizes: bool = False  # rows of an up-projection are quantized as they leave it: `quantized_store`
+    rows_first: bool = False  # 8-bit rows on the M side of wgmma, 64 a consumer, by 128 of weights: `matmul_rows_first`
     overlap: bool = True  # products of a step run while the next are issued; its stage is handed back after that
 
     @property
@@ -138,17 +141,26 @@ def few_counts(config: Config) -> Config:
     return dataclasses.replace(config, row_counts=counts)
 
 
-def eight_bit_tile_rows(mean_rows: float, num_pairs: int) -> int:
-    """The row tile of operands of one byte, if their scales allow it: `eight_bit` says why.
+def eight_bit_tile_rows(mean_rows: float, num_pairs: int, promoted: bool = False) -> int:
+    """The row tile of operands of one byte: `eight_bit` says why. `promoted`: with scales of blocks.
 
     Example:
         >>> [eight_bit_tile_rows(mean, 10000) for mean in (8.0, 96.0, 128.0, 256.0)]
         [64, 128, 160, 144]
+        >>> [eight_bit_tile_rows(mean, 10000, promoted=True) for mean in (8.0, 96.0, 2048.0)]
+        [64, 96, 128]
     """
     rows = tile_rows_for(mean_rows, num_pairs)
+    if promoted and rows > _FEW[-1]:
+        return _PAIRED if mean_rows < _MANY_PROMOTED else _SOME[-1]
     if rows <= _SOME[-1]:
         return rows
     return 160 if mean_rows < _MANY_EIGHT_BIT else 144
+
+
+def pays_to_quantize(config: Config, mean_rows: float) -> bool:
+    """Whether an up-projection with scales of blocks should quantize its rows as they leave it: `quantized_store` says why."""
+    return _FEW[-1] < config.tile_rows <= _PAIRED and mean_rows >= _MANY_EIGHT_BIT
 
 
 def eight_bit(config: Config, mean_rows: float = _MANY_EIGHT_BIT) -> Config:
@@ -157,10 +169,14 @@ def eight_bit(config: Config, mean_rows: float = _MANY_EIGHT_BIT) -> Config:
     Measured on an H100 (benchmarks/results/2026-11-26-h100-fp8-variants.txt), up-projections:
 
     - Two tiles of an expert that are not equally fast read its weights from memory twice. Below 192 rows an expert that is what
-      counts: one tile for nearly all experts, or tiles that all take the same time (dsv3-ep8, 4096 tokens, scales of blocks:
-      405 us with 128 rows for all, 505 us with counts by 16; of channels 371 us with up to 160 rows, 419 us with up to 128).
-    - With more rows products bind: counts near the mean share of a tile (qwen3-30b-a3b, 4096 tokens: 251 us with 64, 96 and 128
-      rows and scales of blocks, 282 us with counts by 16; of channels 219 us with 128 and 144 rows, 229 us with up to 128).
+      counts: one tile for nearly all experts, or tiles that all take the same time (dsv3-ep8, 4096 tokens, scales of channels:
+      371 us with up to 160 rows, 419 us with up to 128).
+    - With more rows products bind: counts near the mean share of a tile (qwen3-30b-a3b, 4096 tokens, scales of channels: 219 us
+      with 128 and 144 rows, 229 us with up to 128).
+    - With scales of blocks two products of a tile of up to 96 rows are under way (2026-11-26-h100-fp8-paired.txt). With up to 96
+      and up to 128 rows: qwen3-235b, 4096 tokens, 906 and 1006 us, the down-projection 488 and 494; dsv3-ep8, 4096 tokens, 367
+      and 399, 197 and 229; qwen3-30b-a3b, 16384 tokens, 821 and 814, 469 and 489. With 2048 rows an expert the wider tile is
+      better: mixtral-8x7b 3500 and 3390.
     - With 120 among the row counts 13 % longer than without (2026-11-26-h100-fp8-products.txt).
 
     Example:
@@ -169,7 +185,9 @@ def eight_bit(config: Config, mean_rows: float = _MANY_EIGHT_BIT) -> Config:
     """
     counts = few_counts(config).row_counts
     if config.tile_rows > _FEW[-1]:
-        if mean_rows < _MANY_EIGHT_BIT:
+        if config.tile_rows <= _PAIRED:
+            counts = (_FEW[-1], config.tile_rows)
+        elif mean_rows < _MANY_EIGHT_BIT:
             few = 96 if config.tile_rows > 128 else 64 if mean_rows <= 96 else config.tile_rows
             counts = tuple(sorted({few, config.tile_rows}))
         else:

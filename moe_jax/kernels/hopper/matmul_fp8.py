@@ -11,23 +11,26 @@ the loop for each row count. What is different are the scales.
 FP8 wgmma alone adds up with fewer bits than float32; what is promoted every 128 does not lose them. Both ways sum in an order
 that depends on nothing but K: a row has the same bits in any tile.
 
-Registers bind: a consumer holds both sums of its 64 columns, gate and up, and one product of 128 of K, which is scaled while
-the other consumer's is computed. That allows 128 rows.
+Registers bind: a consumer holds both sums of its 64 columns, gate and up, and products of 128 of K: for up to 96 rows both,
+one of which is scaled while the other is computed; for up to 128 rows one, which is scaled while the other consumer's is
+computed, unless the two get in step.
 
-Learned on an H100 (benchmarks/results/2026-11-26-h100-fp8-products.txt and -fp8-variants.txt; up-projections):
+Learned on an H100 (benchmarks/results/2026-11-26-h100-fp8-*.txt; up-projections):
 
-- qwen3-30b-a3b, 256 rows for each expert: 932 TFLOP/s with scales of blocks, 1002 of channels, 1007 int8. mixtral-8x7b, 4096 rows
-  for each: 1131 and 1385, and less as the card grows warm. With groups of any size: 812 and 917 (4096 tokens of qwen3-30b-a3b).
+- qwen3-30b-a3b, 256 rows for each expert: 1002 TFLOP/s with scales of channels, 1007 int8; mixtral-8x7b, 4096 rows: 1385.
+- Scales of blocks, groups of random size: both products under way 229 us instead of 250 (qwen3-30b-a3b); scales fetched a step
+  ahead 940 us instead of 995 (dsv3-ep8, 512 rows). Worse: a stage handed back before the last sums (237 us instead of 229),
+  scales of rows loaded after the products (262 us instead of 250), counts that take different times (`eight_bit`).
 - Scales of rows that are taken from shared memory one by one cost a loop of blocks 5 to 14 % (dsv3-ep8 460 -> 524 us): groups
   then begin at multiples of 4 rows. A tile scaled once does not notice.
-- 144 rows with blocks, their product scaled in two parts of 96 and 48 rows, spill registers: 322 us instead of 251.
 - Where products are scaled once, a stage that is handed back a step late (`Config.overlap`) takes the loop its uniform registers:
-  10 moves and 50 vector instructions a step instead of 13 (2026-11-26-machine-code.txt). The times above are of that loop.
+  10 moves and 50 vector instructions a step instead of 13 (2026-11-26-machine-code.txt).
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -41,7 +44,7 @@ from moe_jax import _compat
 from moe_jax.activations import Activation
 from moe_jax.kernels.hopper import row_scales as of_rows
 from moe_jax.kernels.hopper import tiles, views
-from moe_jax.kernels.hopper.codes import block_rows
+from moe_jax.kernels.hopper.codes import block_rows, block_scale
 from moe_jax.kernels.hopper.epilogue import Columns, Epilogue
 from moe_jax.kernels.hopper.gather_quantize import scales_shape
 from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
@@ -50,6 +53,8 @@ from moe_jax.quantization.formats import Spec
 
 MOST_ROWS = 160  # of a tile
 MOST_PROMOTED = 128  # of a tile whose products are promoted
+MOST_PAIRED = 96  # of one where both products of a consumer are under way together
+SHORT = 16  # steps of a tile where scales of blocks are better not fetched a step ahead
 GROUP = 128  # columns of K that share a scale where they are promoted
 ROW_MULTIPLE = 4  # where tiles with scales of such groups should begin
 _DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8))
@@ -150,16 +155,8 @@ def grouped_matmul(
     groups = tk // GROUP  # of a stage
     operand = views.Operand(stages, tile_rows, tk, swizzled, dtype, interpreted)
     bias_dtype = None if bias is None else bias.dtype
-    epilogue = Epilogue(
-        config,
-        n_out,
-        out_dtype,
-        activation,
-        bias_dtype,
-        marked=shared,
-        interpret=interpreted,
-        stores=quantize is None,
-    )
+    of_epilogue = dict(marked=shared, interpret=interpreted, stores=quantize is None)
+    epilogue = Epilogue(config, n_out, out_dtype, activation, bias_dtype, **of_epilogue)
     stored = None if quantize is None else QuantizedStore(quantize, out_dtype, interpret=interpreted)
     channels = Columns(config, n_out, gated, jnp.float32)
     scales_of_rows = of_rows.RowScales(config, aligned=aligned, interpret=interpreted)
@@ -275,42 +272,49 @@ def grouped_matmul(
         def promoted(first_turn, m, col, count, below):
             shape = WGMMA_ROWS, count
             first_row = first_row_of(m)
-            last = weight_scales.shape[2] - 1
-            per_half = weight_scales.shape[1] // 2
+            paired = halves == 2 and count <= MOST_PAIRED
+            ahead = not paired or k_steps > SHORT
+            together = [range(halves)] if paired else [[half] for half in range(halves)]
 
-            def of_block(half, group):
-                row = lax.div(col, block) + half * per_half if gated else lax.div(col + half * block_cols, block)
-                # Past the last there are zeros to be scaled.
-                row, group = jnp.minimum(row, weight_scales.shape[1] - 1), jnp.minimum(group, last)
-                return weight_scales_g[group_g[m], row, group]
+            def of_blocks(step):
+                def of_block(half, group):
+                    row = lax.div(col + (0 if gated else half * block_cols), block)
+                    row = row + half * (weight_scales.shape[1] // 2) if gated else row
+                    return block_scale(weight_scales_g, group_g[m], row, step * groups + group)
+
+                return [[of_block(half, group) for half in range(halves)] for group in range(groups)]
 
             def step(step, carry):
-                slot, *totals = carry
-                of_weights = [
-                    [of_block(half, step * groups + group) for half in range(halves)] for group in range(groups)
-                ]
+                slot, totals, *fetched = carry
+                of_weights = fetched[0] if ahead else of_blocks(step)
+                following = [of_blocks(step + 1)] if ahead else []
                 plgpu.barrier_wait(full.at[slot])
-                for group in range(groups):
-                    a_scale = of_rows.load(
-                        row_scales_s.at[slot, group], first_row, count, aligned, interpret is not None
-                    )
-                    for half in range(halves):
+                for group, chosen in itertools.product(range(groups), together):
+                    if chosen[0] == 0:
+                        a_scale = of_rows.load(
+                            row_scales_s.at[slot, group], first_row, count, aligned, interpret is not None
+                        )
 
-                        def one(acc, group=group, half=half):
+                    def multiply(*parts, group=group, chosen=chosen, a_scale=a_scale):
+                        for half, part in zip(chosen, parts, strict=True):
                             for piece in range(a_group):
-                                product(acc, slot, group * a_group + piece, half, count)
-                            return acc[...]
+                                product(part, slot, group * a_group + piece, half, count)
+                        for half, part in zip(chosen, parts, strict=True):
+                            under_way = (chosen[-1] - half) * a_group
+                            found = plgpu.wgmma_accumulator_load(part, wait_n=under_way).astype(jnp.float32)
+                            scale = lax.broadcast_in_dim(a_scale * of_weights[group][half], shape, [1])
+                            totals[half] = totals[half] + found * scale
+                        return tuple(totals)
 
-                        part = pl.run_scoped(one, plgpu.ACC(shape, sums)).astype(jnp.float32)
-                        scale = lax.broadcast_in_dim(a_scale * of_weights[group][half], shape, [1])
-                        totals[half] = totals[half] + part * scale
+                    totals = list(pl.run_scoped(multiply, *[plgpu.ACC(shape, sums)] * len(chosen)))
                 if interpret is not None:  # it does not know that each thread arrives, after its own loads
                     plgpu.commit_smem()
                 plgpu.barrier_arrive(empty.at[slot])
-                return next_slot(slot), *totals
+                return next_slot(slot), totals, *following
 
             zeros = [plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA) for _ in range(halves)]
-            _, *accs = lax.fori_loop(0, k_steps, step, (lax.rem(first_turn, stages), *zeros))
+            fetched = [of_blocks(0)] if ahead else []
+            _, accs, *_ = lax.fori_loop(0, k_steps, step, (lax.rem(first_turn, stages), zeros, *fetched))
             finish(m, col, accs, below)
 
         def produce():

@@ -23,7 +23,8 @@ ALIGNED = 1024  # bytes: where a buffer of shared memory may begin
 STORED = 32  # rows of an output that leave shared memory together: two such buffers a consumer are enough
 
 
-def _tiled(shape: tuple[int, ...], rows: int, dtype: Any) -> Any:
+def tiled(shape: tuple[int, ...], rows: int, dtype: Any) -> Any:
+    """Shared memory of that shape in swizzled tiles of so many rows, as wide as the last axis."""
     columns = shape[-1]
     swizzle = plgpu.SwizzleTransform(columns * jnp.dtype(dtype).itemsize)
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((rows, columns)), swizzle))
@@ -45,8 +46,8 @@ class Operand:
         self.pieces = tile_k // columns
         shape = (stages, self.pieces, rows, columns)
         self._union = not interpret
-        eights = _tiled(shape, 8, dtype)
-        self.scratch = plgpu.RefUnion(eights, _tiled(shape, 1, dtype)) if self._union else eights
+        eights = tiled(shape, 8, dtype)
+        self.scratch = plgpu.RefUnion(eights, tiled(shape, 1, dtype)) if self._union else eights
 
     def eights(self, ref: Any) -> Any:
         """What wgmma reads."""
@@ -77,8 +78,8 @@ class Staged:
         self._tiles = columns == COLUMNS and n_out % COLUMNS == 0
         self._union = self._tiles and not interpret
         shape = (consumers, 2, STORED, COLUMNS)
-        eights = _tiled(shape, 8, dtype) if self._tiles else plgpu.SMEM(shape, dtype)
-        self.scratch = plgpu.RefUnion(eights, _tiled(shape, 1, dtype)) if self._union else eights
+        eights = tiled(shape, 8, dtype) if self._tiles else plgpu.SMEM(shape, dtype)
+        self.scratch = plgpu.RefUnion(eights, tiled(shape, 1, dtype)) if self._union else eights
 
     def fill(self, ref: Any, consumer: Any, buffer: int, block: Any) -> None:
         """Writes registers ``[64, rows]`` into the block, transposed."""

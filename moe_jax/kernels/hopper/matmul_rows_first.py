@@ -1,0 +1,273 @@
+"""Grouped matmul of 8-bit numbers with scales of blocks on Hopper, for many rows: rows stand on the M side of wgmma.
+
+`matmul_fp8` has weights there, so that few rows waste nothing. Then a thread holds products of 32 rows and multiplies as many
+scales of rows with that of the block, for gate and for up, every 128 of K. Here it holds products of two rows: two scales. That
+leaves 156 instructions a thread and step in the place of 229 (benchmarks/results/2026-11-26-machine-code.txt), and the 128
+columns that share a scale when the rows are quantized again lie in four lanes (`row_stores`).
+
+Each of two consumers takes 64 rows of a tile by 128 rows of the gate's weights and 128 of the up-projection's, or 256. Sums are
+those of `matmul_fp8` bit for bit: the same products in the same order, the same scales rounded once. A tile of at most 64 rows
+leaves one consumer without work: for groups of many rows alone.
+
+Not run on a GPU yet: no rule chooses it, a search may, which compares the bits of what it finds (`Config.rows_first`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int, Shaped
+
+from moe_jax import _compat
+from moe_jax.activations import Activation
+from moe_jax.kernels.hopper import row_scales as of_rows
+from moe_jax.kernels.hopper import row_stores, tiles, views
+from moe_jax.kernels.hopper.codes import block_rows, block_scale
+from moe_jax.kernels.hopper.epilogue import Epilogue
+from moe_jax.kernels.hopper.gather_quantize import scales_shape
+from moe_jax.kernels.hopper.matmul_config import Config
+from moe_jax.kernels.hopper.matmul_fp8 import GROUP
+from moe_jax.quantization.formats import Spec
+
+CONSUMERS, HALVES = 2, 2
+TILE_ROWS = CONSUMERS * row_stores.ROWS
+COLUMNS = row_stores.COLUMNS  # of each half
+
+
+def supports(n_out: int, blocks: int, gated: bool, config: Config, *, quantize: bool = False) -> str | None:
+    """Why this kernel cannot run what `matmul_fp8.supports`; None if it can.
+
+    Args:
+        n_out: columns of the output.
+        blocks: of weight rows in a matrix, of both halves if gated.
+        gated: the activation takes gate and up.
+        config: how the work is tiled.
+        quantize: rows are quantized as they leave.
+
+    Example:
+        >>> config = Config((64, 128), tile_k=128, rows_first=True)
+        >>> supports(768, 12, True, config), supports(768, 24, True, config)
+        (None, 'blocks of 64 weight rows must have a multiple of 128, as many as a tile has columns')
+    """
+    wanted = {"consumers": CONSUMERS, "halves": HALVES, "columns": 64, "tile_rows": TILE_ROWS}
+    for name, size in wanted.items():
+        if getattr(config, name) != size:
+            return f"rows_first=True needs {name}={size}, not {getattr(config, name)}"
+    rows = block_rows(n_out, blocks, gated)
+    if rows is None or rows % COLUMNS:
+        return f"blocks of {rows} weight rows must have a multiple of {COLUMNS}, as many as a tile has columns"
+    if n_out % (COLUMNS if quantize else 64):
+        return f"the output size={n_out} must be a multiple of {COLUMNS if quantize else 64}"
+    if quantize and not gated:
+        return "rows are quantized as they leave a gated projection alone"
+    return None
+
+
+def grouped_matmul(
+    rows: Shaped[Array, "rows K"],
+    row_scales: Float[Array, "groups padded_rows"],
+    weights: Shaped[Array, "E N K"],
+    weight_scales: Float[Array, "E blocks groups"],
+    tile_group: Int[Array, "tiles"],
+    tile_starts: Int[Array, "tiles"],
+    tile_sizes: Int[Array, "tiles"],
+    num_tiles: Int[Array, "1"],
+    bias: Float[Array, "E N"] | None,
+    activation: Activation | None,
+    *,
+    config: Config,
+    out_dtype: Any,
+    quantize: Spec | None = None,
+    interpret: Any = None,
+    multiprocessors: int | None = None,
+) -> Float[Array, "rows N_out"] | tuple[Shaped[Array, "rows N_out"], Float[Array, "G Rp"]]:
+    """`matmul_fp8.grouped_matmul` for rows of groups that begin at multiples of 4, with scales of blocks; arguments as there."""
+    (n_weights, k), dtype = weights.shape[1:], rows.dtype
+    gated = activation is not None and activation.is_gated
+    n_out = n_weights // 2 if gated else n_weights
+    tile_cols, distance = (COLUMNS, n_out) if gated else (2 * COLUMNS, COLUMNS)
+    tk, stages, interpreted = config.tile_k, config.stages, interpret is not None
+    n_tiles, k_steps = pl.cdiv(n_out, tile_cols), pl.cdiv(k, tk)
+    workers = multiprocessors or _compat.num_multiprocessors()
+    swizzled = tiles.swizzle_bytes(k, dtype)
+    in_group, groups = GROUP // swizzled, tk // GROUP
+    operand = views.Operand(stages, TILE_ROWS, tk, swizzled, dtype, interpreted)
+    block = block_rows(n_out, weight_scales.shape[1], gated)
+    sums = jnp.int32 if dtype == jnp.int8 else jnp.float32
+    bias_dtype = None if bias is None else bias.dtype
+    epilogue = Epilogue(
+        config,
+        n_out,
+        out_dtype,
+        activation,
+        bias_dtype,
+        marked=False,
+        interpret=interpreted,
+        stores=False,
+        rows_first=True,
+    )
+    if quantize is None:
+        stored = row_stores.RowStore(CONSUMERS, n_out, out_dtype, interpret=interpreted)
+        out_types = [jax.ShapeDtypeStruct((rows.shape[0], n_out), out_dtype)]
+    else:
+        stored = row_stores.QuantizedRowStore(CONSUMERS, n_out, quantize, out_dtype, interpret=interpreted)
+        of_scales = jax.ShapeDtypeStruct(scales_shape(rows.shape[0], n_out, quantize), jnp.float32)
+        out_types = [jax.ShapeDtypeStruct((rows.shape[0], n_out), quantize.storage_dtype), of_scales]
+
+    def body(rows_g, row_scales_g, weights_g, weight_scales_g, group_g, starts_g, sizes_g, count_g, *refs):
+        refs = list(refs)
+        bias_g = refs.pop(0) if bias is not None else None
+        outs = tuple(refs.pop(0) for _ in out_types)
+        rows_s, weights_s, row_scales_s, out_s, full, empty = refs[:6]
+        ends = epilogue.references(None, bias_g, refs[6:])
+        worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
+        m_tiles = count_g[0]
+        my_tiles = tiles.share(m_tiles * n_tiles, worker, workers)
+
+        def tile_at(i):
+            return tiles.visit(worker + i * workers, m_tiles, n_tiles, config.band)
+
+        def next_slot(slot):
+            return jnp.where(slot < stages - 1, slot + 1, 0)
+
+        def consume(i):
+            m, n = tile_at(i)
+            col, first = n * tile_cols, wg * row_stores.ROWS
+            slot, mine = lax.rem(i * k_steps, stages), sizes_g[m] - first
+            pl.when(mine > 0)(lambda: multiply(slot, m, col, first, mine))
+
+            @pl.when(mine <= 0)
+            def _():
+                def skip(_, slot):
+                    plgpu.barrier_wait(full.at[slot])
+                    plgpu.barrier_arrive(empty.at[slot])
+                    return next_slot(slot)
+
+                lax.fori_loop(0, k_steps, skip, slot)
+
+        def multiply(slot, m, col, first, mine):
+            expert, shape = group_g[m], (row_stores.ROWS, COLUMNS)
+            epilogue.fetch_bias(ends, wg, expert, col)
+
+            def of_blocks(step):
+                def of_block(half, group):
+                    row = lax.div(col + (0 if gated else half * COLUMNS), block)
+                    row = row + half * (weight_scales.shape[1] // 2) if gated else row
+                    return block_scale(weight_scales_g, expert, row, step * groups + group)
+
+                return [[of_block(half, group) for half in range(HALVES)] for group in range(groups)]
+
+            def step(step, carry):
+                slot, totals, of_weights = carry
+                following = of_blocks(step + 1)
+                plgpu.barrier_wait(full.at[slot])
+                for group in range(groups):
+                    scales = row_scales_s.at[slot, group, pl.ds(first, row_stores.ROWS)]
+                    a_scale = plgpu.load(scales, layout=plgpu.Layout.WGMMA.reduce(1))
+
+                    def add(half, total, group=group, a_scale=a_scale):
+                        def product(acc):
+                            for piece in range(group * in_group, (group + 1) * in_group):
+                                a = operand.eights(rows_s).at[slot, piece, pl.ds(first, row_stores.ROWS)]
+                                columns = pl.ds(half * COLUMNS, COLUMNS), pl.ds(piece * swizzled, swizzled)
+                                plgpu.wgmma(acc, a, weights_s.at[slot, *columns].T)
+                            return acc[...]
+
+                        part = pl.run_scoped(product, plgpu.ACC(shape, sums)).astype(jnp.float32)
+                        return total + part * lax.broadcast_in_dim(a_scale * of_weights[group][half], shape, [0])
+
+                    # The barrier and the branch, which is always taken, keep the compilers from beginning the second product
+                    # before the first is added up: there are no registers for both.
+                    totals[0] = lax.optimization_barrier(add(0, totals[0]))
+                    totals[1] = lax.cond(mine < 2**30, lambda total: add(1, total), lambda total: total, totals[1])
+                if interpreted:  # it does not know that each thread arrives, after its own loads
+                    plgpu.commit_smem()
+                plgpu.barrier_arrive(empty.at[slot])
+                return next_slot(slot), totals, following
+
+            zeros = [plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA) for _ in range(HALVES)]
+            _, accs, _ = lax.fori_loop(0, k_steps, step, (slot, zeros, of_blocks(0)))
+            row = starts_g[m] + first
+            for half, tile in enumerate(epilogue.activated(ends, wg, accs)):
+                stored.store(out_s, wg, tile, outs if quantize else outs[0], row, mine, col + half * COLUMNS)
+
+        def produce():
+            turns = my_tiles * k_steps
+
+            @pl.loop(0, my_tiles)
+            def _tile(i):
+                m, n = tile_at(i)
+                expert, size, first_row = group_g[m], sizes_g[m], starts_g[m]
+
+                @pl.loop(0, k_steps)
+                def _step(step):
+                    turn = i * k_steps + step
+                    slot = lax.rem(turn, stages)
+                    pl.when(turn >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+                    for half in range(HALVES):
+                        source = pl.ds(n * tile_cols + half * distance, COLUMNS), pl.ds(step * tk, tk)
+                        target = weights_s.at[slot, pl.ds(half * COLUMNS, COLUMNS)]
+                        plgpu.copy_gmem_to_smem(weights_g.at[expert, *source], target, full.at[slot])
+
+                    def load_rows(count):
+                        for piece in range(operand.pieces):
+                            source = rows_g.at[pl.ds(first_row, count), pl.ds(step * tk + piece * swizzled, swizzled)]
+                            tile = operand.singles(rows_s).at[slot, piece, pl.ds(0, count)]
+                            plgpu.copy_gmem_to_smem(source, tile, full.at[slot])
+                        for group in range(groups):
+                            part = row_scales_s.at[slot, group]
+                            of_rows.copy(row_scales_g, step * groups + group, first_row, count, part, full.at[slot])
+
+                    below = 0
+                    for count in config.row_counts:
+                        pl.when((size > below) & (size <= count))(lambda count=count: load_rows(count))
+                        below = count
+
+            # Every phase of every barrier is observed before the kernel ends.
+            @pl.loop(jnp.maximum(turns - stages, 0), turns)
+            def _drain(turn):
+                plgpu.barrier_wait(empty.at[lax.rem(turn, stages)])
+
+        @pl.when(wg < CONSUMERS)
+        def _():
+            plgpu.set_max_registers(240, action="increase")
+            pl.loop(0, my_tiles)(consume)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == CONSUMERS)
+        def _():
+            plgpu.set_max_registers(24, action="decrease")
+            plgpu.warp_map(lambda warp: pl.when(warp == 0)(produce))
+
+    body.__name__ = f"grouped_matmul_{'up' if activation is not None else 'down'}"
+    operands = [rows, row_scales, weights, weight_scales, tile_group, tile_starts, tile_sizes, num_tiles]
+    operands += [bias] if bias is not None else []
+    arrivals = HALVES + operand.pieces + groups
+    scratch = [
+        operand.scratch,
+        plgpu.SMEM((stages, HALVES * COLUMNS, tk), dtype, transforms=tiles.transforms(k, dtype)),
+        plgpu.SMEM((stages, groups, of_rows.held(TILE_ROWS)), jnp.float32),
+        stored.scratch,
+        plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+        *epilogue.scratch,
+    ]
+    result = _compat.kernel(
+        body,
+        out_type=out_types[0] if quantize is None else out_types,
+        grid=(workers,),
+        grid_names=("sm",),
+        num_threads=CONSUMERS + 1,
+        thread_name="wg",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=_compat.LANE
+        ),
+        interpret=interpret,
+    )(*operands)
+    return result if quantize is None else tuple(result)
