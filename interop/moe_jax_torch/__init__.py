@@ -10,4 +10,5 @@ from moe_jax_torch.functional import fused_topk as fused_topk
 from moe_jax_torch.functional import grouped_topk as grouped_topk
 from moe_jax_torch.launch import set_launch as set_launch
 from moe_jax_torch.module import FusedMoE as FusedMoE
+from moe_jax_torch.quantized import QuantConfig as QuantConfig
 from moe_jax_torch.weight_cache import WeightCache as WeightCache

@@ -48,6 +48,7 @@ class Static(NamedTuple):
         apply_router_weight_on_input: as in `moe_jax.MoEConfig`.
         num_experts: global experts ``E``.
         implementation: as in `moe_jax.moe`, see `implementation_for`.
+        swiglu_alpha, swiglu_beta, swiglu_limit: as in `moe_jax.MoEConfig`.
 
     Example:
         >>> Static("silu", False, 8).num_experts
@@ -58,6 +59,9 @@ class Static(NamedTuple):
     apply_router_weight_on_input: bool
     num_experts: int
     implementation: str = "auto"
+    swiglu_alpha: float | None = None
+    swiglu_beta: float | None = None
+    swiglu_limit: float | None = None
 
 
 @functools.cache
@@ -107,6 +111,9 @@ def _layer(operands: Operands, static: Static, **config: Any) -> tuple[ExpertWei
         hidden_size=x.shape[1],
         intermediate_size=w2.shape[2],
         activation=activation,
+        swiglu_alpha=static.swiglu_alpha,
+        swiglu_beta=static.swiglu_beta,
+        swiglu_limit=static.swiglu_limit,
         has_bias=has_bias,
         apply_router_weight_on_input=static.apply_router_weight_on_input,
         dtype=x.dtype,

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.autograd import forward_ad
 
+from moe_jax.activations import ACTIVATIONS, ALIASES, get_activation
+from moe_jax_torch.calls import TORCH_ACTIVATIONS
+
+_ACTIVATIONS = frozenset((*ACTIVATIONS, *ALIASES, *TORCH_ACTIVATIONS))
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _SCORES = ("softmax", "sigmoid")
 
@@ -22,6 +30,71 @@ def refuse_forward_mode(tensors: tuple[torch.Tensor | None, ...]) -> None:
             "moe_jax_torch has no forward-mode derivatives; use reverse mode (backward, torch.func.grad, torch.func.vjp), "
             "or jax.jvp on moe_jax itself"
         )
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's decorator of this name, for ``backward`` of a `torch.autograd.Function`, without its hole.
+
+    A second derivative raises. torch's own does not see one where the incoming gradient is constant, as that of a sum is: it
+    would take the first derivative for a constant, and leave the second out of a gradient penalty without a word.
+
+    Example:
+        >>> class Double(torch.autograd.Function):
+        ...     @staticmethod
+        ...     def forward(ctx, x):
+        ...         return 2 * x
+        ...
+        ...     @staticmethod
+        ...     @once_differentiable
+        ...     def backward(ctx, grad):
+        ...         return 2 * grad
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> (gradient,) = torch.autograd.grad(Double.apply(x).sum(), x, create_graph=True)
+        >>> gradient.sum().backward()
+        Traceback (most recent call last):
+        ...
+        RuntimeError: trying to differentiate twice a function that was marked with @once_differentiable
+    """
+    once = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = tuple(_as_variable(grad) for grad in grads)
+        return once(ctx, *grads)
+
+    return checked
+
+
+def _as_variable(grad: torch.Tensor | None) -> torch.Tensor | None:
+    if grad is None or grad.requires_grad or not grad.is_floating_point():
+        return grad
+    grad = grad.detach()
+    grad.requires_grad = True
+    return grad
+
+
+def check_activation(activation: str, alpha: float | None, beta: float | None, limit: float | None) -> None:
+    """Refuses a name that no activation has, and parameters that it does not take.
+
+    Raises:
+        ValueError: as said.
+
+    Example:
+        >>> check_activation("gelu", None, None, 7.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: swiglu_limit=7.0 has no meaning for activation='gelu'; ...
+    """
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not one of {', '.join(sorted(_ACTIVATIONS))}")
+    if (
+        torch.compiler.is_compiling()
+    ):  # the operator looks at the parameters again, and the compiler cannot look into JAX
+        return
+    if not (alpha is None and beta is None and limit is None):
+        name, _ = TORCH_ACTIVATIONS.get(activation, (activation, False))
+        get_activation(name, alpha, beta, limit)
 
 
 def check_gating(

@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 
-from moe_jax.activations import ACTIVATIONS, ALIASES
-from moe_jax_torch.calls import TORCH_ACTIVATIONS
-from moe_jax_torch.checks import check_devices, check_gating, refuse_forward_mode
+from moe_jax_torch.checks import check_activation, check_devices, check_gating, refuse_forward_mode
 from moe_jax_torch.gradients import FusedExperts, Route, differentiably
+from moe_jax_torch.quantized import QuantConfig, quantized_experts
 
-_ACTIVATIONS = frozenset((*ACTIVATIONS, *ALIASES, *TORCH_ACTIVATIONS))
 _EPSILON = 1e-20  # as in the grouped methods of moe_jax: a sum of scores that all underflow gives weights of 0
 
 
@@ -139,7 +137,10 @@ def fused_experts(
     expert_map: torch.Tensor | None = None,
     w1_bias: torch.Tensor | None = None,
     w2_bias: torch.Tensor | None = None,
-    quant_config: Any = None,
+    swiglu_alpha: float | None = None,
+    swiglu_beta: float | None = None,
+    swiglu_limit: float | None = None,
+    quant_config: QuantConfig | None = None,
     inplace: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -165,7 +166,9 @@ def fused_experts(
             result is then this rank's part of the sum.
         w1_bias: ``[E_local, 2I]`` or ``[E_local, I]``, floating, in the order of the rows of `w1`.
         w2_bias: ``[E_local, H]``, floating.
-        quant_config: None. Quantized weights are not taken yet.
+        swiglu_alpha, swiglu_beta, swiglu_limit: parameters of the activation, None for its own: see
+            `moe_jax.activations.get_activation`.
+        quant_config: the number format of `w1` and `w2`, which then are its codes, and their scales. Without a gradient.
         inplace: write the result into `hidden_states`, without a gradient.
         out: ``[T, H]``, of the dtype and device of `hidden_states`, any strides: written in place, without a gradient.
 
@@ -174,9 +177,8 @@ def fused_experts(
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or values that do not fit.
-        NotImplementedError: a `quant_config`.
-        RuntimeError: a gradient wanted through `out` or `inplace`; a device that JAX does not have; a CUDA graph being captured
-            that cannot record this layer, or before the first call.
+        RuntimeError: a gradient wanted through `out`, `inplace` or quantized weights; a device that JAX does not have; a CUDA
+            graph being captured that cannot record this layer, or before the first call.
 
     Source: vLLM's function of this name for names and meaning; `moe_jax.apply_experts` computes it.
 
@@ -187,26 +189,27 @@ def fused_experts(
         >>> y.shape, bool((y[1] == 0).all())
         (torch.Size([2, 8]), True)
     """
-    if quant_config is not None:
-        raise NotImplementedError(
-            f"quant_config={type(quant_config).__name__} is not taken yet: use moe_jax.quantize_experts and moe_jax.moe "
-            "in JAX, or dequantize w1 and w2 and leave it None"
-        )
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is not one of {', '.join(sorted(_ACTIVATIONS))}")
+    check_activation(activation, swiglu_alpha, swiglu_beta, swiglu_limit)
     if global_num_experts == -1:
         global_num_experts = w1.shape[0] if expert_map is None else expert_map.shape[0]
     topk_weights = topk_weights.float() if topk_weights.is_floating_point() else topk_weights  # integers are refused
     tensors = (hidden_states, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias)
     check_devices(tensors)  # here too: tensors on meta and elsewhere never reach an operator's kernel
     refuse_forward_mode(tensors)
-    arguments = (*tensors, activation, apply_router_weight_on_input, global_num_experts)
+    swiglu = (swiglu_alpha, swiglu_beta, swiglu_limit)
+    static = (activation, apply_router_weight_on_input, global_num_experts, *swiglu)
+    arguments = (*tensors, *static)
+    if quant_config is not None:
+        result = quantized_experts(tensors, quant_config, static)
+        return result if out is None and not inplace else _target(hidden_states, out, inplace, arguments).copy_(result)
     if out is None and not inplace:
         return differentiably(FusedExperts, torch.ops.moe_jax.fused_experts.default, *arguments)
-    return _write(hidden_states, out, inplace, arguments)
+    out = _target(hidden_states, out, inplace, arguments)
+    torch.ops.moe_jax.fused_experts_out(*arguments, out)
+    return out
 
 
-def _write(
+def _target(
     hidden_states: torch.Tensor, out: torch.Tensor | None, inplace: bool, arguments: tuple[Any, ...]
 ) -> torch.Tensor:
     if inplace and out is not None:
@@ -222,7 +225,6 @@ def _write(
             f"out is {tuple(out.shape)}, {out.dtype} on {out.device}, but must be like hidden_states: "
             f"{tuple(hidden_states.shape)}, {hidden_states.dtype} on {hidden_states.device}, with any strides"
         )
-    torch.ops.moe_jax.fused_experts_out(*arguments, out)
     return out
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from moe_jax_torch.checks import once_differentiable
 from moe_jax_torch.ops import OPERANDS, each
 
 
@@ -47,10 +47,13 @@ class FusedExperts(torch.autograd.Function):
         activation: str,
         apply_router_weight_on_input: bool,
         global_num_experts: int,
+        swiglu_alpha: float | None,
+        swiglu_beta: float | None,
+        swiglu_limit: float | None,
     ) -> torch.Tensor:
         """The operator."""
         tensors = (hidden_states, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias)
-        static = (activation, apply_router_weight_on_input, global_num_experts)
+        static = (activation, apply_router_weight_on_input, global_num_experts, swiglu_alpha, swiglu_beta, swiglu_limit)
         return torch.ops.moe_jax.fused_experts(*tensors, *static)
 
     @staticmethod
@@ -66,7 +69,7 @@ class FusedExperts(torch.autograd.Function):
         needs = [ctx.needs_input_grad[place] for place in OPERANDS]
         grads = iter(torch.ops.moe_jax.fused_experts_backward(grad, *ctx.saved_tensors, *ctx.static, needs))
         wanted = {place: next(grads) for place, need in zip(OPERANDS, needs, strict=True) if need}
-        return tuple(wanted.get(place) for place in range(11))
+        return tuple(wanted.get(place) for place in range(8 + len(ctx.static)))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *layer: Any) -> tuple[Any, Any]:

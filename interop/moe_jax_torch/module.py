@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from moe_jax_torch.checks import check_devices, refuse_forward_mode
+from moe_jax_torch.checks import check_activation, check_devices, refuse_forward_mode
 from moe_jax_torch.functional import fused_experts, fused_topk, grouped_topk
+from moe_jax_torch.parallel import Ranks, checked_map, neighbours
+from moe_jax_torch.quantized import QuantConfig, parameters_of, scale_name
 
 
 class FusedMoE(torch.nn.Module):
@@ -29,12 +31,19 @@ class FusedMoE(torch.nn.Module):
         routed_scaling_factor: multiplies the weights in the end.
         has_correction_bias: a buffer ``e_score_correction_bias``, for selection only.
         activation: as in `fused_experts`.
+        swiglu_alpha, swiglu_beta, swiglu_limit: as in `fused_experts`.
         apply_router_weight_on_input: as in `fused_experts`.
         has_bias: parameters ``w13_bias`` and ``w2_bias``.
         expert_map: integers ``[E]``, global id to local id or -1; None: given by `ep_size`.
         ep_size, ep_rank: expert parallelism: each rank holds a run of neighbouring experts, the first ones one more if need be.
         tp_size, tp_rank: tensor parallelism: each rank holds an equal part of I.
-        device, dtype: of the parameters.
+        dp_size, dp_rank: data parallelism: ranks with tokens of their own that hold one layer together. They count into tp, or
+            with `enable_expert_parallel` into ep, as tp then does: see `moe_jax_torch.parallel.Ranks.of`. Gathering the tokens
+            before the layer, and reducing after it, is the caller's.
+        enable_expert_parallel: split experts, not their intermediate size, over the ranks of dp and tp.
+        quant_config: the name of a number format, such as ``fp8_block``, ``fp8_channel`` or ``int8_weight``: the layer then holds
+            codes and scales, to be loaded, and has no gradient. Without tensor parallelism.
+        device, dtype: of the parameters; the dtypes of codes and scales are the format's, also after `to`.
 
     Attributes:
         w13_weight: ``[E_local, 2I, H]``, gate rows first (alternating with up rows for ``swigluoai``), or ``[E_local, I, H]``,
@@ -69,6 +78,9 @@ class FusedMoE(torch.nn.Module):
         routed_scaling_factor: float = 1.0,
         has_correction_bias: bool = False,
         activation: str = "silu",
+        swiglu_alpha: float | None = None,
+        swiglu_beta: float | None = None,
+        swiglu_limit: float | None = None,
         apply_router_weight_on_input: bool = False,
         has_bias: bool = False,
         expert_map: torch.Tensor | None = None,
@@ -76,12 +88,24 @@ class FusedMoE(torch.nn.Module):
         ep_rank: int = 0,
         tp_size: int = 1,
         tp_rank: int = 0,
+        dp_size: int = 1,
+        dp_rank: int = 0,
+        enable_expert_parallel: bool = False,
+        quant_config: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_rank("ep", ep_size, ep_rank)
-        _check_rank("tp", tp_size, tp_rank)
+        ep_size, ep_rank, tp_size, tp_rank = Ranks.of(
+            tp_size=tp_size,
+            tp_rank=tp_rank,
+            ep_size=ep_size,
+            ep_rank=ep_rank,
+            dp_size=dp_size,
+            dp_rank=dp_rank,
+            enable_expert_parallel=enable_expert_parallel,
+        )
+        check_activation(activation, swiglu_alpha, swiglu_beta, swiglu_limit)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} must lie in [1, num_experts={num_experts}]")
         if intermediate_size % tp_size:
@@ -89,9 +113,11 @@ class FusedMoE(torch.nn.Module):
         if expert_map is not None and ep_size > 1:
             raise ValueError(f"ep_size={ep_size} makes an expert_map, but one is given too; give one of them")
         if expert_map is None and ep_size > 1:
-            expert_map = _neighbours(num_experts, ep_size, ep_rank)
+            expert_map = neighbours(num_experts, ep_size, ep_rank)
         # The truth about the map, in Python: a loader that asks for every expert must not wait for a GPU each time.
-        self._local_ids = list(range(num_experts)) if expert_map is None else _checked(expert_map.tolist(), num_experts)
+        self._local_ids = (
+            list(range(num_experts)) if expert_map is None else checked_map(expert_map.tolist(), num_experts)
+        )
 
         self.num_experts, self.top_k = num_experts, top_k
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
@@ -99,6 +125,7 @@ class FusedMoE(torch.nn.Module):
         self.num_expert_group, self.topk_group = num_expert_group, topk_group
         self.routed_scaling_factor = routed_scaling_factor
         self.activation, self.apply_router_weight_on_input = activation, apply_router_weight_on_input
+        self._swiglu = (swiglu_alpha, swiglu_beta, swiglu_limit)
         self.tp_size, self.tp_rank = tp_size, tp_rank
         self.is_gated = not activation.endswith("_no_mul")
         self.num_local_experts = sum(local >= 0 for local in self._local_ids)
@@ -112,8 +139,20 @@ class FusedMoE(torch.nn.Module):
         def parameter(*shape: int) -> torch.nn.Parameter:
             return torch.nn.Parameter(torch.empty(self.num_local_experts, *shape, device=device, dtype=dtype))
 
-        self.w13_weight = parameter(rows, hidden_size)
-        self.w2_weight = parameter(hidden_size, part)
+        self.quant_config, self._quantized = quant_config, {}
+        if quant_config is None:
+            self.w13_weight = parameter(rows, hidden_size)
+            self.w2_weight = parameter(hidden_size, part)
+        else:
+            if tp_size > 1 or activation == "swigluoai":
+                raise ValueError(
+                    f"quant_config={quant_config!r} takes neither tensor parallelism (tp_size={tp_size}), use experts' instead, "
+                    f"nor alternating rows (activation={activation!r}), use 'swigluoai_uninterleave'"
+                )
+            self._quantized = parameters_of(quant_config, self.num_local_experts, rows, hidden_size, part)
+            for name, (shape, code) in self._quantized.items():
+                empty = torch.empty(shape, dtype=code, device=device)
+                self.register_parameter(name, torch.nn.Parameter(empty, requires_grad=False))
         self.register_parameter("w13_bias", parameter(rows) if has_bias else None)
         self.register_parameter("w2_bias", parameter(hidden_size) if has_bias else None)
         bias = torch.zeros(num_experts, device=device, dtype=torch.float32) if has_correction_bias else None
@@ -121,14 +160,18 @@ class FusedMoE(torch.nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights of deviation 1 / sqrt(what they sum over), biases of 0.
+        """Weights of deviation 1 / sqrt(what they sum over), biases of 0; codes of 0, scales of 1.
 
         Example:
             >>> FusedMoE(4, 2, 8, 16, has_bias=True).w2_bias.abs().sum().item()
             0.0
         """
-        torch.nn.init.normal_(self.w13_weight, std=self.hidden_size**-0.5)
-        torch.nn.init.normal_(self.w2_weight, std=self.intermediate_size**-0.5)
+        if self._quantized:
+            for name in self._quantized:
+                self.get_parameter(name).data.fill_(1 if "weight_scale" in name else 0)
+        else:
+            torch.nn.init.normal_(self.w13_weight, std=self.hidden_size**-0.5)
+            torch.nn.init.normal_(self.w2_weight, std=self.intermediate_size**-0.5)
         for bias in (self.w13_bias, self.w2_bias):
             if bias is not None:
                 torch.nn.init.zeros_(bias)
@@ -178,11 +221,12 @@ class FusedMoE(torch.nn.Module):
         """
         x, logits = hidden_states.reshape(-1, self.hidden_size), router_logits.reshape(-1, self.num_experts)
         w13, w2 = self.w13_weight, self.w2_weight
-        whole = None if torch.is_grad_enabled() else self._routing()
+        whole = None if torch.is_grad_enabled() or self._quantized else self._routing()
         weights, ids = (None, None) if whole else self.select_experts(x, logits)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, w13, w2 = x.to(dtype), w13.to(dtype), w2.to(dtype)
+            x = x.to(dtype)
+            w13, w2 = (w13, w2) if self._quantized else (w13.to(dtype), w2.to(dtype))
         if whole:
             return self._whole(x, w13, w2, logits, whole).reshape(hidden_states.shape)
         out = fused_experts(
@@ -197,8 +241,20 @@ class FusedMoE(torch.nn.Module):
             expert_map=self.expert_map,
             w1_bias=self.w13_bias,
             w2_bias=self.w2_bias,
+            swiglu_alpha=self._swiglu[0],
+            swiglu_beta=self._swiglu[1],
+            swiglu_limit=self._swiglu[2],
+            quant_config=self._scales(),
         )
         return out.reshape(hidden_states.shape)
+
+    def _scales(self) -> QuantConfig | None:
+        if not self._quantized:
+            return None
+        kinds = (scale_name(self.quant_config), "weight_zero_point", "input_scale")
+        return QuantConfig(
+            self.quant_config, *(self._parameters.get(f"{w}_{kind}") for kind in kinds for w in ("w13", "w2"))
+        )
 
     def _routing(self) -> tuple[Any, ...] | None:
         """The routing as `moe_jax.RoutingConfig` takes it; None for one that it has no method for."""
@@ -222,7 +278,7 @@ class FusedMoE(torch.nn.Module):
         check_devices(tensors)
         refuse_forward_mode(tensors)
         return torch.ops.moe_jax.moe.default(
-            *tensors, self.activation, self.apply_router_weight_on_input, self.top_k, *routing
+            *tensors, self.activation, self.apply_router_weight_on_input, *self._swiglu, self.top_k, *routing
         )
 
     @torch.no_grad()
@@ -234,7 +290,8 @@ class FusedMoE(torch.nn.Module):
         Args:
             param: a parameter of this module.
             loaded_weight: of one expert, whole: ``w1`` (gate) and ``w3`` (up) ``[I, H]``, ``w2`` (down) ``[H, I]``; biases
-                ``[I]``, ``[I]``, ``[H]``. An un-gated layer has no ``w3``. The dtype is converted.
+                ``[I]``, ``[I]``, ``[H]``; scales as the format has them, of channels also ``[I, 1]``. An un-gated layer has no
+                ``w3``. The dtype is converted, but not that of codes. Gate and up share an input scale, the larger one.
             weight_name: its name in the checkpoint, for messages.
             shard_id: ``w1``, ``w2`` or ``w3``.
             expert_id: global.
@@ -269,11 +326,16 @@ class FusedMoE(torch.nn.Module):
                     f"{self.intermediate_size}, of which this rank takes {part}"
                 )
             loaded_weight = loaded_weight.narrow(split, self.tp_rank * part, part)
-        if loaded_weight.shape != target.shape:
+        if loaded_weight.squeeze().shape == target.squeeze().shape:
+            loaded_weight = loaded_weight.reshape(target.shape)
+        is_code = param.dtype in (torch.float8_e4m3fn, torch.int8, torch.uint8)
+        if loaded_weight.shape != target.shape or (is_code and loaded_weight.dtype != param.dtype):
             raise ValueError(
-                f"{weight_name} is {tuple(loaded_weight.shape)}, but shard {shard_id!r} of an expert here is "
-                f"{tuple(target.shape)}"
+                f"{weight_name} is {loaded_weight.dtype} {tuple(loaded_weight.shape)}, but shard {shard_id!r} of an expert "
+                f"here is {param.dtype} {tuple(target.shape)}"
             )
+        if any(param is self._parameters.get(f"{w}_input_scale") for w in ("w13", "w2")):
+            loaded_weight = torch.maximum(target, loaded_weight.to(target))
         target.copy_(loaded_weight)
         return True
 
@@ -284,10 +346,13 @@ class FusedMoE(torch.nn.Module):
             raise ValueError(
                 f"{weight_name}: shard_id={shard_id!r} is not one of {shards}, activation={self.activation!r}"
             )
-        if shard_id == "w2" and (param is self.w2_weight or (param is self.w2_bias and param is not None)):
-            return param, 1 if param is self.w2_weight else None
-        if shard_id == "w2" or (param is not self.w13_weight and (param is not self.w13_bias or param is None)):
+        name = next((name for name, mine in self._parameters.items() if mine is param and mine is not None), "")
+        if not name.startswith("w2_" if shard_id == "w2" else "w13_"):
             raise ValueError(f"{weight_name}: shard {shard_id!r} does not belong into the parameter that was given")
+        if shard_id == "w2":
+            return param, 1 if name == "w2_weight" else None
+        if param.dim() == 1:  # a scale for gate and up together
+            return param, None
         if not self.is_gated:
             return param, 0
         if self.activation == "swigluoai":
@@ -296,9 +361,12 @@ class FusedMoE(torch.nn.Module):
         return (param[:, :half] if shard_id == "w1" else param[:, half:]), 0
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedMoE:
-        """`to`, `half`, `to_empty` and their like: the map keeps its values, the correction bias float32."""
-        bias = self.e_score_correction_bias
+        """`to`, `half`, `to_empty` and their like: the map keeps its values, codes, scales and correction bias their dtype."""
+        bias, codes = self.e_score_correction_bias, {name: self.get_parameter(name).data for name in self._quantized}
         super()._apply(fn, recurse)
+        for name, before in codes.items():
+            if (now := self.get_parameter(name)).dtype != before.dtype:
+                now.data = before.to(now.device)
         if self.expert_map is not None:
             self.expert_map = torch.tensor(self._local_ids, dtype=torch.int32, device=self.expert_map.device)
         if bias is not None and self.e_score_correction_bias.dtype != bias.dtype:
@@ -314,27 +382,3 @@ class FusedMoE(torch.nn.Module):
         """
         names = ("num_experts", "top_k", "hidden_size", "intermediate_size", "num_local_experts", "activation")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-
-
-def _check_rank(name: str, size: int, rank: int) -> None:
-    if size < 1 or not 0 <= rank < size:
-        raise ValueError(f"{name}_rank={rank} must lie in [0, {name}_size={size}), and the size be at least 1")
-
-
-def _neighbours(num_experts: int, ep_size: int, ep_rank: int) -> torch.Tensor:
-    base, more = divmod(num_experts, ep_size)
-    start = ep_rank * base + min(ep_rank, more)
-    count = base + (ep_rank < more)
-    expert_map = torch.full((num_experts,), -1, dtype=torch.int32)
-    expert_map[start : start + count] = torch.arange(count, dtype=torch.int32)
-    return expert_map
-
-
-def _checked(expert_map: list[int], num_experts: int) -> list[int]:
-    local = sorted(value for value in expert_map if value != -1)
-    if len(expert_map) != num_experts or local != list(range(len(local))):
-        raise ValueError(
-            f"expert_map={expert_map} must have an entry for each of num_experts={num_experts}: -1, or the local ids "
-            "0, 1, ... once each"
-        )
-    return expert_map

@@ -24,7 +24,8 @@ from moe_jax_torch.weight_cache import WeightCache
 
 _LAYER = (
     "Tensor hidden_states, Tensor w1, Tensor w2, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, "
-    "Tensor? w1_bias, Tensor? w2_bias, str activation, bool apply_router_weight_on_input, int global_num_experts"
+    "Tensor? w1_bias, Tensor? w2_bias, str activation, bool apply_router_weight_on_input, int global_num_experts, "
+    "float? swiglu_alpha, float? swiglu_beta, float? swiglu_limit"
 )
 _RULE = (
     "Tensor logits, Tensor? bias, int top_k, str score, str weight, bool renormalize, float renorm_epsilon, "
@@ -32,7 +33,8 @@ _RULE = (
 )
 _MOE = (
     "Tensor hidden_states, Tensor w1, Tensor w2, Tensor logits, Tensor? bias, Tensor? expert_map, Tensor? w1_bias, "
-    "Tensor? w2_bias, str activation, bool apply_router_weight_on_input, int top_k, str method, bool? renormalize, "
+    "Tensor? w2_bias, str activation, bool apply_router_weight_on_input, float? swiglu_alpha, float? swiglu_beta, "
+    "float? swiglu_limit, int top_k, str method, bool? renormalize, "
     "int num_expert_group, int topk_group, float routed_scaling_factor"
 )
 # Of the arguments of a layer, those with gradients: as `calls.Operands` has them.
@@ -90,13 +92,13 @@ _Layer = tuple[calls.Operands, torch.Tensor, torch.Tensor | None]
 
 def _padded_layer(layer: tuple[Any, ...], value: float | None = None) -> tuple[_Layer, calls.Static]:
     """The tensors of a layer, those with tokens padded (ids with -1, others with `value`), and its static part."""
-    x, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias, activation, on_input, experts = layer
+    x, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias, activation, on_input, experts, *swiglu = layer
     if x.shape[0] != bucket(x.shape[0]):
         if not x.shape[:1] == topk_weights.shape[:1] == topk_ids.shape[:1]:
             _check_experts(layer)  # now: their buckets may be the same
         x, topk_weights, topk_ids = _padded(x, value), _padded(topk_weights, value), _padded(topk_ids, -1)
     operands = calls.Operands(x, w1, w2, topk_weights, w1_bias, w2_bias)
-    static = calls.Static(activation, on_input, experts, calls.implementation_for(x.device.type))
+    static = calls.Static(activation, on_input, experts, calls.implementation_for(x.device.type), *swiglu)
     return (operands, topk_ids, expert_map), static
 
 
@@ -139,7 +141,7 @@ def _run(
 
 
 def _check_experts(layer: tuple[Any, ...]) -> None:
-    x, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias, activation, on_input, experts = layer
+    x, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias, activation, on_input, experts, *_ = layer
     check_weights(x, w1, w2, activation, w1_bias, w2_bias)
     check_slots(x, w1, topk_weights, topk_ids, expert_map, experts, on_input)
     check_devices(layer[:8])
@@ -193,6 +195,9 @@ def _moe(
     w2_bias: torch.Tensor | None,
     activation: str,
     apply_router_weight_on_input: bool,
+    swiglu_alpha: float | None,
+    swiglu_beta: float | None,
+    swiglu_limit: float | None,
     top_k: int,
     *routing: Any,
 ) -> torch.Tensor:
@@ -205,8 +210,9 @@ def _moe(
     if tokens != bucket(tokens):
         x, logits = _padded(x, None), _padded(logits, float("nan"))  # a row of NaN chooses no expert
     implementation = calls.implementation_for(x.device.type)
+    swiglu = (swiglu_alpha, swiglu_beta, swiglu_limit)
     static = {
-        "static": calls.Static(activation, apply_router_weight_on_input, logits.shape[1], implementation),
+        "static": calls.Static(activation, apply_router_weight_on_input, logits.shape[1], implementation, *swiglu),
         "top_k": top_k,
         "routing": calls.routing_of(*routing),
     }

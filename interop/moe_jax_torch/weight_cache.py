@@ -78,7 +78,8 @@ class WeightCache:
         warnings.warn(
             f"weights of shape {tuple(tensor.shape)}, strides {tensor.stride()} at an address of {tensor.data_ptr() % 256} "
             "modulo 256 are copied at every call, because no kernel can read them there; give them memory of their own "
-            "once, with p.data = p.data.clone(memory_format=torch.contiguous_format)",
+            "once, with p.data = p.data.clone(memory_format=torch.contiguous_format), or in a model of transformers with "
+            "moe_jax_torch.transformers.own_weights(model)",
             stacklevel=2,
         )
 

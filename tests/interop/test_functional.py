@@ -48,6 +48,8 @@ LAYERS = {
     "silu_no_mul": {"activation": "silu_no_mul", "bias": True},
     "swigluoai": {"activation": "swigluoai", "bias": True},
     "swigluoai_uninterleave": {"activation": "swigluoai_uninterleave"},
+    "silu with a limit": {"swiglu_limit": 0.4},
+    "swigluoai with numbers": {"activation": "swigluoai", "swiglu_alpha": 1.3, "swiglu_beta": 0.5, "swiglu_limit": 0.6},
 }
 
 
@@ -178,6 +180,8 @@ def test_what_does_not_fit_is_refused_by_name():
         ((x, w1, w2, ids, weights), {}, "weights, then ids"),
         ((x[:3], w1, w2, weights, ids), {}, "with the T of hidden_states, 3"),
         ((x, w1, w2, weights, ids), {"activation": "tanh"}, "activation='tanh' is not one of"),
+        ((x, w1, w2, weights, ids), {"activation": "gelu", "swiglu_limit": 7.0}, "swiglu_limit=7.0 has no meaning for"),
+        ((x, w1, w2, weights, ids), {"swiglu_limit": -1.0}, "swiglu_limit=-1.0 must be positive"),
         ((x, w1, w2, weights, ids), {"global_num_experts": 8}, "expert_map"),
         ((x, w1, w2, weights, ids), {"expert_map": torch.zeros(6)}, "expert_map is torch.float32"),
         ((x, w1, w2, weights, ids), {"apply_router_weight_on_input": True}, "needs k = 1"),
@@ -192,8 +196,6 @@ def test_what_does_not_fit_is_refused_by_name():
     for arguments, kwargs, message in wrong:
         with pytest.raises((ValueError, TypeError), match=message):
             fused_experts(*arguments, **kwargs)
-    with pytest.raises(NotImplementedError, match="quantize_experts"):
-        fused_experts(x, w1, w2, weights, ids, quant_config=object())
     with pytest.raises(RuntimeError, match="no gradient"):
         fused_experts(x, w1.requires_grad_(), w2, weights, ids, inplace=True)
 

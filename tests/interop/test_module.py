@@ -8,10 +8,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.utils.checkpoint import checkpoint as rerun  # noqa: E402
+
 from moe_jax_torch import FusedMoE, weight_cache  # noqa: E402
+from moe_jax_torch.parallel import Ranks  # noqa: E402
 from tests.interop.torch_layers import expert_loop  # noqa: E402
 from tests.util import check_close, relative_error  # noqa: E402
 
+EXPERT_PARALLEL = {"enable_expert_parallel": True}
 SIZES = {"num_experts": 6, "top_k": 3, "hidden_size": 20, "intermediate_size": 12}
 
 
@@ -34,12 +38,21 @@ def loop(layer, x, logits):
     """The layer in plain torch, softmax renormalised over the chosen."""
     chosen, ids = logits.topk(layer.top_k, dim=1)
     kwargs = {"activation": layer.activation, "expert_map": layer.expert_map}
-    biases = {"w1_bias": layer.w13_bias, "w2_bias": layer.w2_bias}
+    numbers = dict(zip(("swiglu_alpha", "swiglu_beta", "swiglu_limit"), layer._swiglu, strict=True))
+    biases = {"w1_bias": layer.w13_bias, "w2_bias": layer.w2_bias} | numbers
     return expert_loop(x, layer.w13_weight, layer.w2_weight, chosen.softmax(1), ids, **kwargs, **biases)
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"has_bias": True, "activation": "swigluoai"}, {"ep_size": 4, "ep_rank": 1}], ids=str
+    "arguments",
+    [
+        {},
+        {"has_bias": True, "activation": "swigluoai"},
+        {"ep_size": 4, "ep_rank": 1},
+        {"swiglu_limit": 0.4},
+        {"activation": "swigluoai", "swiglu_alpha": 1.3, "swiglu_limit": 0.6},
+    ],
+    ids=str,
 )
 def test_layer_equals_the_loop(arguments):
     layer = layer_of(**arguments)
@@ -154,9 +167,15 @@ def test_shards_of_a_checkpoint_find_their_places(activation):
         [{"ep_size": 4, "ep_rank": rank} for rank in range(4)],
         [{"tp_size": 3, "tp_rank": rank} for rank in range(3)],
         [{"ep_size": 2, "ep_rank": e, "tp_size": 2, "tp_rank": t} for e in range(2) for t in range(2)],
+        [{"dp_size": 2, "dp_rank": d, "tp_size": 3, "tp_rank": t} for d in range(2) for t in range(3)],
+        [
+            {"dp_size": 2, "dp_rank": d, "tp_size": 2, "tp_rank": t} | EXPERT_PARALLEL
+            for d in range(2)
+            for t in range(2)
+        ],
         [{"expert_map": torch.tensor(m)} for m in ([1, -1, 0, -1, -1, 2], [-1, 2, -1, 0, 1, -1])],
     ],
-    ids=["ep", "tp", "ep and tp", "maps"],
+    ids=["ep", "tp", "ep and tp", "dp and tp", "dp as ep", "maps"],
 )
 def test_ranks_loaded_from_one_checkpoint_add_up(ranks):
     tensors = checkpoint(layer_of())
@@ -183,7 +202,10 @@ def test_what_the_loader_refuses():
         ((layer.w2_weight, good, "w1", 0), "does not belong"),
         ((None, good, "w1", 0), "does not belong"),
         ((layer.w13_weight, torch.ones(6, 20), "w1", 0), "axis 0 must be the whole intermediate_size=12"),
-        ((layer.w13_weight, torch.ones(12, 19), "w1", 0), r"\(6, 19\), but shard 'w1' of an expert here is \(6, 20\)"),
+        (
+            (layer.w13_weight, torch.ones(12, 19), "w1", 0),
+            r"\(6, 19\), but shard 'w1' of an expert here is .*\(6, 20\)",
+        ),
     ]
     for (param, tensor, shard, expert), message in wrong:
         with pytest.raises(ValueError, match=f"some.name.*{message}"):
@@ -200,6 +222,11 @@ def test_what_the_constructor_refuses():
         ({"ep_size": 2, "ep_rank": 2}, "ep_rank=2"),
         ({"expert_map": torch.tensor([0, 1, 1, -1, -1, -1])}, "once each"),
         ({"expert_map": torch.tensor([0, 1])}, "each of num_experts=6"),
+        ({"activation": "gelu", "swiglu_alpha": 2.0}, "swiglu_alpha=2.0 has no meaning for activation='gelu'"),
+        ({"activation": "tanh"}, "activation='tanh' is not one of"),
+        ({"dp_size": 2, "dp_rank": 3}, "dp_rank=3 must lie in"),
+        ({"ep_size": 2, "dp_size": 2}, "ep_size=2 is given, but follows from dp_size=2, tp_size=1 and"),
+        ({"enable_expert_parallel": True, "tp_size": 2, "expert_map": torch.arange(6)}, "give one of them"),
         ({"ep_size": 2, "expert_map": torch.arange(6)}, "give one of them"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -289,3 +316,45 @@ def test_the_correction_bias_stays_float32():
     bias = layer.e_score_correction_bias.clone()
     assert torch.equal(layer.to(torch.bfloat16).e_score_correction_bias, bias)
     assert layer.w2_weight.dtype == torch.bfloat16
+
+
+def test_torch_func_and_checkpointing_of_the_module():
+    layer = layer_of(has_bias=True)
+    x, logits = inputs_of(layer, 8)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(layer, parameters, (x, logits)).square().sum()
+
+    layer(x, logits).square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    layer.zero_grad()
+    rerun(layer, x.clone().requires_grad_(), logits, use_reentrant=False).square().sum().backward()
+    batched = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, torch.stack([-x, x]))
+    for name, gradient in torch.func.grad(loss)(parameters, x).items():
+        assert torch.equal(gradient, expected[name])
+        assert torch.equal(batched[name][1], expected[name])
+        assert torch.equal(layer.get_parameter(name).grad, expected[name])
+    with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+        torch.func.jvp(lambda x: layer(x, logits), (x,), (x,))
+    (gradient,) = torch.autograd.grad(layer(leaf := x.clone().requires_grad_(), logits).sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"tp_size": 2}, (1, 2)),
+        ({"dp_size": 2}, (1, 2)),
+        ({"tp_size": 2, "dp_size": 2}, (1, 4)),
+        ({"tp_size": 2} | EXPERT_PARALLEL, (2, 1)),
+        ({"dp_size": 2} | EXPERT_PARALLEL, (2, 1)),
+        ({"tp_size": 2, "dp_size": 2} | EXPERT_PARALLEL, (4, 1)),
+        ({"tp_size": 2, "ep_size": 2}, (2, 2)),
+    ],
+    ids=str,
+)
+def test_sizes_of_parallelism(given, found):
+    ranks = Ranks.of(**given)
+    assert (ranks.ep_size, ranks.tp_size) == found

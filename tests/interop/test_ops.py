@@ -99,6 +99,14 @@ def test_second_derivatives_and_forward_mode_raise():
     (gradient,) = torch.autograd.grad(ours(layer, tensors).square().sum(), tensors["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.sum().backward()
+    (gradient,) = torch.autograd.grad(ours(layer, tensors).sum(), tensors["x"], create_graph=True)  # of a constant
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (gradient.square().sum() + tensors["x"].sum()).backward()
+    logits = torch.randn(5, 4, requires_grad=True)
+    weights, _ = fused_topk(logits, logits, 2, False)
+    (gradient,) = torch.autograd.grad(weights.sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.square().sum().backward()
     with pytest.raises(NotImplementedError, match="no forward-mode derivatives; use reverse mode"):
         torch.func.jvp(lambda x: fused_experts(x, *layer[1:5]), (layer.x,), (torch.ones_like(layer.x),))
     with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
@@ -138,10 +146,13 @@ def test_gradients_of_routing():
         check_close(found, expected, 2e-6)
 
 
+NO_SWIGLU = (None, None, None)  # no alpha, beta, limit
+
+
 def operands(layer):
     kwargs = layer.kwargs
     tensors = [*layer[:5], kwargs.get("expert_map"), kwargs.get("w1_bias"), kwargs.get("w2_bias")]
-    return (*tensors, kwargs["activation"], False, layer.w1.shape[0])
+    return (*tensors, kwargs["activation"], False, layer.w1.shape[0], *NO_SWIGLU)
 
 
 RULE = ("softmax", "score", True, 0.0, 1, 1, "max", 1.0)
@@ -159,7 +170,7 @@ def test_opcheck(arguments):
     logits = torch.randn(layer.x.shape[0], 8)
     torch.library.opcheck(namespace.route.default, (logits, None, 3, *RULE))
     x, w1, w2 = arguments[:3]
-    layer_arguments = (x, w1, w2, logits[:, :6].contiguous(), None, None, *arguments[6:8], "silu", False, 3)
+    layer_arguments = (x, w1, w2, logits[:, :6].contiguous(), None, None, *arguments[6:8], "silu", False, *NO_SWIGLU, 3)
     torch.library.opcheck(namespace.moe.default, (*layer_arguments, "renormalize", None, 1, 1, 1.0))
     torch.library.opcheck(namespace.route_backward.default, (torch.randn(layer.x.shape[0], 3), logits, None, 3, *RULE))
 

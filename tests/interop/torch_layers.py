@@ -22,7 +22,7 @@ class Layer(NamedTuple):
         return expert_loop(*self[:5], **self.kwargs)
 
 
-def activate(h: torch.Tensor, activation: str) -> torch.Tensor:
+def activate(h: torch.Tensor, activation: str, alpha=None, beta=None, limit=None) -> torch.Tensor:
     """Written again from the formulas, not from moe_jax."""
     if activation.endswith("_no_mul"):
         x, up = h, 1.0
@@ -31,12 +31,15 @@ def activate(h: torch.Tensor, activation: str) -> torch.Tensor:
     else:
         x, up = h.chunk(2, dim=1)
     if activation.startswith("swigluoai"):
-        x, up = x.clamp(max=7), up.clamp(-7, 7)
-        return (up + 1) * x * torch.sigmoid(1.702 * x)
+        alpha, beta, limit = alpha or 1.702, 1 if beta is None else beta, limit or 7
+        x, up = x.clamp(max=limit), up.clamp(-limit, limit)
+        return (up + beta) * x * torch.sigmoid(alpha * x)
     if activation.startswith("relu2"):
         return F.relu(x) ** 2 * up
     if activation.startswith("gelu"):
         return F.gelu(x, approximate="tanh" if "tanh" in activation else "none") * up
+    if limit is not None:
+        x, up = x.clamp(max=limit), up.clamp(-limit, limit)
     return F.silu(x) * up
 
 
@@ -53,6 +56,9 @@ def expert_loop(
     w1_bias=None,
     w2_bias=None,
     global_num_experts=-1,
+    swiglu_alpha=None,
+    swiglu_beta=None,
+    swiglu_limit=None,
 ):
     """Differentiable; everything in float32, the result too."""
     x, w1, w2, weights = (tensor.float() for tensor in (x, w1, w2, weights))
@@ -66,7 +72,7 @@ def expert_loop(
         rows = x[token] * weight if apply_router_weight_on_input else x[token]
         h = rows @ w1[place].T
         h = h if w1_bias is None else h + w1_bias[place].float()
-        y = activate(h, activation) @ w2[place].T
+        y = activate(h, activation, swiglu_alpha, swiglu_beta, swiglu_limit) @ w2[place].T
         y = y if w2_bias is None else y + w2_bias[place].float()
         out = out.index_add(0, token, y if apply_router_weight_on_input else y * weight)
     return out
