@@ -65,8 +65,8 @@ def table(rows: list[dict], routing: str) -> str:
         columns[2:2] = ["experts touched", "most rows"]
     lines = [] if routing == "uniform" else [f"Routing: {routing}.", ""]
     lines += ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
-    last = None
-    for row in rows:
+    last, cases = None, list(dict.fromkeys(row["case"] for row in rows))
+    for row in sorted(rows, key=lambda row: (cases.index(row["case"]), row["tokens"])):
         cells = {
             "case": row["case"] if row["case"] != last else "",
             "T": str(row["tokens"]),
@@ -117,6 +117,9 @@ def notes(result: dict) -> list[str]:
             + (f": {', '.join(known)}." if known else ".")
         )
     found += [f"{name} has no time: {reason}" for name, reason in reasons.items()]
+    found += [
+        f"{row['case']}, T {row['tokens']} has no time: {row['failed']}" for row in result["rows"] if row.get("failed")
+    ]
     if result.get("skipped"):
         found.append(f"{len(result['skipped'])} rows were not measured: the run's time was up.")
     return ["\n".join(f"- {note}" for note in found)] if found else []

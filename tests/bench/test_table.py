@@ -47,9 +47,9 @@ def write(tmp_path, rows, **more):
 
 
 def test_peers_bound_and_floor_have_columns(tmp_path):
-    rows = [
-        ROW | FLOOR | {"peers": PEERS},
+    rows = [  # in the order in which they were measured
         {"case": "a", "tokens": 1024, "dtype": "bfloat16", "layer_us": 200.0},
+        ROW | FLOOR | {"peers": PEERS},
         {"case": "b", "tokens": 1, "dtype": "bfloat16", "failed": "wrong output"},
     ]
     path = write(tmp_path, rows, skipped=[{"case": "b", "tokens": 16, "routing": "uniform"}])
@@ -59,7 +59,7 @@ def test_peers_bound_and_floor_have_columns(tmp_path):
     assert "| case | T | moe_jax | torch | vllm | xla | best peer ÷ moe_jax | bound_us | of floor |" in text
     assert "| a | 16 | 100 (95) | 180 | 121 | 50 | 1.21 (vllm) | 99 | 80% |" in text
     assert "|  | 1024 | 200 |  |  |  |  |  |  |" in text
-    assert "wrong output" not in text
+    assert "b, T 1 has no time: wrong output" in text
     for words in ("680 TFLOP/s", "4290 GB/s", "tokamax has no time: tokamax cannot", "vllm 0.22.1", "1 rows were not"):
         assert words in text
     assert "](benchmarks/plots/run.png)" in text
