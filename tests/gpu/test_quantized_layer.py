@@ -7,6 +7,7 @@ within 4e-3.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.ops.quantize_rows import quantize_rows, quantize_tokens
 from moe_jax.quantization import reference
 from moe_jax.routing import route
-from moe_jax.tuning.plan import LayerShape, default_plan
+from moe_jax.tuning.plan import LayerPlan, LayerShape, default_plan
 from tests.gpu.test_layer import inputs, make_weights, poison_memory, rows, same_bits
 from tests.grouping import occupied_rows
 from tests.layers import rank_of
@@ -95,16 +96,23 @@ def test_products_of_the_same_codes(name, num_tokens):
 
 
 @pytest.mark.parametrize("name", ["fp8_block", "fp8_block_ue8m0", "int8_block"])
-def test_rows_quantized_as_they_leave(name):
-    """The same bits as with a kernel of its own."""
+def test_plans_of_blocks_have_the_same_bits(name):
+    """Rows quantized as they leave the up-projection or by a kernel of its own, weights or rows on the M side of wgmma."""
     config, experts, layer, _ = layer_of("qwen3", name)
     for num_tokens in (500, 1500):
-        plan = default_plan(LayerShape.of(config, num_tokens))
-        plan = dataclasses.replace(plan, up=dataclasses.replace(plan.up, quantizes=True))
+        rule = default_plan(LayerShape.of(config, num_tokens), 128)
         x, logits = inputs(config, num_tokens)
-        poison_memory()
-        found = jax.jit(functools.partial(moe, config=config, plan=plan))(x, experts, logits)
-        assert same_bits(found, layer(x, experts, logits))
+        right = layer(x, experts, logits)
+        for rows_first, quantizes in itertools.product([False, True], repeat=2):
+            counts = (64, 128) if rows_first else (64, 96, 128)
+            up, down = (
+                dataclasses.replace(config, row_counts=counts, stages=4, rows_first=rows_first)
+                for config in (rule.up, rule.down)
+            )
+            plan = LayerPlan(128, dataclasses.replace(up, quantizes=quantizes, stages=3 if quantizes else 4), down)
+            poison_memory()
+            found = jax.jit(functools.partial(moe, config=config, plan=plan))(x, experts, logits)
+            assert same_bits(found, right), (num_tokens, rows_first, quantizes)
 
 
 def check_products(product, groups):

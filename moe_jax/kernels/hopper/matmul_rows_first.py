@@ -2,7 +2,7 @@
 
 `matmul_fp8` has weights there, so that few rows waste nothing. Then a thread holds products of 32 rows and multiplies as many
 scales of rows with that of the block, for gate and for up, every 128 of K. Here it holds products of two rows: two scales. That
-leaves 156 instructions a thread and step in the place of 229 (benchmarks/results/2026-11-26-machine-code.txt), and the 128
+leaves 157 instructions a thread and step in the place of 229 (benchmarks/results/2026-11-26-machine-code.txt), and the 128
 columns that share a scale when the rows are quantized again lie in four lanes (`row_stores`).
 
 Each of two consumers takes 64 rows of a tile by 128 rows of the gate's weights and 128 of the up-projection's, or 256. Sums are
@@ -181,10 +181,13 @@ def grouped_matmul(
                         part = pl.run_scoped(product, plgpu.ACC(shape, sums)).astype(jnp.float32)
                         return total + part * lax.broadcast_in_dim(a_scale * of_weights[group][half], shape, [0])
 
+                    def first_half(total):
+                        return lax.optimization_barrier(add(0, total))
+
                     # The barrier and the branch, which is always taken, keep the compilers from beginning the second product
                     # before the first is added up: there are no registers for both.
-                    totals[0] = lax.optimization_barrier(add(0, totals[0]))
-                    totals[1] = lax.cond(mine < 2**30, lambda total: add(1, total), lambda total: total, totals[1])
+                    totals[0] = lax.cond(mine < 2**30, first_half, lambda total: total, totals[0])
+                    totals[1] = add(1, totals[1])
                 if interpreted:  # it does not know that each thread arrives, after its own loads
                     plgpu.commit_smem()
                 plgpu.barrier_arrive(empty.at[slot])
