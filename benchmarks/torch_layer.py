@@ -2,7 +2,7 @@
 
 python benchmarks/torch_layer.py --case qwen3-30b-a3b --tokens 1,16,128,1024 --output benchmarks/results/NAME.json
 
-Every layer reads the same weights. Times of graphs are of one of four layers, one behind the other, as in `moe-jax bench`. The
+Every layer reads the same weights. Times of graphs are of one of several layers, one behind the other, as in `moe-jax bench`. The
 host's time is that of a call which only queues its kernels, and beside it that of a torch addition, the measure of the machine.
 """
 
@@ -22,7 +22,7 @@ import typer
 
 from moe_jax import moe
 from moe_jax.bench.cases import parse_case, parse_tokens
-from moe_jax.bench.compiling import CALLS, Job, Layer, compile_all, stack_logits
+from moe_jax.bench.compiling import Job, Layer, compile_all, layers_a_call, stack_logits
 from moe_jax.bench.environment import describe, has_gpu
 from moe_jax.bench.inputs import make_inputs, make_weights, weights_shape
 from moe_jax.bench.peers import PACKAGES, TorchPeer, prepare, short
@@ -67,12 +67,12 @@ def measure(config: MoEConfig, tokens: int, ours: Layer, peers: dict[str, Any], 
 
     x, logits = make_inputs(config, tokens)
     operands = x, weights, stack_logits(logits)
-    stack = ours.stack_at(tokens)
+    stack, calls = ours.stack_at(tokens), layers_a_call(tokens)
     expected = np.asarray(stack(*operands)[0].astype("float32"))
-    kernels = kernel_times(stack, *operands, layers=CALLS)
+    kernels = kernel_times(stack, *operands, layers=calls)
     row: dict[str, Any] = {
         "tokens": tokens,
-        "jax_layer_us": round(call_time(lambda: stack(*operands)) / CALLS, 1),
+        "jax_layer_us": round(call_time(lambda: stack(*operands)) / calls, 1),
         "jax_kernels_us": {name: round(us, 2) for name, us in kernels.items()},
         "jax_kernels_total_us": round(sum(kernels.values()), 1),
     }

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.bench.environment import has_gpu
 from moe_jax.config import MoEConfig
 
 THREADS = 16
@@ -19,9 +20,9 @@ FEW_TOKENS = 16
 def layers_a_call(tokens: int) -> int:
     """Layers one behind the other, in one jit or in one CUDA graph, as those of a model are.
 
-    So many that the GPU is busy for longer than the host needs to start a jitted function.
+    So many that a GPU is busy for longer than the host needs to start a jitted function.
     """
-    return 16 if tokens <= FEW_TOKENS else 4
+    return 16 if tokens <= FEW_TOKENS and has_gpu() else 4
 
 
 class Layer:

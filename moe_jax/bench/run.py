@@ -43,6 +43,7 @@ def run_bench(
     form = None if options.quantization is None else quant_format(options.quantization)
     ceilings = measure_ceilings(options.dtype, on_gpu, form)
     packages = [peers.PACKAGES[name] for name in options.compare if name in peers.PACKAGES]
+    few, many = layers_a_call(FEW_TOKENS), layers_a_call(FEW_TOKENS + 1)
     result: Row = describe(options.commit, packages) | {
         "quantization": options.quantization,
         "ceilings": {
@@ -52,7 +53,7 @@ def run_bench(
         },
         "budget_seconds": options.budget,
         "peer_seconds": options.peer_seconds,
-        "layers_a_call": f"{layers_a_call(1)} (up to {FEW_TOKENS} tokens) or {layers_a_call(FEW_TOKENS + 1)}",
+        "layers_a_call": many if few == many else f"{few} (up to {FEW_TOKENS} tokens) or {many}",
         "rows": [],
         "skipped": [head for case in options.cases for head in plan(case, options)],
     }
