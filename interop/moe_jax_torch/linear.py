@@ -18,7 +18,18 @@ from moe_jax_torch.calls import implementation_for
 from moe_jax_torch.checks import check_devices, once_differentiable, refuse_forward_mode
 from moe_jax_torch.gradients import differentiably
 from moe_jax_torch.launch import launch
-from moe_jax_torch.ops import _BACKWARD_TAGS, _TAGS, _check_range, _import, _library, _own, _padded, _weights, each
+from moe_jax_torch.ops import (
+    _BACKWARD_TAGS,
+    _TAGS,
+    _check_range,
+    _import,
+    _library,
+    _own,
+    _padded,
+    _weights,
+    each,
+    register,
+)
 
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor ids, Tensor? bias"
 _OPERANDS = (0, 1, 3)  # of the arguments, those with gradients
@@ -184,20 +195,5 @@ def _fake_backward(_: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
     return [operand.new_empty(operand.shape) for operand, need in zip(operands, needs, strict=True) if need]
 
 
-def _register() -> None:
-    kernels = {
-        "expert_linear": (_expert_linear, _fake),
-        "expert_linear_backward": (_expert_linear_backward, _fake_backward),
-    }
-    for name, (kernel, fake) in kernels.items():
-        for device in ("CPU", "CUDA"):
-            _library.impl(name, kernel, device)
-        torch.library.register_fake(f"moe_jax::{name}", fake, lib=_library)
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        return each(torch.ops.moe_jax.expert_linear_backward, info, in_dims, arguments)
-
-    torch.library.register_vmap("moe_jax::expert_linear_backward", rule, lib=_library)
-
-
-_register()
+register("expert_linear", _expert_linear, _fake)
+register("expert_linear_backward", _expert_linear_backward, _fake_backward, vmap=True)

@@ -299,6 +299,20 @@ def each(operator: Any, info: Any, in_dims: tuple[Any, ...], arguments: tuple[An
     return type(results[0])(stacked), type(results[0])([0] * len(stacked))
 
 
+def register(name: str, kernel: Callable[..., Any], fake: Callable[..., Any], *, vmap: bool = False) -> None:
+    """Gives a defined operator its kernel, on CPUs and GPUs, its fake kernel, and with `vmap` the rule `each`."""
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, kernel, device)
+    torch.library.register_fake(f"moe_jax::{name}", fake, lib=_library)
+    if vmap:
+        operator = getattr(torch.ops.moe_jax, name)
+
+        def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+            return each(operator, info, in_dims, arguments)
+
+        torch.library.register_vmap(f"moe_jax::{name}", rule, lib=_library)
+
+
 def _register() -> None:
     kernels = {
         "fused_experts": (_fused_experts, _fake_fused_experts),
@@ -309,13 +323,7 @@ def _register() -> None:
         "route_backward": (_route_backward, _fake_route_backward),
     }
     for name, (kernel, fake) in kernels.items():
-        for device in ("CPU", "CUDA"):
-            _library.impl(name, kernel, device)
-        torch.library.register_fake(f"moe_jax::{name}", fake, lib=_library)
-    for name in ("moe", "fused_experts_backward", "route_backward"):
-        operator = getattr(torch.ops.moe_jax, name)
-        rule = lambda info, in_dims, *arguments, operator=operator: each(operator, info, in_dims, arguments)  # noqa: E731
-        torch.library.register_vmap(f"moe_jax::{name}", rule, lib=_library)
+        register(name, kernel, fake, vmap=name in ("moe", "fused_experts_backward", "route_backward"))
 
 
 _register()

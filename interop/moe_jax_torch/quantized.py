@@ -14,7 +14,7 @@ from moe_jax_torch import calls
 from moe_jax_torch.bridge import TORCH_DTYPES, to_torch
 from moe_jax_torch.checks import check_devices, check_slots
 from moe_jax_torch.launch import launch
-from moe_jax_torch.ops import _TAGS, _check_range, _import, _library, _own, _padded, _weights, each
+from moe_jax_torch.ops import _TAGS, _check_range, _import, _library, _own, _padded, _weights, register
 
 _TENSORS = (
     "Tensor hidden_states, Tensor w1, Tensor w2, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, "
@@ -202,15 +202,4 @@ def _fake(hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
 
 
-def _register() -> None:
-    for device in ("CPU", "CUDA"):
-        _library.impl("quantized_experts", _quantized_experts, device)
-    torch.library.register_fake("moe_jax::quantized_experts", _fake, lib=_library)
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        return each(torch.ops.moe_jax.quantized_experts, info, in_dims, arguments)
-
-    torch.library.register_vmap("moe_jax::quantized_experts", rule, lib=_library)
-
-
-_register()
+register("quantized_experts", _quantized_experts, _fake, vmap=True)

@@ -89,11 +89,11 @@ def quantized_matmul(
     chosen = impl.choose("grouped_matmul", implementation, reason)
     if chosen == "xla":
         return _plain(rows.dequantize(), *plain)
+    gated = activation is not None and activation.is_gated
+    n_out = weights.shape[1] // (2 if gated else 1)
     if config is None:
         from moe_jax.tuning.fit import within_memory
 
-        gated = activation is not None and activation.is_gated
-        n_out = weights.shape[1] // (2 if gated else 1)
         likely_tiles = min(groups.num_rows, weights.shape[0])
         config = eight_bit(default_config(groups.tile_rows, gated, n_out, likely_tiles))
         config = within_memory(config, jnp.dtype(dtype).name, f"{weights.spec.dtype} {weights.spec.granularity}")
@@ -109,9 +109,8 @@ def quantized_matmul(
     if config.rows_first and aligned and not tokens_as_rows and weights.spec.granularity == "block":
         from moe_jax.kernels.hopper import matmul_rows_first
 
-        gated = activation is not None and activation.is_gated
-        n_out = weights.shape[1] // (2 if gated else 1)
         blocks = weights.scales.shape[1]
+        # Searches try no other plan (`tuning.fit`); a plan of another shape has the same bits from the other kernel.
         if matmul_rows_first.supports(n_out, blocks, gated, config, quantize=quantize is not None) is None:
             return matmul_rows_first.grouped_matmul(*of_rows_and_weights, *schedule, bias, activation, **options)
     return kernel.grouped_matmul(

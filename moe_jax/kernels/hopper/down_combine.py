@@ -112,9 +112,6 @@ def down_combine(
         my_tiles = tiles.share(n_tiles, worker, workers)
         turns = my_tiles * experts * k_steps
 
-        def next_slot(slot):
-            return jnp.where(slot < stages - 1, slot + 1, 0)
-
         def multiply(tile, row, slot):
             """Row `row` of the token for a tile of columns; returns the next stage."""
             if bias is not None:
@@ -129,7 +126,7 @@ def down_combine(
                         plgpu.wgmma(acc, a, operand.eights(rows_s).at[slot, piece].T)
                     plgpu.wgmma_wait(depth)  # those of the step before are done
                     pl.when(step > 0)(lambda: plgpu.barrier_arrive(empty.at[jnp.where(slot > 0, slot, stages) - 1]))
-                    return next_slot(slot)
+                    return tiles.next_slot(slot, stages)
 
                 slot_after = lax.fori_loop(0, k_steps, step, slot)
                 plgpu.wgmma_wait(0)
@@ -199,9 +196,7 @@ def down_combine(
 
             pl.loop(0, my_tiles)(of_tile)
 
-            @pl.loop(jnp.maximum(turns - stages, 0), turns)
-            def _drain(turn):
-                plgpu.barrier_wait(empty.at[lax.rem(turn, stages)])
+            tiles.observe_all(empty, turns, stages)
 
         @pl.when(wg == 1)
         def _producer():

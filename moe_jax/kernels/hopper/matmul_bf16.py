@@ -196,13 +196,6 @@ def grouped_matmul(
         rows_a_copy = min(256, tile_cols)
         pieces = [(start, start, 0) for start in range(0, tile_cols, rows_a_copy)]
 
-    def for_row_count(size, run):
-        """Calls `run(count, below)` for the smallest row count that covers `size`, and the one before it, which does not."""
-        below = 0
-        for count in config.row_counts:
-            pl.when((size > below) & (size <= count))(lambda count=count, below=below: run(count, below))
-            below = count
-
     def body(rows_g, weights_g, group_g, starts_g, sizes_g, count_g, *refs):
         refs = list(refs)
         tokens_g = refs.pop(0) if shared else None
@@ -222,10 +215,6 @@ def grouped_matmul(
             m, n = tiles.visit(worker + i * workers, m_tiles, n_steps, config.band)
             return m, n if cluster == 1 else n * cluster + lax.axis_index("cta")
 
-        def next_slot(slot):
-            """The stage after this one; a remainder by three is a dozen instructions."""
-            return jnp.where(slot < stages - 1, slot + 1, 0)
-
         def rows_of(m):
             """Rows that are multiplied."""
             return jnp.int32(rows.shape[0]) if shared else sizes_g[m]
@@ -236,7 +225,7 @@ def grouped_matmul(
             epilogue.fetch_bias(ends, wg, group_g[m], col)
             if coded:
                 coded.fetch(of_codes, wg, group_g[m], col)
-            for_row_count(rows_of(m), functools.partial(multiply, i * k_steps, m, col))
+            tiles.for_row_count(config.row_counts, rows_of(m), functools.partial(multiply, i * k_steps, m, col))
 
         def multiply(first_turn, m, col, count, below):
             def accumulate(*accs):
@@ -255,7 +244,7 @@ def grouped_matmul(
                             if coded:  # registers are read until the products are done
                                 plgpu.wgmma_wait(0)
                     tiles.hand_back(empty, step, slot, stages, halves * operand.pieces if config.overlap else None)
-                    return next_slot(slot)
+                    return tiles.next_slot(slot, stages)
 
                 lax.fori_loop(0, k_steps, multiply_step, lax.rem(first_turn, stages))
                 # Loaded once, and on their way while the last products run; before the loop they cost it its registers.
@@ -314,15 +303,12 @@ def grouped_matmul(
                             tile = operand.singles(rows_s).at[slot, piece, pl.ds(0, count)]
                             plgpu.copy_gmem_to_smem(source, tile, full.at[slot], **together)
 
-                    for_row_count(size, load_rows)
+                    tiles.for_row_count(config.row_counts, size, load_rows)
 
             if gathered:
                 pl.when(turns > 0)(lambda: hand_over(turns - 1, 0))
 
-            # Every phase of every barrier is observed before the kernel ends.
-            @pl.loop(jnp.maximum(turns - stages, 0), turns)
-            def _drain(turn):
-                plgpu.barrier_wait(empty.at[lax.rem(turn, stages)])
+            tiles.observe_all(empty, turns, stages)
 
         @pl.when(wg < consumers)
         def _():

@@ -199,9 +199,6 @@ def grouped_matmul(
         def tile_at(i):
             return tiles.visit(worker + i * workers, m_tiles, n_tiles, config.band)
 
-        def next_slot(slot):
-            return jnp.where(slot < stages - 1, slot + 1, 0)
-
         def rows_of(m):
             """Rows that are multiplied."""
             return jnp.int32(rows.shape[0]) if shared else sizes_g[m]
@@ -209,13 +206,6 @@ def grouped_matmul(
         def first_row_of(m):
             """Not known to be 0 where all rows are meant: there may be fewer than are fetched."""
             return m * 0 if shared else starts_g[m]
-
-        def for_row_count(size, run):
-            """Calls `run(count, below)` for the smallest row count that covers `size`, and the one before, which does not."""
-            below = 0
-            for count in row_counts:
-                pl.when((size > below) & (size <= count))(lambda count=count, below=below: run(count, below))
-                below = count
 
         def product(acc, slot, piece, half, count):
             side, at = divmod(piece * swizzled, tk // depth)
@@ -232,7 +222,7 @@ def grouped_matmul(
             if by_channel:
                 channels.fetch(of_channels, wg, group_g[m], col)
             multiply = promoted if promote else scaled_once
-            for_row_count(rows_of(m), functools.partial(multiply, i * k_steps, m, col))
+            tiles.for_row_count(row_counts, rows_of(m), functools.partial(multiply, i * k_steps, m, col))
 
         def finish(m, col, accs, below):
             mine = starts_g[m], (tokens_g if shared else sizes_g)[m]
@@ -250,7 +240,7 @@ def grouped_matmul(
                         for half, acc in enumerate(accs):
                             product(acc, slot, piece, half, count)
                     tiles.hand_back(empty, step, slot, stages, halves * operand.pieces if config.overlap else None)
-                    return next_slot(slot)
+                    return tiles.next_slot(slot, stages)
 
                 lax.fori_loop(0, k_steps, step, lax.rem(first_turn, stages))
                 if config.overlap:
@@ -310,7 +300,7 @@ def grouped_matmul(
                 if interpret is not None:  # it does not know that each thread arrives, after its own loads
                     plgpu.commit_smem()
                 plgpu.barrier_arrive(empty.at[slot])
-                return next_slot(slot), totals, *following
+                return tiles.next_slot(slot, stages), totals, *following
 
             zeros = [plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA) for _ in range(halves)]
             fetched = [of_blocks(0)] if ahead else []
@@ -346,12 +336,9 @@ def grouped_matmul(
                             part = row_scales_s.at[slot, group]
                             of_rows.copy(row_scales_g, step * groups + group, first_row, count, part, full.at[slot])
 
-                    for_row_count(size, load_rows)
+                    tiles.for_row_count(row_counts, size, load_rows)
 
-            # Every phase of every barrier is observed before the kernel ends.
-            @pl.loop(jnp.maximum(turns - stages, 0), turns)
-            def _drain(turn):
-                plgpu.barrier_wait(empty.at[lax.rem(turn, stages)])
+            tiles.observe_all(empty, turns, stages)
 
         @pl.when(wg < consumers)
         def _():

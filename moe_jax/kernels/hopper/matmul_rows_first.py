@@ -132,9 +132,6 @@ def grouped_matmul(
         def tile_at(i):
             return tiles.visit(worker + i * workers, m_tiles, n_tiles, config.band)
 
-        def next_slot(slot):
-            return jnp.where(slot < stages - 1, slot + 1, 0)
-
         def consume(i):
             m, n = tile_at(i)
             col, first = n * tile_cols, wg * row_stores.ROWS
@@ -146,7 +143,7 @@ def grouped_matmul(
                 def skip(_, slot):
                     plgpu.barrier_wait(full.at[slot])
                     plgpu.barrier_arrive(empty.at[slot])
-                    return next_slot(slot)
+                    return tiles.next_slot(slot, stages)
 
                 lax.fori_loop(0, k_steps, skip, slot)
 
@@ -191,7 +188,7 @@ def grouped_matmul(
                 if interpreted:  # it does not know that each thread arrives, after its own loads
                     plgpu.commit_smem()
                 plgpu.barrier_arrive(empty.at[slot])
-                return next_slot(slot), totals, following
+                return tiles.next_slot(slot, stages), totals, following
 
             zeros = [plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA) for _ in range(HALVES)]
             _, accs, _ = lax.fori_loop(0, k_steps, step, (slot, zeros, of_blocks(0)))
@@ -217,7 +214,8 @@ def grouped_matmul(
                         target = weights_s.at[slot, pl.ds(half * COLUMNS, COLUMNS)]
                         plgpu.copy_gmem_to_smem(weights_g.at[expert, *source], target, full.at[slot])
 
-                    def load_rows(count):
+                    def load_rows(count, below):
+                        del below
                         for piece in range(operand.pieces):
                             source = rows_g.at[pl.ds(first_row, count), pl.ds(step * tk + piece * swizzled, swizzled)]
                             tile = operand.singles(rows_s).at[slot, piece, pl.ds(0, count)]
@@ -226,15 +224,9 @@ def grouped_matmul(
                             part = row_scales_s.at[slot, group]
                             of_rows.copy(row_scales_g, step * groups + group, first_row, count, part, full.at[slot])
 
-                    below = 0
-                    for count in config.row_counts:
-                        pl.when((size > below) & (size <= count))(lambda count=count: load_rows(count))
-                        below = count
+                    tiles.for_row_count(config.row_counts, size, load_rows)
 
-            # Every phase of every barrier is observed before the kernel ends.
-            @pl.loop(jnp.maximum(turns - stages, 0), turns)
-            def _drain(turn):
-                plgpu.barrier_wait(empty.at[lax.rem(turn, stages)])
+            tiles.observe_all(empty, turns, stages)
 
         @pl.when(wg < CONSUMERS)
         def _():

@@ -6,7 +6,7 @@ codes. So the bits are those of a kernel that reads the rows again, and nothing 
 
 Learned on an H100 (benchmarks/results/2026-11-26-h100-fp8-paired.txt): up-projections of tiles of up to 96 rows take 251 instead
 of 237 us (qwen3-30b-a3b, 4096 tokens) and 871 instead of 822 us (16384 tokens); a kernel that reads the rows again takes 30 and
-119 us. Tiles of 128 rows have no registers left: dsv3-ep8, 16384 tokens, 1032 instead of 940 us, against 33 us.
+119 us. Tiles of 128 rows have no registers left: dsv3-ep8, 16384 tokens, 1032 instead of 940 us, against 32 us.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax import _compat
+from moe_jax.kernels.hopper import row_scales
 from moe_jax.kernels.hopper.matmul_config import Config
 from moe_jax.kernels.hopper.row_stream import Tile
 from moe_jax.kernels.hopper.scaling import Scaling
@@ -131,28 +132,10 @@ class QuantizedStore:
         pl.when(size >= _SHARE)(lambda: send(0, _SHARE))
         pl.when(size < _SHARE)(lambda: pl.loop(0, jnp.maximum(size, 0))(lambda one: send(one, 1)))
         plgpu.commit_smem_to_gmem_group()
-        self._store_scales(refs.scales_g, scale, group, row, size, a_scale)
+        row_scales.store(refs.scales_g, group, row, scale, size, a_scale, self._interpret)
 
     def _load(self, block: Any) -> Any:
         """float32 ``[16, 64]``."""
         if self._interpret:
             return block[...].astype(jnp.float32)
         return plgpu.load(block, layout=self._tile.layout).astype(jnp.float32)
-
-    def _store_scales(self, target: Any, scale: Any, group: Any, row: Any, size: Any, layout: Any) -> None:
-        if self._interpret:
-            for i in range(_SHARE):
-
-                @pl.when(i < size)
-                def _(i=i):
-                    target[group, row + i] = scale[i]
-
-            return
-        splat = plgpu.Layout.WG_SPLAT
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, splat, splat, splat))
-        def store(ctx, target, values, line, first, count):
-            del ctx
-            _compat.store_run(target, values, line, first, count)
-
-        store(target, scale, group, row, size)

@@ -1,4 +1,4 @@
-"""Scales of the rows of a tile, on their way into the registers of a consumer.
+"""Scales of the rows of a tile, on their way into the registers of a consumer, or out of them.
 
 A tile begins at any row. TMA takes the start of a box along the last axis only in steps of 16 bytes (elsewhere it ends the
 kernel with an illegal instruction), and a load of two neighbouring numbers wants an even one. So a copy begins up to three
@@ -65,6 +65,26 @@ def load(scales: Any, first_row: Any, rows: int, aligned: bool, interpret: bool)
         return _compat.load_singly(scales, shift, layout, rows)
 
     return run(scales, shift)
+
+
+def store(target: Any, line: Any, first_row: Any, scales: Any, size: Any, layout: Any, interpret: bool) -> None:
+    """Stores the first `size` of scales that were made in registers to neighbouring rows of a line of ``[G, Rp]``."""
+    if interpret:
+        for i in range(scales.shape[0]):
+
+            @pl.when(i < size)
+            def _(i=i):
+                target[line, first_row + i] = scales[i]
+
+        return
+    splat = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, splat, splat, splat))
+    def run(ctx, target, values, line, first, count):
+        del ctx
+        _compat.store_run(target, values, line, first, count)
+
+    run(target, scales, line, first_row, size)
 
 
 class RowScales:

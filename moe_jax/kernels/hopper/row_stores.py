@@ -14,8 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_jax import _compat
-from moe_jax.kernels.hopper import views
+from moe_jax.kernels.hopper import row_scales, views
 from moe_jax.kernels.hopper.scaling import Scaling
 from moe_jax.quantization.formats import Spec
 
@@ -57,13 +56,7 @@ class RowStore:
             target = out.at[pl.ds(row + first, count), pl.ds(col, self.columns)]
             plgpu.copy_smem_to_gmem(part, target, commit_group=False)
 
-        pl.when(size >= ROWS)(lambda: send(0, ROWS))
-
-        @pl.when(size < ROWS)
-        def _():
-            eights = jnp.maximum(size, 0) // 8
-            pl.loop(0, eights)(lambda run: send(run * 8, 8))
-            pl.loop(eights * 8, jnp.maximum(size, 0))(lambda one: send(one, 1))
+        views.send_first(send, size, ROWS)
 
 
 class QuantizedRowStore:
@@ -91,22 +84,4 @@ class QuantizedRowStore:
         scale = scaling.scale(scaling.amax(jnp.max(scaling.order(values), axis=1)))
         inverse = lax.broadcast_in_dim(scaling.reciprocal(scale, a_row), values.shape, [0])
         self._codes.store(ref, wg, scaling.encode(values, inverse), codes_g, row, size, col)
-        self._store_scales(scales_g, scale, lax.div(col, COLUMNS), row, size, a_row)
-
-    def _store_scales(self, target: Any, scale: Any, group: Any, row: Any, size: Any, layout: Any) -> None:
-        if self._interpret:
-            for i in range(ROWS):
-
-                @pl.when(i < size)
-                def _(i=i):
-                    target[group, row + i] = scale[i]
-
-            return
-        splat = plgpu.Layout.WG_SPLAT
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, splat, splat, splat))
-        def store(ctx, target, values, line, first, count):
-            del ctx
-            _compat.store_run(target, values, line, first, count)
-
-        store(target, scale, group, row, size)
+        row_scales.store(scales_g, lax.div(col, COLUMNS), row, scale, size, a_row, self._interpret)

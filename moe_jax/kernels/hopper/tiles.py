@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,6 +47,27 @@ def visit(index: jax.Array, m_tiles: jax.Array, n_tiles: int, group_m: int) -> t
 def share(total: jax.Array | int, worker: jax.Array | int, workers: int) -> jax.Array:
     """How many of `total` items worker number `worker` takes when it takes every `workers`-th."""
     return lax.div(total - worker + (workers - 1), workers)
+
+
+def next_slot(slot: Any, stages: int) -> Any:
+    """The stage of a ring after this one; a remainder by three is a dozen instructions."""
+    return jnp.where(slot < stages - 1, slot + 1, 0)
+
+
+def observe_all(empty: Any, turns: Any, stages: int) -> None:
+    """A producer's end, after so many turns of a ring: every phase of every barrier is observed before the kernel ends."""
+
+    @pl.loop(jnp.maximum(turns - stages, 0), turns)
+    def _drain(turn):
+        plgpu.barrier_wait(empty.at[lax.rem(turn, stages)])
+
+
+def for_row_count(row_counts: tuple[int, ...], size: Any, run: Callable[[int, int], None]) -> None:
+    """Calls `run(count, below)` for the smallest row count that covers `size`, and the one before it, which does not."""
+    below = 0
+    for count in row_counts:
+        pl.when((size > below) & (size <= count))(lambda count=count, below=below: run(count, below))
+        below = count
 
 
 def hand_back(empty: Any, step: Any, slot: Any, stages: int, products: int | None) -> None:

@@ -10,6 +10,7 @@ The interpreter gives each member of a union memory of its own and knows no tile
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,6 +29,17 @@ def tiled(shape: tuple[int, ...], rows: int, dtype: Any) -> Any:
     columns = shape[-1]
     swizzle = plgpu.SwizzleTransform(columns * jnp.dtype(dtype).itemsize)
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((rows, columns)), swizzle))
+
+
+def send_first(send: Callable[[Any, int], None], size: Any, most: int) -> None:
+    """Calls `send(first, count)` for the first `size` of up to `most` rows: all together, by eights and the rest one by one."""
+    pl.when(size >= most)(lambda: send(0, most))
+
+    @pl.when(size < most)
+    def _():
+        eights = jnp.maximum(size, 0) // 8
+        pl.loop(0, eights)(lambda run: send(run * 8, 8))
+        pl.loop(eights * 8, jnp.maximum(size, 0))(lambda row: send(row, 1))
 
 
 class Operand:
@@ -123,13 +135,7 @@ class Staged:
         if isinstance(size, int):
             send(0, most)
             return
-        pl.when(size >= most)(lambda: send(0, most))
-
-        @pl.when(size < most)
-        def _():
-            eights = jnp.maximum(size, 0) // 8
-            pl.loop(0, eights)(lambda run: send(run * 8, 8))
-            pl.loop(eights * 8, jnp.maximum(size, 0))(lambda row: send(row, 1))
+        send_first(send, size, most)
 
     def store_marked(
         self, ref: Any, consumer: Any, buffer: int, marks: Any, most: int, out: Any, row: Any, col: Any
