@@ -96,7 +96,8 @@ def _kernel_reasons(config: MoEConfig, num_tokens: int, num_local: int) -> list[
         return jax.ShapeDtypeStruct(shape, dtype)
 
     pairs = num_tokens * config.top_k
-    tile_rows = plan_for(LayerShape.of(config, num_tokens, num_local)).tile_rows
+    plan = plan_for(LayerShape.of(config, num_tokens, num_local))
+    tile_rows = plan.tile_rows
     hidden, intermediate, dtype = config.hidden_size, config.intermediate_size, jnp.dtype(config.dtype)
     logits = like(jnp.dtype(config.routing.router_logits_dtype or "float32"), num_tokens, config.num_experts)
     rule = config.routing.rule
@@ -112,7 +113,7 @@ def _kernel_reasons(config: MoEConfig, num_tokens: int, num_local: int) -> list[
         ("group_tokens", group_tokens.supports(config.num_experts, num_local, pairs)),
     ]
     if config.quantization is not None:
-        matmuls = _quantized_reasons(config, x, w13, w2, bias, pairs, tile_rows)
+        matmuls = _quantized_reasons(config, x, w13, w2, bias, pairs, plan)
         return [*before, *matmuls, ("combine", combine.supports(y))]
     return [
         *before,
@@ -124,17 +125,17 @@ def _kernel_reasons(config: MoEConfig, num_tokens: int, num_local: int) -> list[
 
 
 def _quantized_reasons(
-    config: MoEConfig, x: Any, w13: Any, w2: Any, bias: Any, pairs: int, tile_rows: int
+    config: MoEConfig, x: Any, w13: Any, w2: Any, bias: Any, pairs: int, plan: LayerPlan
 ) -> list[tuple[str, str | None]]:
     from moe_jax.kernels.hopper import gather, matmul_bf16
     from moe_jax.kernels.hopper.gather_quantize import scales_shape
     from moe_jax.ops import gather_quantize, quantized_matmul
     from moe_jax.quantization import quantize
 
-    spec, rows_spec = config.quantization.weights, config.quantization.activations
+    spec, rows_spec, tile_rows = config.quantization.weights, config.quantization.activations, plan.tile_rows
     halves = {"up": 2 if config.is_gated else 1, "down": 1}
     found: list[tuple[str, str | None]] = []
-    for name, weights in (("up", w13), ("down", w2)):
+    for name, weights, tiling in (("up", w13, plan.up), ("down", w2, plan.down)):
         columns, act = weights.shape[2], config.act if name == "up" else None
         codes = jax.eval_shape(functools.partial(quantize, spec=spec, halves=halves[name]), weights)
         rows = jax.ShapeDtypeStruct((pairs, columns), x.dtype)
@@ -153,5 +154,8 @@ def _quantized_reasons(
         scales = jax.ShapeDtypeStruct(scales_shape(pairs, columns, rows_spec), jnp.float32)
         values = jax.ShapeDtypeStruct(rows.shape, rows_spec.storage_dtype)
         quantized = QuantizedRows(values, scales, rows_spec)
-        found.append((op, quantized_matmul.reason_against(quantized, codes, act, tile_rows, config.dtype)))
+        reason = quantized_matmul.reason_against(
+            quantized, codes, act, tile_rows, config.dtype, rows_first=tiling.rows_first
+        )
+        found.append((op, reason))
     return found

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moe_jax.activations import Activation
-from moe_jax.kernels.hopper.matmul_config import Config, default_config, eight_bit
+from moe_jax.kernels.hopper.matmul_config import Config, default_config, eight_bit, most_rows
 from moe_jax.ops import implementation as impl
 from moe_jax.ops.gather import plain_gather
 from moe_jax.ops.group_tokens import Groups
@@ -20,9 +20,15 @@ from moe_jax.quantization.rows import QuantizedRows
 
 
 def reason_against(
-    rows: QuantizedRows, weights: QuantizedArray, activation: Activation | None, tile_rows: int, dtype: DTypeLike
+    rows: QuantizedRows,
+    weights: QuantizedArray,
+    activation: Activation | None,
+    tile_rows: int,
+    dtype: DTypeLike,
+    *,
+    rows_first: bool = False,
 ) -> str | None:
-    """Why the kernel cannot run the problem; None if it can."""
+    """Why the kernel cannot run the problem; None if it can. `rows_first`: it is that of `Config.rows_first`."""
     from moe_jax.kernels.hopper import matmul_fp8 as kernel
 
     if weights.columns is not None:
@@ -34,7 +40,7 @@ def reason_against(
         return f"blocks {weights.spec.block} of weights and {rows.spec.block} of rows must both have {kernel.GROUP} columns"
     if not blocks and rows.spec.granularity == "group":
         return "rows with a scale for each group of columns need weights with a scale for each block"
-    most = kernel.MOST_PROMOTED if blocks else kernel.MOST_ROWS
+    most = most_rows(blocks, rows_first)
     if tile_rows > most:
         return f"tile_rows={tile_rows} must be at most {most}, for the registers; group with fewer"
     scales = jax.eval_shape(_scales, weights)
@@ -85,12 +91,14 @@ def quantized_matmul(
         return _weight_only(
             rows, weights, groups, bias, activation, group_offset, tile_group, tokens_as_rows, config, implementation
         )
-    reason = reason_against(rows, weights, activation, groups.tile_rows, dtype)
+    gated = activation is not None and activation.is_gated
+    n_out = weights.shape[1] // (2 if gated else 1)
+    aligned = tokens_as_rows or groups.row_multiple % kernel.ROW_MULTIPLE == 0
+    first = aligned and not tokens_as_rows and _rows_first(weights, n_out, gated, config, quantize)
+    reason = reason_against(rows, weights, activation, groups.tile_rows, dtype, rows_first=first)
     chosen = impl.choose("grouped_matmul", implementation, reason)
     if chosen == "xla":
         return _plain(rows.dequantize(), *plain)
-    gated = activation is not None and activation.is_gated
-    n_out = weights.shape[1] // (2 if gated else 1)
     if config is None:
         from moe_jax.tuning.fit import within_memory
 
@@ -105,14 +113,10 @@ def quantized_matmul(
         "quantize": quantize,
         "interpret": impl.interpret_params(chosen),
     }
-    aligned = tokens_as_rows or groups.row_multiple % kernel.ROW_MULTIPLE == 0
-    if config.rows_first and aligned and not tokens_as_rows and weights.spec.granularity == "block":
+    if first:
         from moe_jax.kernels.hopper import matmul_rows_first
 
-        blocks = weights.scales.shape[1]
-        # Searches try no other plan (`tuning.fit`); a plan of another shape has the same bits from the other kernel.
-        if matmul_rows_first.supports(n_out, blocks, gated, config, quantize=quantize is not None) is None:
-            return matmul_rows_first.grouped_matmul(*of_rows_and_weights, *schedule, bias, activation, **options)
+        return matmul_rows_first.grouped_matmul(*of_rows_and_weights, *schedule, bias, activation, **options)
     return kernel.grouped_matmul(
         *of_rows_and_weights,
         *schedule,
@@ -123,6 +127,15 @@ def quantized_matmul(
         aligned=aligned,
         **options,
     )
+
+
+def _rows_first(weights: QuantizedArray, n_out: int, gated: bool, config: Config | None, quantize: Spec | None) -> bool:
+    """Whether a plan wants rows on the M side and can have them; without, another kernel has the same bits."""
+    from moe_jax.kernels.hopper.matmul_rows_first import supports
+
+    if config is None or not config.rows_first or weights.spec.granularity != "block":
+        return False
+    return supports(n_out, weights.scales.shape[1], gated, config, quantize=quantize is not None) is None
 
 
 def _weight_only(

@@ -59,8 +59,6 @@ _MANY_EIGHT_BIT: tuple[dict[str, Any], ...] = (
     {"halves": 1},
     {"quantizes": True},
     {"quantizes": False},
-    {"rows_first": True},
-    {"rows_first": True, "quantizes": True},
 )
 
 
@@ -72,9 +70,10 @@ def row_tiles(shape: LayerShape) -> tuple[int, ...]:
         (128, 160, 192)
     """
     mean, most = shape.mean_rows, (128, 160, 192)
+    some = 128
     if Codes.of(shape.codes).both:
-        most = (88, 96, 128) if Codes.of(shape.codes).granularity == "block" else (128, 144, 160)
-    likely = (64,) if mean <= 24 else (64, 128) if mean <= 96 else most
+        some, most = (96, (88, 96, 128)) if Codes.of(shape.codes).granularity == "block" else (128, (128, 144, 160))
+    likely = (64,) if mean <= 24 else (64, some) if mean <= 96 else most
     return tuple(sorted({*likely, default_plan(shape).tile_rows}))
 
 

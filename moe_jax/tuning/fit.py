@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 from moe_jax.activations import Activation, get_activation
 from moe_jax.kernels.hopper.matmul_bf16 import supports
-from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
+from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config, most_rows
 from moe_jax.kernels.hopper.matmul_fp8 import GROUP
 from moe_jax.kernels.hopper.row_scales import held
 from moe_jax.kernels.hopper.views import ALIGNED, COLUMNS, STORED
-from moe_jax.tuning.plan import Codes, LayerPlan, LayerShape, most_rows, splits
+from moe_jax.tuning.plan import Codes, LayerPlan, LayerShape, splits
 
 _BYTES = ("float8_e4m3fn", "int8")
 SHARED_MEMORY = 227 * 1024  # bytes that one block may have on a Hopper GPU
@@ -133,8 +133,9 @@ def _eight_bit_misfit(config: Config, codes: str) -> str | None:
             f"tile_k={config.tile_k} must be a multiple of {GROUP * config.depth} for 8-bit rows: with columns="
             f"{config.columns} a stage holds {config.depth} pieces of K, each of whole groups of {GROUP}"
         )
-    if config.tile_rows > most_rows(codes):
-        return f"tile_rows={config.tile_rows} must be at most {most_rows(codes)} for {codes}, for the registers"
+    most = most_rows(Codes.of(codes).granularity == "block", config.rows_first)
+    if config.tile_rows > most:
+        return f"tile_rows={config.tile_rows} must be at most {most} for {codes}, for the registers"
     if Codes.of(codes).dtype == "int8" and config.tile_rows > 32 and config.tile_rows % 16:
         return f"tile_rows={config.tile_rows} must be a multiple of 16 for int8: wgmma has no other above 32"
     return None
@@ -168,7 +169,7 @@ def misfit(shape: LayerShape, plan: LayerPlan) -> str | None:
             reason = rows_first_misfit(name, config, shape)
             if reason:
                 return f"{name}: {reason}"
-        reason = _operands_misfit(shape, weights, act, plan.tile_rows, config.gather)
+        reason = _operands_misfit(shape, weights, act, config)
         reason = reason or config_misfit(config, act is not None, shape.dtype, shape.codes)
         if reason:
             return f"{name}: {reason}"
@@ -200,10 +201,9 @@ def rows_first_misfit(name: str, config: Config, shape: LayerShape) -> str | Non
     return can_run(n_out, blocks, gated, config, quantize=config.quantizes)
 
 
-def _operands_misfit(
-    shape: LayerShape, weights: Any, activation: Activation | None, tile_rows: int, gather: bool
-) -> str | None:
+def _operands_misfit(shape: LayerShape, weights: Any, activation: Activation | None, config: Config) -> str | None:
     """Why no kernel multiplies rows with these weights, plain or quantized."""
+    tile_rows, gather = config.tile_rows, config.gather
     from moe_jax.kernels.hopper.gather_quantize import scales_shape
     from moe_jax.ops.quantized_matmul import reason_against, reason_against_codes
     from moe_jax.quantization import Spec, quantize
@@ -224,4 +224,5 @@ def _operands_misfit(
     rows_spec = Spec(of.dtype, granularity, block)
     scales = jax.ShapeDtypeStruct(scales_shape(*rows.shape, rows_spec), jnp.float32)
     values = jax.ShapeDtypeStruct(rows.shape, rows_spec.storage_dtype)
-    return reason_against(QuantizedRows(values, scales, rows_spec), codes, activation, tile_rows, shape.dtype)
+    quantized = QuantizedRows(values, scales, rows_spec)
+    return reason_against(quantized, codes, activation, tile_rows, shape.dtype, rows_first=config.rows_first)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from moe_jax.config import MoEConfig
 from moe_jax.kernels.hopper.matmul_config import (
+    MANY_PROMOTED,
     Config,
     default_config,
     eight_bit,
@@ -14,6 +15,7 @@ from moe_jax.kernels.hopper.matmul_config import (
     fetches_by_token,
     few_counts,
     pays_to_quantize,
+    rows_first,
     tile_rows_for,
 )
 
@@ -186,18 +188,22 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
         >>> default_plan(LayerShape(128, 32768, 2048, 768, gated=True, dtype="bfloat16")).tile_rows
         160
     """
-    from moe_jax.tuning.fit import quantizes_misfit, within_memory
+    from moe_jax.tuning.fit import quantizes_misfit, rows_first_misfit, within_memory
 
     tiles = min(shape.num_pairs, shape.num_local_experts)
     if Codes.of(shape.codes).both:
         promoted = Codes.of(shape.codes).granularity == "block"
-        tile_rows = tile_rows or eight_bit_tile_rows(shape.mean_rows, shape.num_pairs, promoted)
-        up = default_config(tile_rows, shape.gated, shape.intermediate_size, tiles)
-        down = default_config(tile_rows, False, shape.hidden_size, tiles)
+        found = tile_rows or eight_bit_tile_rows(shape.mean_rows, shape.num_pairs, promoted)
+        up = default_config(found, shape.gated, shape.intermediate_size, tiles)
+        down = default_config(found, False, shape.hidden_size, tiles)
         up, down = (eight_bit(config, shape.mean_rows) for config in (up, down))
+        first = {name: rows_first(config) for name, config in (("up", up), ("down", down))}
+        many = shape.mean_rows >= MANY_PROMOTED if tile_rows is None else tile_rows == first["up"].tile_rows
+        if promoted and many and not any(rows_first_misfit(name, config, shape) for name, config in first.items()):
+            up, down = first.values()
         quantizes = promoted and pays_to_quantize(up, shape.mean_rows)
         up = dataclasses.replace(up, quantizes=quantizes and quantizes_misfit("up", up, shape) is None)
-        return LayerPlan(tile_rows, *(within_memory(config, shape.dtype, shape.codes) for config in (up, down)))
+        return LayerPlan(up.tile_rows, *(within_memory(config, shape.dtype, shape.codes) for config in (up, down)))
     gather = fetches_by_token(shape.mean_rows, shape.hidden_size, shape.intermediate_size)
     if tile_rows is None:
         tile_rows = tile_rows_for(shape.mean_rows, shape.num_pairs, gather)
@@ -207,18 +213,6 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
     if shape.codes:
         up, down = few_counts(up), few_counts(down)
     return LayerPlan(tile_rows, up, down)
-
-
-def most_rows(codes: str) -> int:
-    """The largest row tile for `LayerShape.codes` of both operands.
-
-    Example:
-        >>> most_rows("float8_e4m3fn block"), most_rows("int8 channel")
-        (128, 160)
-    """
-    from moe_jax.kernels.hopper.matmul_fp8 import MOST_PROMOTED, MOST_ROWS
-
-    return MOST_PROMOTED if codes.endswith("block") else MOST_ROWS
 
 
 def plan_for(shape: LayerShape) -> LayerPlan:

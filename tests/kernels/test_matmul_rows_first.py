@@ -71,7 +71,7 @@ def test_rows_quantized_as_they_leave(name):
         matmul_and_quantize(
             rows, weights, groups, spec, activation=ACT, config=config, implementation="mosaic_interpret"
         )
-        for config in (Config((64, 128), tile_k=128, stages=2, rows_first=True, quantizes=True), OTHER)
+        for config in (dataclasses.replace(CONFIG, quantizes=True), CONFIG)
     )
     for mine, other in ((found.values, right.values), (found.scales, right.scales)):
         mine, other = (np.asarray(a)[..., : groups.num_rows].view(np.uint8) for a in (mine, other))

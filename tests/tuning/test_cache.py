@@ -143,7 +143,7 @@ BAD_ENTRIES = {
     "another row tile": (lambda e: e["plan"]["up"].update(row_counts=[64]), "tile_rows=64"),
     "a size for other kernels": (lambda e: e["shape"].update(hidden_size=1000), "1000"),
     "no number format": (lambda e: e["shape"].update(codes="float9_e9 block"), "float9_e9"),
-    "a plan for 16 bits": (lambda e: e["shape"].update(codes="float8_e4m3fn block"), "at most 128"),
+    "a plan for 16 bits": (lambda e: e["shape"].update(codes="float8_e4m3fn block"), "at most 96"),
     "words without meaning": (lambda e: e["shape"].update(codes="weights"), "codes='weights'"),
     "no pairs": (lambda e: e["shape"].update(num_pairs=0), "0 pairs"),
 }

@@ -28,6 +28,24 @@ def test_the_rule_is_that_of_the_kernel(num_pairs, tile_rows):
     assert hash(plan_for(shape)) == hash(default_plan(shape))
 
 
+@pytest.mark.parametrize(
+    ("mean", "inner", "tile_rows", "first", "quantizes"),
+    [
+        (96, 768, 96, False, False),
+        (192, 768, 96, False, True),
+        (256, 768, 128, True, True),
+        (2048, 768, 128, True, True),
+        (2048, 704, 128, True, False),  # codes leave in whole groups of 128
+    ],
+)
+def test_blocks_of_many_rows_stand_first(mean, inner, tile_rows, first, quantizes):
+    shape = LayerShape(128, mean * 128, 2048, inner, True, "bfloat16", "float8_e4m3fn block")
+    plan = default_plan(shape)
+    assert (plan.tile_rows, plan.up.rows_first, plan.down.rows_first) == (tile_rows, first, first)
+    assert (plan.up.quantizes, plan.down.quantizes) == (quantizes, False)
+    assert misfit(shape, plan) is None
+
+
 def test_a_rank_expects_its_share_of_the_pairs():
     config = MoEConfig(256, 8, 7168, 2048)
     assert LayerShape.of(config, 100) == LayerShape(256, 800, 7168, 2048, gated=True, dtype="bfloat16")

@@ -17,8 +17,10 @@ _MOST = (16, 32, 64, 96, 112, 128, 144, 160, 176, 192)
 MOST_ROWS = _MOST[-1]
 _COARSE = (8, 16, 32, 64, 96, 128)  # row counts where each costs a long loop
 _MANY_EIGHT_BIT = 192  # rows an expert, of operands of one byte, from which on products bind and not memory
-_PAIRED = 96  # rows of a tile where both products of a consumer are under way together: `matmul_fp8.MOST_PAIRED`
-_MANY_PROMOTED = 2048  # rows an expert from which on wider tiles are faster than such
+_MOST_EIGHT_BIT = 160  # rows of a tile, of operands of one byte
+_PROMOTED = 96  # with scales of blocks: `matmul_fp8` says why
+_ROWS_FIRST = 128  # and with rows on the M side: `matmul_rows_first`
+MANY_PROMOTED = 256  # rows an expert from which on those are faster
 _BETWEEN = 8  # columns that a multiprocessor could make in the time from one tile to the next, with one token
 
 
@@ -148,19 +150,45 @@ def eight_bit_tile_rows(mean_rows: float, num_pairs: int, promoted: bool = False
         >>> [eight_bit_tile_rows(mean, 10000) for mean in (8.0, 96.0, 128.0, 256.0)]
         [64, 128, 160, 144]
         >>> [eight_bit_tile_rows(mean, 10000, promoted=True) for mean in (8.0, 96.0, 2048.0)]
-        [64, 96, 128]
+        [64, 96, 96]
     """
     rows = tile_rows_for(mean_rows, num_pairs)
     if promoted and rows > _FEW[-1]:
-        return _PAIRED if mean_rows < _MANY_PROMOTED else _SOME[-1]
+        return _PROMOTED
     if rows <= _SOME[-1]:
         return rows
     return 160 if mean_rows < _MANY_EIGHT_BIT else 144
 
 
+def most_rows(promoted: bool, rows_first: bool) -> int:
+    """The largest row tile of operands of one byte, for the registers; `promoted`: with scales of blocks.
+
+    Example:
+        >>> most_rows(False, False), most_rows(True, False), most_rows(True, True)
+        (160, 96, 128)
+    """
+    if not promoted:
+        return _MOST_EIGHT_BIT
+    return _ROWS_FIRST if rows_first else _PROMOTED
+
+
 def pays_to_quantize(config: Config, mean_rows: float) -> bool:
     """Whether an up-projection with scales of blocks should quantize its rows as they leave it: `quantized_store` says why."""
-    return _FEW[-1] < config.tile_rows <= _PAIRED and mean_rows >= _MANY_EIGHT_BIT
+    return config.tile_rows > _FEW[-1] and mean_rows >= _MANY_EIGHT_BIT
+
+
+def rows_first(config: Config) -> Config:
+    """The tiles of `matmul_rows_first` in the place of those of `eight_bit`, for operands with scales of blocks.
+
+    From 256 rows an expert on they are faster, by 0 to 3 % there and by 7 to 16 % with 512 and more, and quantizing rows as they
+    leave costs them 0 to 6 % in the place of 2 to 7 %. With 128 rows an expert they take 15 % longer: most tiles of 128 rows have
+    a consumer that is nearly idle (benchmarks/results/2026-11-27-h100-fp8-rows-first.txt).
+
+    Example:
+        >>> rows_first(Config((64, 96), tile_k=128)).row_counts
+        (64, 128)
+    """
+    return dataclasses.replace(config, row_counts=(_FEW[-1], _ROWS_FIRST), rows_first=True)
 
 
 def eight_bit(config: Config, mean_rows: float = _MANY_EIGHT_BIT) -> Config:
@@ -175,8 +203,8 @@ def eight_bit(config: Config, mean_rows: float = _MANY_EIGHT_BIT) -> Config:
       with 128 and 144 rows, 229 us with up to 128).
     - With scales of blocks two products of a tile of up to 96 rows are under way (2026-11-26-h100-fp8-paired.txt). With up to 96
       and up to 128 rows: qwen3-235b, 4096 tokens, 906 and 1006 us, the down-projection 488 and 494; dsv3-ep8, 4096 tokens, 367
-      and 399, 197 and 229; qwen3-30b-a3b, 16384 tokens, 821 and 814, 469 and 489. With 2048 rows an expert the wider tile is
-      better: mixtral-8x7b 3500 and 3390.
+      and 399, 197 and 229; qwen3-30b-a3b, 16384 tokens, 821 and 814, 469 and 489. The wider tile, better with 2048 rows an
+      expert, gave way to `rows_first`.
     - With 120 among the row counts 13 % longer than without (2026-11-26-h100-fp8-products.txt).
 
     Example:
@@ -185,7 +213,7 @@ def eight_bit(config: Config, mean_rows: float = _MANY_EIGHT_BIT) -> Config:
     """
     counts = few_counts(config).row_counts
     if config.tile_rows > _FEW[-1]:
-        if config.tile_rows <= _PAIRED:
+        if config.tile_rows <= _PROMOTED:
             counts = (_FEW[-1], config.tile_rows)
         elif mean_rows < _MANY_EIGHT_BIT:
             few = 96 if config.tile_rows > 128 else 64 if mean_rows <= 96 else config.tile_rows

@@ -11,9 +11,8 @@ the loop for each row count. What is different are the scales.
 FP8 wgmma alone adds up with fewer bits than float32; what is promoted every 128 does not lose them. Both ways sum in an order
 that depends on nothing but K: a row has the same bits in any tile.
 
-Registers bind: a consumer holds both sums of its 64 columns, gate and up, and products of 128 of K: for up to 96 rows both,
-one of which is scaled while the other is computed; for up to 128 rows one, which is scaled while the other consumer's is
-computed, unless the two get in step.
+Registers bind: a consumer holds both sums of its 64 columns, gate and up, and products of 128 of K, one of which is scaled while
+the other is computed. There is room for 96 rows. `matmul_rows_first` takes tiles of 128, where groups are large.
 
 Learned on an H100 (benchmarks/results/2026-11-26-h100-fp8-*.txt; up-projections):
 
@@ -30,7 +29,6 @@ Learned on an H100 (benchmarks/results/2026-11-26-h100-fp8-*.txt; up-projections
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import Any
 
 import jax
@@ -51,9 +49,6 @@ from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
 from moe_jax.kernels.hopper.quantized_store import QuantizedStore, References
 from moe_jax.quantization.formats import Spec
 
-MOST_ROWS = 160  # of a tile
-MOST_PROMOTED = 128  # of a tile whose products are promoted
-MOST_PAIRED = 96  # of one where both products of a consumer are under way together
 SHORT = 16  # steps of a tile where scales of blocks are better not fetched a step ahead
 GROUP = 128  # columns of K that share a scale where they are promoted
 ROW_MULTIPLE = 4  # where tiles with scales of such groups should begin
@@ -262,9 +257,7 @@ def grouped_matmul(
         def promoted(first_turn, m, col, count, below):
             shape = WGMMA_ROWS, count
             first_row = first_row_of(m)
-            paired = halves == 2 and count <= MOST_PAIRED
-            ahead = not paired or k_steps > SHORT
-            together = [range(halves)] if paired else [[half] for half in range(halves)]
+            ahead = halves == 1 or k_steps > SHORT
 
             def of_blocks(step):
                 def of_block(half, group):
@@ -279,25 +272,22 @@ def grouped_matmul(
                 of_weights = fetched[0] if ahead else of_blocks(step)
                 following = [of_blocks(step + 1)] if ahead else []
                 plgpu.barrier_wait(full.at[slot])
-                for group, chosen in itertools.product(range(groups), together):
-                    if chosen[0] == 0:
-                        a_scale = of_rows.load(
-                            row_scales_s.at[slot, group], first_row, count, aligned, interpret is not None
-                        )
+                for group in range(groups):
+                    a_scale = of_rows.load(row_scales_s.at[slot, group], first_row, count, aligned, interpreted)
 
-                    def multiply(*parts, group=group, chosen=chosen, a_scale=a_scale):
-                        for half, part in zip(chosen, parts, strict=True):
+                    def multiply(*parts, group=group, a_scale=a_scale):
+                        for half, part in enumerate(parts):
                             for piece in range(a_group):
                                 product(part, slot, group * a_group + piece, half, count)
-                        for half, part in zip(chosen, parts, strict=True):
-                            under_way = (chosen[-1] - half) * a_group
+                        for half, part in enumerate(parts):
+                            under_way = (halves - 1 - half) * a_group
                             found = plgpu.wgmma_accumulator_load(part, wait_n=under_way).astype(jnp.float32)
                             scale = lax.broadcast_in_dim(a_scale * of_weights[group][half], shape, [1])
                             totals[half] = totals[half] + found * scale
                         return tuple(totals)
 
-                    totals = list(pl.run_scoped(multiply, *[plgpu.ACC(shape, sums)] * len(chosen)))
-                if interpret is not None:  # it does not know that each thread arrives, after its own loads
+                    totals = list(pl.run_scoped(multiply, *[plgpu.ACC(shape, sums)] * halves))
+                if interpreted:  # it does not know that each thread arrives, after its own loads
                     plgpu.commit_smem()
                 plgpu.barrier_arrive(empty.at[slot])
                 return tiles.next_slot(slot, stages), totals, *following
