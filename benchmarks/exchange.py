@@ -1,0 +1,210 @@
+"""Times the exchange of tokens between GPUs: our kernel beside XLA's collectives, there and back.
+
+python benchmarks/exchange.py --tokens 128,4096 --dtype bfloat16,float8_e4m3fn --output benchmarks/results/NAME.json
+
+Every rank has as many tokens; their experts are spread evenly over the ranks. A token goes once to each rank that has one of its
+experts. Times are those of kernels by CUPTI, and of several exchanges one behind the other in one jit, an exchange each.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from jax import lax
+
+from moe_jax.bench.environment import describe
+from moe_jax.bench.timing import call_time, kernel_times
+from moe_jax.ops.combine import combine
+from moe_jax.ops.exchange import send_rows
+
+AXIS, CHAIN = "ep", 8
+SPEC = jax.sharding.PartitionSpec(AXIS)
+
+
+def places(ids: Any, experts: int) -> tuple[Any, Any]:
+    """Whether each token goes to each rank, and where it goes there: destinations for `send_rows` with rows for all tokens."""
+    tokens, ranks, me = ids.shape[0], lax.axis_size(AXIS), lax.axis_index(AXIS)
+    sends = (ids[:, :, None] // (experts // ranks) == jnp.arange(ranks)).any(axis=1)
+    rows = ranks * tokens
+    return sends, jnp.where(sends, jnp.arange(ranks) * rows + me * tokens + jnp.arange(tokens)[:, None], -1)
+
+
+def backwards(ids: Any, experts: int) -> Any:
+    """The way back of the rows that all ranks sent here, whose ids these are ``[ranks, T, k]``."""
+    ranks, tokens, _ = ids.shape
+    me = lax.axis_index(AXIS)
+    here = (ids // (experts // ranks) == me).any(axis=2)
+    rows = jnp.arange(ranks)[:, None] * (ranks * tokens) + me * tokens + jnp.arange(tokens)
+    return jnp.where(here, rows, -1).reshape(-1, 1)
+
+
+def dispatch_peer(x: Any, ids: Any, experts: int, implementation: str = "mosaic") -> tuple[Any, Any]:
+    """Rows at their own place in the block of their rank, and all ids."""
+    _, destinations = places(ids, experts)
+    options = {"num_rows": lax.axis_size(AXIS) * x.shape[0], "axis_names": (AXIS,), "implementation": implementation}
+    (rows,), notes = send_rows([x], destinations, notes=ids, **options)
+    return rows, notes
+
+
+def combine_peer(y: Any, ids: Any, all_ids: Any, experts: int, implementation: str = "mosaic") -> Any:
+    """The sum of what the ranks of a token's experts send back."""
+    sends, _ = places(ids, experts)
+    tokens, ranks = sends.shape
+    back, options = backwards(all_ids, experts), {"axis_names": (AXIS,), "implementation": implementation}
+    (rows,), _ = send_rows([y], back, num_rows=y.shape[0], **options)
+    positions = jnp.where(sends, jnp.arange(ranks) * tokens + jnp.arange(tokens)[:, None], -1)
+    return combine(rows, positions, None, implementation=implementation)
+
+
+def dispatch_gather(x: Any, ids: Any, experts: int) -> tuple[Any, Any]:
+    """All tokens everywhere."""
+    del experts
+    return lax.all_gather(x, AXIS, tiled=True), lax.all_gather(ids, AXIS)
+
+
+def combine_scatter(y: Any, ids: Any, all_ids: Any, experts: int) -> Any:
+    """The sum over all ranks."""
+    del ids, all_ids, experts
+    return lax.psum_scatter(y, AXIS, tiled=True)
+
+
+def dispatch_ragged(x: Any, ids: Any, experts: int) -> tuple[Any, Any]:
+    """The rows of each rank behind each other; where they begin in a rank's block is that of a full block."""
+    sends, _ = places(ids, experts)
+    tokens, ranks = sends.shape
+    order = jnp.argsort(~sends, axis=0, stable=True)
+    sizes = sends.sum(axis=0, dtype=jnp.int32)
+    rows = x[order.T.reshape(-1)]  # blocks of all tokens, their first ones sent
+    offsets = jnp.arange(ranks, dtype=jnp.int32) * tokens
+    there = jnp.full(ranks, lax.axis_index(AXIS) * tokens, jnp.int32)
+    received = lax.all_to_all(sizes, AXIS, 0, 0, tiled=True)
+    out = jnp.zeros((ranks * tokens, x.shape[1]), x.dtype)
+    return lax.ragged_all_to_all(rows, out, offsets, sizes, there, received, axis_name=AXIS), lax.all_gather(ids, AXIS)
+
+
+def run_chain(way: Callable[..., Any], mesh: Any, *operands: Any) -> Any:
+    """Several exchanges in one jit, each of other rows."""
+
+    def chain(*operands):
+        results = []
+        for i in range(CHAIN):
+            first, *others = operands
+            scaled = first if jnp.issubdtype(first.dtype, jnp.floating) and first.dtype.itemsize == 1 else first + i
+            results.append(way(scaled if i else first, *others))
+            if scaled is first:  # equal exchanges would be one
+                operands = lax.optimization_barrier((operands, results[-1]))[0]
+        return results
+
+    return jax.jit(jax.shard_map(chain, mesh=mesh, in_specs=SPEC, out_specs=SPEC, check_vma=False))
+
+
+def measure(name: str, way: Callable[..., Any], mesh: Any, *operands: Any) -> dict[str, Any]:
+    """Kernel microseconds of a rank by name, and microseconds of an exchange in the chain."""
+    function = run_chain(way, mesh, *operands)
+    kernels = kernel_times(function, *operands, layers=CHAIN)
+    return {
+        "name": name,
+        "kernels_us": {kernel: round(us / mesh.size, 2) for kernel, us in kernels.items()},
+        "us": round(call_time(lambda: function(*operands)) / CHAIN, 1),
+    }
+
+
+def check(mesh: Any, x: Any, ids: Any, experts: int, iterations: int) -> int:
+    """How many of some exchanges differ from the plain form in a bit: new routings, some skewed, some without tokens on a rank."""
+
+    def both(x, ids):
+        found = []
+        for implementation in ("mosaic", "xla"):
+            rows, all_ids = dispatch_peer(x, ids, experts, implementation)
+            mask = backwards(all_ids, experts) >= 0
+            y = jnp.where(mask, rows, 0)
+            found.append((y, all_ids, combine_peer(y, ids, all_ids, experts, implementation)))
+        same = jnp.array([(a == b).all() for a, b in zip(*found, strict=True)]).all()
+        return same[None]
+
+    function = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=SPEC, out_specs=SPEC, check_vma=False))
+    random, wrong = np.random.default_rng(0), 0
+    for i in range(iterations):
+        new = random.integers(0, experts, ids.shape)
+        new = new if i % 3 else np.where(random.random(ids.shape) < 0.9, 1, new)  # skewed
+        new = new.astype(np.int32)
+        new[: ids.shape[0] // mesh.size] = (
+            -1 if i % 5 == 0 else new[: ids.shape[0] // mesh.size]
+        )  # the first rank has none
+        wrong += not bool(np.asarray(function(x, jax.device_put(new, ids.sharding))).all())
+    return wrong
+
+
+def main(
+    tokens: str = "128,4096",
+    dtype: str = "bfloat16,float8_e4m3fn",
+    hidden: int = 7168,
+    experts: int = 256,
+    top_k: int = 8,
+    iterations: Annotated[int, typer.Option(help="Checked exchanges with changing routing.")] = 1000,
+    output: Annotated[Path | None, typer.Option(help="A JSON file to write.")] = None,
+    commit: Annotated[str | None, typer.Option(help="Of the source, where git does not know it.")] = None,
+) -> None:
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), (AXIS,))
+    sharding = jax.sharding.NamedSharding(mesh, SPEC)
+    result: dict[str, Any] = describe(commit, set()) | {"ranks": mesh.size, "hidden": hidden, "rows": []}
+
+    def random(shape, kind):
+        values = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16).astype(kind)
+        return jax.device_put(values, sharding)
+
+    def random_ids(count):
+        order = np.random.default_rng(1).random((count * mesh.size, experts)).argsort(axis=1)[:, :top_k]
+        return jax.device_put(order.astype(np.int32), sharding)
+
+    small = random((64 * mesh.size, hidden), "bfloat16"), random_ids(64)
+    result["checked"] = {"iterations": iterations, "wrong": check(mesh, *small, experts, iterations)}
+    print(result["checked"], flush=True)
+    for count in map(int, tokens.split(",")):
+        ids = random_ids(count)
+        sent = np.asarray((np.asarray(ids)[:, :, None] // (experts // mesh.size) == np.arange(mesh.size)).any(axis=1))
+        owner = np.repeat(np.arange(mesh.size), count)
+        remote = sum((sent[:, rank] & (owner != rank)).sum() for rank in range(mesh.size)) / mesh.size  # rows of a rank
+        for kind in dtype.split(","):
+            x, y = (
+                random((count * mesh.size, hidden), kind),
+                random((mesh.size * count * mesh.size, hidden), "bfloat16"),
+            )
+            all_ids = jax.jit(
+                jax.shard_map(lambda i: lax.all_gather(i, AXIS), mesh=mesh, in_specs=SPEC, out_specs=SPEC)
+            )(ids)
+            ways = {
+                "dispatch": (functools.partial(dispatch_peer, experts=experts), x, ids),
+                "dispatch, all_gather": (functools.partial(dispatch_gather, experts=experts), x, ids),
+                "dispatch, ragged_all_to_all": (functools.partial(dispatch_ragged, experts=experts), x, ids),
+            }
+            if kind == "bfloat16":
+                ways |= {
+                    "combine": (functools.partial(combine_peer, experts=experts), y, ids, all_ids),
+                    "combine, psum_scatter": (functools.partial(combine_scatter, experts=experts), y, ids, all_ids),
+                }
+            for name, (way, *operands) in ways.items():
+                row = {"tokens": count, "dtype": kind}
+                try:
+                    row |= measure(name, way, mesh, *operands)
+                    bytes_sent = remote * hidden * (2 if "combine" in name else jnp.dtype(kind).itemsize)
+                    kernel = row["kernels_us"].get("send_rows")
+                    row["remote_gb_per_s"] = None if not kernel else round(bytes_sent / kernel / 1e3, 1)
+                except Exception as failure:
+                    row |= {"name": name, "failed": f"{type(failure).__name__}: {failure}"[:300]}
+                result["rows"].append(row)
+                print(json.dumps(row), flush=True)
+    if output is not None:
+        output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
