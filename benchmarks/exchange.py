@@ -118,7 +118,7 @@ def measure(name: str, way: Callable[..., Any], mesh: Any, *operands: Any) -> di
 
 
 def check(mesh: Any, x: Any, ids: Any, experts: int, iterations: int) -> int:
-    """How many of some exchanges differ from the plain form in a bit: new routings, some skewed, some without tokens on a rank."""
+    """How many of some exchanges differ from the plain form in a bit; routings are new, skewed, without tokens on one rank."""
 
     def both(x, ids):
         found = []

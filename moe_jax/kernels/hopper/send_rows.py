@@ -11,6 +11,7 @@ There is no interpreter for that: it has no semaphores and no memory of others. 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -107,6 +108,9 @@ def send_rows(
         columns, notes = notes.shape[1], _of_blocks(notes, blocks, mine, 0)
         out_types.append(jax.ShapeDtypeStruct((ranks, *notes.shape), notes.dtype))
 
+    # What lies within its array is fetched by a plain copy, which has no limit of 256 elements.
+    copy_in = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+
     def body(*refs):
         refs = list(refs)
 
@@ -136,9 +140,9 @@ def send_rows(
             for distance in range(1, ranks):
                 pl.semaphore_wait(semaphore.at[distance - 1])
 
-        plgpu.copy_gmem_to_smem(table_g.at[block], table_s, told)
+        copy_in(table_g.at[block], table_s, told)
         if notes is not None:
-            plgpu.copy_gmem_to_smem(notes_g.at[block], notes_s, told)
+            copy_in(notes_g.at[block], notes_s, told)
         plgpu.barrier_wait(told)
         first = block * mine
         last = jnp.minimum(tokens - first, mine)
@@ -158,7 +162,7 @@ def send_rows(
             def _():
                 slot = lax.rem(count, stages)
                 for source, ring in zip(sources, rings, strict=True):
-                    plgpu.copy_gmem_to_smem(source.at[first + i], ring.at[slot], full.at[slot])
+                    copy_in(source.at[first + i], ring.at[slot], full.at[slot])
 
             return count + wanted.astype(jnp.int32)
 
