@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from jax.sharding import AbstractMesh, Mesh
 
+from moe_jax.parallel.all_to_all import AllToAll
 from moe_jax.parallel.config import ParallelConfig
 from moe_jax.parallel.exchange import Exchange
 from moe_jax.parallel.gather_scatter import AllGatherReduceScatter
@@ -23,4 +24,6 @@ def choose_exchange(parallel: ParallelConfig, mesh: Mesh | AbstractMesh | None =
     """The exchange of these ranks."""
     if not parallel.token_axes:
         return Choice(NoExchange(), "all ranks hold the same tokens")
+    if parallel.use_ep:
+        return Choice(AllToAll(), "tokens go to the ranks of their experts")
     return Choice(AllGatherReduceScatter(), "every rank has a part of every expert")
