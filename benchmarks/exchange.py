@@ -8,8 +8,11 @@ experts. Times are those of kernels by CUPTI, and of several exchanges one behin
 
 from __future__ import annotations
 
+import collections
 import functools
+import itertools
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,8 +23,9 @@ import numpy as np
 import typer
 from jax import lax
 
+from moe_jax import _compat
 from moe_jax.bench.environment import describe
-from moe_jax.bench.timing import call_time, kernel_times
+from moe_jax.bench.timing import call_time
 from moe_jax.ops.combine import combine
 from moe_jax.ops.exchange import send_rows
 
@@ -82,37 +86,41 @@ def dispatch_ragged(x: Any, ids: Any, experts: int) -> tuple[Any, Any]:
     tokens, ranks = sends.shape
     order = jnp.argsort(~sends, axis=0, stable=True)
     sizes = sends.sum(axis=0, dtype=jnp.int32)
-    rows = x[order.T.reshape(-1)]  # blocks of all tokens, their first ones sent
+    codes = lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.itemsize == 1 else x
+    rows = codes[order.T.reshape(-1)]  # blocks of all tokens, their first ones sent
     offsets = jnp.arange(ranks, dtype=jnp.int32) * tokens
     there = jnp.full(ranks, lax.axis_index(AXIS) * tokens, jnp.int32)
     received = lax.all_to_all(sizes, AXIS, 0, 0, tiled=True)
-    out = jnp.zeros((ranks * tokens, x.shape[1]), x.dtype)
+    out = jnp.zeros((ranks * tokens, x.shape[1]), codes.dtype)
     return lax.ragged_all_to_all(rows, out, offsets, sizes, there, received, axis_name=AXIS), lax.all_gather(ids, AXIS)
 
 
 def run_chain(way: Callable[..., Any], mesh: Any, *operands: Any) -> Any:
-    """Several exchanges in one jit, each of other rows."""
+    """Several exchanges in one jit, one after the other."""
 
     def chain(*operands):
         results = []
-        for i in range(CHAIN):
-            first, *others = operands
-            scaled = first if jnp.issubdtype(first.dtype, jnp.floating) and first.dtype.itemsize == 1 else first + i
-            results.append(way(scaled if i else first, *others))
-            if scaled is first:  # equal exchanges would be one
-                operands = lax.optimization_barrier((operands, results[-1]))[0]
+        for _ in range(CHAIN):
+            results.append(way(*operands))
+            operands, _ = lax.optimization_barrier((operands, results[-1]))  # else equal exchanges would be one
         return results
 
     return jax.jit(jax.shard_map(chain, mesh=mesh, in_specs=SPEC, out_specs=SPEC, check_vma=False))
 
 
 def measure(name: str, way: Callable[..., Any], mesh: Any, *operands: Any) -> dict[str, Any]:
-    """Kernel microseconds of a rank by name, and microseconds of an exchange in the chain."""
+    """Median microseconds of each kernel of an exchange on a rank, waiting included, and those of an exchange in the chain."""
     function = run_chain(way, mesh, *operands)
-    kernels = kernel_times(function, *operands, layers=CHAIN)
+    times: dict[str, list[float]] = collections.defaultdict(list)
+    runs = _compat.measure_kernels(function, *operands)
+    for kernel, milliseconds in itertools.chain(*runs):
+        times[kernel.removesuffix("_mosaic_gpu_kernel")[:80]].append(milliseconds * 1e3)
+    exchanges = len(runs) * CHAIN * mesh.size
     return {
         "name": name,
-        "kernels_us": {kernel: round(us / mesh.size, 2) for kernel, us in kernels.items()},
+        "kernels_us": {
+            kernel: round(statistics.median(found) * len(found) / exchanges, 2) for kernel, found in times.items()
+        },
         "us": round(call_time(lambda: function(*operands)) / CHAIN, 1),
     }
 

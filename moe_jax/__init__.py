@@ -1,5 +1,8 @@
 """Mixture-of-Experts layers for JAX on NVIDIA GPUs."""
 
+from moe_jax.capture import RoutedExperts as RoutedExperts
+from moe_jax.capture import RoutedExpertsCapturer as RoutedExpertsCapturer
+from moe_jax.capture import TokenShares as TokenShares
 from moe_jax.config import MoEConfig as MoEConfig
 from moe_jax.config import RoutingConfig as RoutingConfig
 from moe_jax.explanation import Explanation as Explanation
@@ -7,6 +10,9 @@ from moe_jax.explanation import explain as explain
 from moe_jax.moe import apply_experts as apply_experts
 from moe_jax.moe import moe as moe
 from moe_jax.moe import moe_block as moe_block
+from moe_jax.parallel import ExpertPlacement as ExpertPlacement
+from moe_jax.parallel import ParallelConfig as ParallelConfig
+from moe_jax.parallel import determine_expert_map as determine_expert_map
 from moe_jax.quantization import QuantFormat as QuantFormat
 from moe_jax.quantization import QuantizedArray as QuantizedArray
 from moe_jax.quantization import dequantize_experts as dequantize_experts

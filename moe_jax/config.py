@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,35 +10,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from moe_jax.activations import Activation, canonical_name, get_activation
+from moe_jax.fields import check_bool, check_int, set_field
 from moe_jax.quantization.formats import QuantFormat, quant_format
 from moe_jax.routing_methods import METHOD_SPECS, RoutingMethod, RoutingRule
 
 DTYPES = ("bfloat16", "float16", "float32")
-
-
-def _set(instance: Any, name: str, value: Any) -> None:
-    object.__setattr__(instance, name, value)  # the dataclasses are frozen
-
-
-def _check_int(instance: Any, name: str, minimum: int) -> None:
-    """Stores the field as a plain int, or raises."""
-    value = getattr(instance, name)
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}={value!r} must be an integer, not {type(value).__name__}") from None
-    if number < minimum:
-        raise ValueError(f"{name}={number} must be at least {minimum}")
-    _set(instance, name, number)
-
-
-def _check_bool(instance: Any, name: str) -> None:
-    value = getattr(instance, name)
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name}={value!r} must be True or False")
-    _set(instance, name, bool(value))
 
 
 def _check_dtype(instance: Any, name: str) -> None:
@@ -51,7 +26,7 @@ def _check_dtype(instance: Any, name: str) -> None:
             dtype = np.dtype(value).name
     if dtype not in DTYPES:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(DTYPES)}")
-    _set(instance, name, dtype)
+    set_field(instance, name, dtype)
 
 
 @dataclass(frozen=True)
@@ -87,7 +62,7 @@ class RoutingConfig:
 
     def __post_init__(self) -> None:
         try:
-            _set(self, "method", RoutingMethod(self.method))
+            set_field(self, "method", RoutingMethod(self.method))
         except ValueError:
             names = ", ".join(method.value for method in RoutingMethod)
             raise ValueError(f"routing method={self.method!r} is not one of {names}") from None
@@ -98,7 +73,7 @@ class RoutingConfig:
             raise TypeError(f"routed_scaling_factor={self.routed_scaling_factor!r} must be a number") from None
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"routed_scaling_factor={scale} must be positive and finite; 1.0 leaves the weights alone")
-        _set(self, "routed_scaling_factor", scale)
+        set_field(self, "routed_scaling_factor", scale)
         if self.router_logits_dtype is not None:
             _check_dtype(self, "router_logits_dtype")
         self._check_renormalize()
@@ -113,8 +88,8 @@ class RoutingConfig:
             )
 
     def _check_groups(self) -> None:
-        _check_int(self, "num_expert_group", 1)
-        _check_int(self, "topk_group", 1)
+        check_int(self, "num_expert_group", 1)
+        check_int(self, "topk_group", 1)
         if self.topk_group > self.num_expert_group:
             raise ValueError(
                 f"topk_group={self.topk_group} must not exceed num_expert_group={self.num_expert_group}, "
@@ -130,7 +105,7 @@ class RoutingConfig:
     def _check_renormalize(self) -> None:
         if self.renormalize is None:
             return
-        _check_bool(self, "renormalize")
+        check_bool(self, "renormalize")
         spec = METHOD_SPECS[self.method]
         if spec.renormalize_is_free or self.renormalize == spec.renormalize:
             return
@@ -246,9 +221,9 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k", "hidden_size", "intermediate_size"):
-            _check_int(self, name, 1)
+            check_int(self, name, 1)
         for name in ("num_shared_experts", "shared_intermediate_size"):
-            _check_int(self, name, 0)
+            check_int(self, name, 0)
         for name in (
             "has_bias",
             "has_router_bias",
@@ -256,14 +231,14 @@ class MoEConfig:
             "apply_router_weight_on_input",
             "shared_expert_gate",
         ):
-            _check_bool(self, name)
+            check_bool(self, name)
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} must not exceed num_experts={self.num_experts}")
         _check_dtype(self, "dtype")
-        _set(self, "activation", canonical_name(self.activation))
+        set_field(self, "activation", canonical_name(self.activation))
         _ = self.act  # raises for parameters that the activation does not have
         if self.quantization is not None:
-            _set(self, "quantization", quant_format(self.quantization))
+            set_field(self, "quantization", quant_format(self.quantization))
         self._check_routing()
         self._check_shared()
 

@@ -11,6 +11,10 @@ from jaxtyping import install_import_hook
 # barriers, each blocking a thread: with one thread a core they deadlock on a small machine.
 os.environ.setdefault("NPROC", "64")
 
+# Meshes of several devices on a CPU. Read once, when JAX starts; GPUs are as many as there are.
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
 # torch's threads spin while they wait for one another, which on a machine whose cores are all busy (several test
 # workers) makes an operation up to a hundred times slower. Read once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

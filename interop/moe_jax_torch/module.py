@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from moe_jax.parallel import determine_expert_map
 from moe_jax_torch.checks import check_activation, check_devices, refuse_forward_mode
 from moe_jax_torch.eager import is_plain
 from moe_jax_torch.functional import fused_experts, fused_topk, grouped_topk
 from moe_jax_torch.ops import moe
-from moe_jax_torch.parallel import Ranks, checked_map, neighbours
+from moe_jax_torch.parallel import Ranks, checked_map
 from moe_jax_torch.quantized import QuantConfig, parameters_of, scale_name
 
 
@@ -115,7 +116,7 @@ class FusedMoE(torch.nn.Module):
         if expert_map is not None and ep_size > 1:
             raise ValueError(f"ep_size={ep_size} makes an expert_map, but one is given too; give one of them")
         if expert_map is None and ep_size > 1:
-            expert_map = neighbours(num_experts, ep_size, ep_rank)
+            expert_map = torch.from_numpy(determine_expert_map(ep_size, ep_rank, num_experts)[1])
         # The truth about the map, in Python: a loader that asks for every expert must not wait for a GPU each time.
         self._local_ids = (
             list(range(num_experts)) if expert_map is None else checked_map(expert_map.tolist(), num_experts)

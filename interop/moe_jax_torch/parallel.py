@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
+from moe_jax.parallel import ParallelConfig
 
 
 class Ranks(NamedTuple):
@@ -48,33 +48,18 @@ class Ranks(NamedTuple):
             >>> Ranks.of(tp_size=2, tp_rank=1, dp_size=2, dp_rank=0, enable_expert_parallel=True)
             Ranks(ep_size=4, ep_rank=1, tp_size=1, tp_rank=0)
         """
-        for name, size, rank in (("ep", ep_size, ep_rank), ("tp", tp_size, tp_rank), ("dp", dp_size, dp_rank)):
-            if size < 1 or not 0 <= rank < size:
-                raise ValueError(f"{name}_rank={rank} must lie in [0, {name}_size={size}), and the size be at least 1")
+        if ep_size < 1 or not 0 <= ep_rank < ep_size:
+            raise ValueError(f"ep_rank={ep_rank} must lie in [0, ep_size={ep_size}), and the size be at least 1")
         if ep_size > 1 and (dp_size > 1 or enable_expert_parallel):
             raise ValueError(
                 f"ep_size={ep_size} is given, but follows from dp_size={dp_size}, tp_size={tp_size} and "
                 f"enable_expert_parallel={enable_expert_parallel}; leave it 1, or give it with tp_size alone"
             )
-        size, rank = dp_size * tp_size, dp_rank * tp_size + tp_rank
-        if enable_expert_parallel:
-            return cls(ep_size=size, ep_rank=rank)
-        return cls(ep_size, ep_rank, size, rank)
-
-
-def neighbours(num_experts: int, ep_size: int, ep_rank: int) -> torch.Tensor:
-    """The expert map of a rank that holds a run of neighbouring experts, the first ranks one more if need be.
-
-    Example:
-        >>> neighbours(5, 2, 1).tolist()
-        [-1, -1, -1, 0, 1]
-    """
-    base, more = divmod(num_experts, ep_size)
-    start = ep_rank * base + min(ep_rank, more)
-    count = base + (ep_rank < more)
-    expert_map = torch.full((num_experts,), -1, dtype=torch.int32)
-    expert_map[start : start + count] = torch.arange(count, dtype=torch.int32)
-    return expert_map
+        parallel = ParallelConfig(tp_size=tp_size, dp_size=dp_size, enable_expert_parallel=enable_expert_parallel)
+        rank = parallel.rank_of(dp_rank=dp_rank, tp_rank=tp_rank)
+        if parallel.use_ep:
+            return cls(ep_size=parallel.ep_size, ep_rank=rank)
+        return cls(ep_size, ep_rank, parallel.experts_tp_size, rank)
 
 
 def checked_map(expert_map: list[int], num_experts: int) -> list[int]:
