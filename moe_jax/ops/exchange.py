@@ -13,14 +13,14 @@ from moe_jax.ops import implementation as impl
 
 
 def send_rows(
-    arrays: Sequence[Shaped[Array, "T W"]],
+    arrays: Sequence[Shaped[Array, "T _"]],
     destinations: Int[Array, "T K"],
     *,
     num_rows: int,
     axis_names: tuple[str, ...],
     notes: Int[Array, "T V"] | None = None,
     implementation: str = "auto",
-) -> tuple[list[Shaped[Array, "N W"]], Int[Array, "ranks T V"] | None]:
+) -> tuple[list[Shaped[Array, "N _"]], Int[Array, "ranks T V"] | None]:
     """Each row of this rank to up to K places, of any ranks. Inside `shard_map`; every rank of the axes takes part.
 
     It serves both ways of expert parallelism: tokens to the ranks of their experts, and results back. The kernel writes straight

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +45,7 @@ class PeerExchange(AllToAll):
         sends = who_gets(topk.ids, maps)
         ranks, me = sends.shape[1], lax.axis_index(axes)
         rows = ranks * tokens
-        there = jnp.arange(ranks, dtype=jnp.int32) * rows + me * tokens + jnp.arange(tokens, dtype=jnp.int32)[:, None]
+        there = jnp.arange(ranks, dtype=jnp.int32)[None] * rows + me * tokens + _numbers(tokens)
         leaves, tree = jax.tree.flatten(x)
         travelling = [leaf.ndim == 2 for leaf in leaves]  # what all tokens share stays
         moved, notes = send_rows(
@@ -79,13 +78,16 @@ class PeerExchange(AllToAll):
     ) -> Float[Array, "T H"]:
         """The sum, in float32 and in their order, of what the ranks of each token send back."""
         tokens, ranks = sends.shape
-        me, number = lax.axis_index(axes), jnp.arange(tokens, dtype=jnp.int32)
-        blocks = jnp.arange(ranks, dtype=jnp.int32)
-        there = (blocks[:, None] * (ranks * tokens) + me * tokens + number).reshape(-1, 1)
+        me, rank = lax.axis_index(axes), jnp.arange(ranks, dtype=jnp.int32)[None]
+        there = (rank * (ranks * tokens) + me * tokens + _numbers(tokens)).T.reshape(-1, 1)
         options = {"axis_names": axes, "implementation": self.implementation}
         (rows,), _ = send_rows([y], jnp.where(here, there, -1), num_rows=ranks * tokens, **options)
-        positions = jnp.where(sends, blocks * tokens + number[:, None], -1)
+        positions = jnp.where(sends, rank * tokens + _numbers(tokens), -1)
         return combine(rows, positions, None, implementation=self.implementation)
+
+
+def _numbers(tokens: int) -> Int[Array, "T 1"]:
+    return jnp.arange(tokens, dtype=jnp.int32)[:, None]
 
 
 def _notes(topk: TopK) -> Int[Array, "T twice_k"]:

@@ -72,7 +72,7 @@ def device_of(rank: Any, axis_names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def send_rows(
-    arrays: Sequence[Shaped[Array, "T W"]],
+    arrays: Sequence[Shaped[Array, "T _"]],
     destinations: Int[Array, "T K"],
     notes: Int[Array, "T V"] | None,
     *,
@@ -80,7 +80,7 @@ def send_rows(
     axis_names: tuple[str, ...],
     interpret: Any = None,
     multiprocessors: int | None = None,
-) -> tuple[list[Shaped[Array, "N W"]], Shaped[Array, "ranks T V"] | None]:
+) -> tuple[list[Shaped[Array, "N _"]], Shaped[Array, "ranks T V"] | None]:
     """Rows of this rank into the `num_rows` rows of others; undefined where nobody sends one.
 
     Args:
