@@ -41,7 +41,7 @@ def rank_experts(
     if not isinstance(x, QuantizedTokens):
         options = {"expert_map": prepared.expert_map, "plan": plan, "implementation": implementation}
         return apply_experts(x, experts, topk, config, **options)
-    checks.check_topk(x, topk, config)
+    checks.check_topk(x.values, topk, config)
     if plan is None and choose("moe", implementation, None) != "xla":
         plan = plan_for(LayerShape.of(config, x.shape[0], experts.num_local_experts))
     groups = group_tokens(

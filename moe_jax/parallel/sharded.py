@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from moe_jax import checks
 from moe_jax.config import MoEConfig
 from moe_jax.moe import shared_expert
 from moe_jax.ops.implementation import check_name
@@ -85,12 +86,14 @@ def moe_sharded(
         )
     if exchange is None:
         exchange = choose_exchange(parallel, mesh).exchange
+    placement = checked_placement(placement, config, parallel)
+    _check_room(experts, config, parallel, placement, parallel.flattened_size)
     tokens, weights, same = spec_of(parallel.token_axes), spec_of(parallel.expert_axes), PartitionSpec()
     operands: dict[str, tuple[Any, PartitionSpec]] = {
         "x": (x, tokens),
         "experts": (experts, weights),
         "router_logits": (router_logits, tokens),
-        "placement": (checked_placement(placement, config, parallel) if parallel.use_ep else placement, same),
+        "placement": (placement, same),
         "shared": (shared, spec_of(late_axes(parallel))),
         "num_tokens": (num_tokens, tokens),
         "correction_bias": (correction_bias, same),
@@ -213,10 +216,13 @@ def apply_experts_parallel(
 ) -> Float[Array, "T H"]:
     """`moe_parallel` after routing, as `moe_jax.apply_experts` is `moe_jax.moe` after routing; `topk` has global ids."""
     exchange = exchange or choose_exchange(parallel).exchange
-    expert_map = checked_placement(placement, config, parallel).expert_map if parallel.use_ep else None
+    placement = checked_placement(placement, config, parallel)
+    expert_map = None if placement is None else jnp.asarray(placement.expert_map)
     local = _of_rank(experts, config, parallel)
     scale = None if local.w13_input_scale is None else jnp.max(local.w13_input_scale)
     rank_config = of_rank(config, local)
+    _check_room(local, config, parallel, placement, ranks=1)
+    checks.check_layer(x, local, rank_config, None if expert_map is None else expert_map[0])
     if x.shape[0] == 0:  # on all ranks
         return jnp.zeros(x.shape, config.dtype)
     chunks = min(chunks, x.shape[0])
@@ -234,6 +240,20 @@ def apply_experts_parallel(
         outputs.append(exchange.finalize(y, one))
     out = outputs[0] if chunks == 1 else jnp.concatenate(outputs)
     return _with_shared(out, x, shared, config, exchange.output_is_reduced, late_axes(parallel), num_tokens)
+
+
+def _check_room(
+    experts: ExpertWeights, config: MoEConfig, parallel: ParallelConfig, placement: ExpertPlacement | None, ranks: int
+) -> None:
+    """Refuses weights that are not those of so many ranks, as `place_experts` gives them."""
+    room = config.num_experts if placement is None else placement.max_local_experts
+    parts, columns = parallel.experts_tp_size, experts.w2.shape[-1]
+    if experts.num_local_experts != ranks * room or columns * parts < config.intermediate_size:
+        raise ValueError(
+            f"the weights of {ranks} ranks hold {experts.num_local_experts} experts, with {columns} columns of w2, but each has "
+            f"room for {room} of num_experts={config.num_experts}, and {parts} ranks share intermediate_size="
+            f"{config.intermediate_size}; bring them into the order of ranks with place_experts(experts, config, parallel)"
+        )
 
 
 def _of_rank(experts: ExpertWeights, config: MoEConfig, parallel: ParallelConfig) -> ExpertWeights:

@@ -59,24 +59,28 @@ def place_experts(
         if (scale := getattr(experts, name)) is not None
     }
     experts = dataclasses.replace(experts, **largest)  # a rank needs the largest, wherever its expert lives
-    if parallel.use_ep:
-        slots = jnp.asarray(checked_placement(placement, config, parallel).slots).reshape(-1)
-        return jax.tree.map(lambda leaf: _of_slots(leaf, slots), experts)
-    if placement is not None:
-        raise ValueError(
-            "a placement is for expert parallelism, but every rank has a part of every expert; leave it None"
-        )
-    return _split(experts, config, parallel.experts_tp_size)
+    placement = checked_placement(placement, config, parallel)
+    if placement is None:
+        return _split(experts, config, parallel.experts_tp_size)
+    slots = jnp.asarray(placement.slots).reshape(-1)
+    return jax.tree.map(lambda leaf: _of_slots(leaf, slots), experts)
 
 
 def checked_placement(
     placement: ExpertPlacement | None, config: MoEConfig, parallel: ParallelConfig
-) -> ExpertPlacement:
-    """The placement, or that of neighbours.
+) -> ExpertPlacement | None:
+    """The placement, or that of neighbours; None where no rank has whole experts of its own.
 
     Raises:
-        ValueError: it is for other experts or other ranks.
+        ValueError: it is for other experts or other ranks, or for none.
     """
+    if placement is None and not parallel.use_ep:
+        return None
+    if not parallel.enable_expert_parallel:
+        raise ValueError(
+            "a placement is for expert parallelism, but every rank has a part of every expert; leave it None, or set "
+            "enable_expert_parallel=True"
+        )
     if placement is None:
         return ExpertPlacement.make(config.num_experts, parallel.ep_size)
     found, wanted = (placement.ep_size, placement.num_experts), (parallel.ep_size, config.num_experts)
@@ -142,7 +146,12 @@ def spec_of(axes: tuple[str, ...]) -> PartitionSpec:
 
 def _of_slots(leaf: Array, slots: Array) -> Array:
     there = (slots >= 0).reshape(-1, *[1] * (leaf.ndim - 1))
-    return jnp.where(there, leaf[jnp.maximum(slots, 0)], jnp.zeros((), leaf.dtype))
+    return jnp.where(there, leaf[jnp.maximum(slots, 0)], _nothing(leaf))
+
+
+def _nothing(leaf: Array) -> Array:
+    """What fills up: zero, or a scale of one where scales have no zero, beside codes of zero."""
+    return jnp.full((), 1 if leaf.dtype == jnp.float8_e8m0fnu else 0, leaf.dtype)
 
 
 def _split(experts: ExpertWeights, config: MoEConfig, parts: int) -> ExpertWeights:
@@ -177,7 +186,9 @@ def _rows(array: Array, halves: int, parts: int, share: int) -> Array:
     """``[E, halves * n, K]`` to ``[parts * E, halves * share, K]``, each half filled up with zeros and split."""
     experts, rows, columns = array.shape
     array = array.reshape(experts, halves, rows // halves, columns)
-    array = jnp.pad(array, ((0, 0), (0, 0), (0, parts * share - rows // halves), (0, 0)))
+    array = jnp.pad(
+        array, ((0, 0), (0, 0), (0, parts * share - rows // halves), (0, 0)), constant_values=_nothing(array)
+    )
     array = array.reshape(experts, halves, parts, share, columns).transpose(2, 0, 1, 3, 4)
     return array.reshape(parts * experts, halves * share, columns)
 
@@ -185,7 +196,7 @@ def _rows(array: Array, halves: int, parts: int, share: int) -> Array:
 def _columns(array: Array, parts: int, share: int) -> Array:
     """``[E, N, n]`` to ``[parts * E, N, share]``, filled up with zeros and split."""
     experts, rows, columns = array.shape
-    array = jnp.pad(array, ((0, 0), (0, 0), (0, parts * share - columns)))
+    array = jnp.pad(array, ((0, 0), (0, 0), (0, parts * share - columns)), constant_values=_nothing(array))
     return array.reshape(experts, rows, parts, share).transpose(2, 0, 1, 3).reshape(parts * experts, rows, share)
 
 

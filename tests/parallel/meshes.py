@@ -22,15 +22,15 @@ def parallel_of(mesh, ep, sp=False):
     return ParallelConfig.of_mesh(mesh, enable_expert_parallel=ep, sequence_parallel=sp)
 
 
-def sharded(mesh, parallel, config, placement=None, implementation="xla", **options):
-    """A compiled layer that takes the experts as one device has them."""
+def sharded(mesh, parallel, config, placement=None, implementation="xla", compiled=True, **options):
+    """A layer that takes the experts as one device has them."""
 
     def layer(x, experts, logits, **arrays):
         experts = place_experts(experts, config, parallel, placement)
         run = functools.partial(moe_sharded, parallel=parallel, mesh=mesh, placement=placement)
         return run(x, experts, logits, config, implementation=implementation, **options, **arrays)
 
-    return quick_jit(layer)
+    return quick_jit(layer) if compiled else layer
 
 
 def only_real(array, num_tokens, shards):

@@ -140,3 +140,7 @@ def test_reasons():
         sharded(mesh, parallel_of(mesh, True), CONFIG, placement=ExpertPlacement.make(5, 4))(*problem(CONFIG, 4))
     with pytest.raises(ValueError, match="takes those of all ranks"):
         place_experts(jax.tree.map(lambda leaf: leaf[:4], problem(CONFIG, 1)[1]), CONFIG, parallel)
+    x, experts, logits = problem(CONFIG, 4)
+    for ep in (True, False):
+        with pytest.raises(ValueError, match="weights of 2 ranks hold 5 experts, with 12 columns of w2"):
+            moe_sharded(x, experts, logits, CONFIG, parallel=parallel_of(mesh, ep), mesh=mesh)
