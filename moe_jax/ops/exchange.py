@@ -18,9 +18,9 @@ def send_rows(
     *,
     num_rows: int,
     axis_names: tuple[str, ...],
-    notes: Int[Array, "T V"] | None = None,
+    notes: Shaped[Array, "T V"] | None = None,
     implementation: str = "auto",
-) -> tuple[list[Shaped[Array, "N _"]], Int[Array, "ranks T V"] | None]:
+) -> tuple[list[Shaped[Array, "N _"]], Shaped[Array, "ranks T V"] | None]:
     """Each row of this rank to up to K places, of any ranks. Inside `shard_map`; every rank of the axes takes part.
 
     It serves both ways of expert parallelism: tokens to the ranks of their experts, and results back. The kernel writes straight
@@ -31,7 +31,7 @@ def send_rows(
         destinations: int32 ``[T, K]``, each ``rank * num_rows + row there``, or -1. No place may be named twice, by any rank.
         num_rows: N, the rows that a rank can be sent.
         axis_names: of the mesh: ranks count along them, the last one fastest. None of them: this rank alone.
-        notes: int32 ``[T, V]``, what goes to every rank, whatever the destinations.
+        notes: ``[T, V]`` of 4 bytes each, what goes to every rank, whatever the destinations.
         implementation: ``auto``, ``xla`` (which gathers everything everywhere), ``mosaic``, or ``mosaic_interpret`` without axes.
 
     Returns:

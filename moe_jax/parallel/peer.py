@@ -60,10 +60,10 @@ class PeerExchange(AllToAll):
         x = jax.tree.unflatten(
             tree, [next(arrived) if goes else leaf for leaf, goes in zip(leaves, travelling, strict=True)]
         )
-        ids, weights = notes[..., :top_k], lax.bitcast_convert_type(notes[..., top_k:], jnp.float32)
-        mine = map_of_rank(expert_map, parallel)
-        here = who_gets(ids.reshape(rows, top_k), mine[None])
-        topk = TopK(jnp.where(here, ids.reshape(rows, top_k), -1), weights.reshape(rows, top_k))
+        ids, weights = jnp.split(notes.reshape(rows, 2 * top_k), 2, axis=1)
+        mine, ids = map_of_rank(expert_map, parallel), ids.astype(jnp.int32)
+        here = who_gets(ids, mine[None])
+        topk = TopK(jnp.where(here, ids, -1), weights)
         return Prepared(x, topk, mine, (sends, here), parallel)
 
     def finalize(self, y: Float[Array, "M H"], prepared: Prepared) -> Float[Array, "T H"]:
@@ -90,7 +90,6 @@ def _numbers(tokens: int) -> Int[Array, "T 1"]:
     return jnp.arange(tokens, dtype=jnp.int32)[:, None]
 
 
-def _notes(topk: TopK) -> Int[Array, "T twice_k"]:
-    """Ids, then the bits of the weights."""
-    weights = lax.bitcast_convert_type(topk.weights.astype(jnp.float32), jnp.int32)
-    return jnp.concatenate([topk.ids.astype(jnp.int32), weights], axis=1)
+def _notes(topk: TopK) -> Float[Array, "T twice_k"]:
+    """Ids, as numbers that float32 holds exactly, then weights: in one array, which has a derivative."""
+    return jnp.concatenate([topk.ids.astype(jnp.float32), topk.weights.astype(jnp.float32)], axis=1)

@@ -74,7 +74,7 @@ def device_of(rank: Any, axis_names: tuple[str, ...]) -> dict[str, Any]:
 def send_rows(
     arrays: Sequence[Shaped[Array, "T _"]],
     destinations: Int[Array, "T K"],
-    notes: Int[Array, "T V"] | None,
+    notes: Shaped[Array, "T V"] | None,
     *,
     num_rows: int,
     axis_names: tuple[str, ...],
@@ -86,7 +86,7 @@ def send_rows(
     Args:
         arrays: what a row consists of, 2-D each.
         destinations: int32, up to K of each row: ``rank * num_rows + row there``, or -1. No two rows have the same.
-        notes: int32, what goes to every rank.
+        notes: what goes to every rank, 4 bytes each.
         num_rows: N of every rank.
         axis_names: of the mesh; ranks count along them, the last one fastest. None of them: this rank alone.
         interpret: for the interpreter, without axes.
