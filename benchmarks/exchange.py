@@ -9,6 +9,7 @@ experts. Times are those of kernels by CUPTI, and of several exchanges one behin
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import itertools
 import json
@@ -22,14 +23,21 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 from jax import lax
+from jax.sharding import NamedSharding
 
-from moe_jax import _compat
+from moe_jax import MoEConfig, _compat, moe
 from moe_jax.bench.environment import describe
+from moe_jax.bench.inputs import in_format, make_inputs, make_weights
 from moe_jax.bench.timing import call_time
 from moe_jax.ops.combine import combine
 from moe_jax.ops.exchange import send_rows
+from moe_jax.parallel import ParallelConfig
+from moe_jax.parallel.all_to_all import AllToAll
+from moe_jax.parallel.gather_scatter import AllGatherReduceScatter
+from moe_jax.parallel.peer import PeerExchange
+from moe_jax.parallel.sharded import moe_parallel
 
-AXIS, CHAIN = "ep", 8
+AXIS, CHAIN, LAYERS = "ep", 8, 4
 SPEC = jax.sharding.PartitionSpec(AXIS)
 
 
@@ -125,6 +133,66 @@ def measure(name: str, way: Callable[..., Any], mesh: Any, *operands: Any) -> di
     }
 
 
+def layers(mesh: Any, config: MoEConfig, tokens: int) -> list[dict[str, Any]]:
+    """A layer with each exchange, and beside it one rank's experts alone on one GPU, with as many rows as a rank has."""
+    parallel = ParallelConfig(dp_size=mesh.size, dp_axis=AXIS, enable_expert_parallel=True)
+    local = dataclasses.replace(config, num_experts=config.num_experts // mesh.size)
+
+    def of_rank():
+        return in_format(make_weights(local, jax.random.key(lax.axis_index(AXIS))), local)
+
+    experts = jax.jit(jax.shard_map(of_rank, mesh=mesh, in_specs=(), out_specs=SPEC, check_vma=False))()
+    alone = jax.jit(lambda: in_format(make_weights(local, jax.random.key(0)), local))()
+    x, logits = (jax.device_put(array, NamedSharding(mesh, SPEC)) for array in make_inputs(config, tokens * mesh.size))
+
+    def chain(layer, x, experts, logits):
+        for _ in range(LAYERS):
+            x = layer(x, experts, logits)
+        return x
+
+    def timed(name, layer, *operands):
+        function = jax.jit(functools.partial(chain, layer))
+        kernels, runs = collections.Counter(), _compat.measure_kernels(function, *operands, iterations=5)
+        for kernel, milliseconds in itertools.chain(*runs):
+            kernels[kernel.removesuffix("_mosaic_gpu_kernel")[:60]] += milliseconds * 1e3
+        ranks = len(operands[0].sharding.device_set)
+        return {
+            "name": name,
+            "tokens": tokens,
+            "kernels_us": {name: round(us / len(runs) / LAYERS / ranks, 1) for name, us in kernels.most_common(12)},
+            "us": round(call_time(lambda: function(*operands)) / LAYERS, 1),
+        }
+
+    rows = [
+        timed(
+            "layer, one GPU",
+            lambda *a: moe(*a, local),
+            *make_inputs(local, tokens)[:1],
+            alone,
+            make_inputs(local, tokens)[1],
+        )
+    ]
+    exchanges = {
+        "PeerExchange": PeerExchange(),
+        "PeerExchange, codes": PeerExchange(quantize_before=True),
+        "AllGatherReduceScatter": AllGatherReduceScatter(),
+        "AllGatherReduceScatter, codes": AllGatherReduceScatter(quantize_before=True),
+        "AllToAll": AllToAll(),
+    }
+    for name, exchange in exchanges.items():
+        layer = functools.partial(moe_parallel, config=config, parallel=parallel, exchange=exchange)
+        sharded = jax.shard_map(layer, mesh=mesh, in_specs=SPEC, out_specs=SPEC, check_vma=False)
+        try:
+            rows.append(timed(f"layer, {name}", sharded, x, experts, logits))
+        except Exception as failure:
+            rows.append(
+                {"name": f"layer, {name}", "tokens": tokens, "failed": f"{type(failure).__name__}: {failure}"[:500]}
+            )
+        print(json.dumps(rows[-1]), flush=True)
+    print(json.dumps(rows[0]), flush=True)
+    return rows
+
+
 def check(mesh: Any, x: Any, ids: Any, experts: int, iterations: int) -> int:
     """How many of some exchanges differ from the plain form in a bit; routings are new, skewed, without tokens on one rank."""
 
@@ -157,6 +225,8 @@ def main(
     hidden: int = 7168,
     experts: int = 256,
     top_k: int = 8,
+    intermediate: int = 2048,
+    layer: Annotated[str, typer.Option(help="The number format of whole layers; empty for none.")] = "fp8_block",
     iterations: Annotated[int, typer.Option(help="Checked exchanges with changing routing.")] = 1000,
     output: Annotated[Path | None, typer.Option(help="A JSON file to write.")] = None,
     commit: Annotated[str | None, typer.Option(help="Of the source, where git does not know it.")] = None,
@@ -210,6 +280,10 @@ def main(
                     row |= {"name": name, "failed": f"{type(failure).__name__}: {failure}"[:300]}
                 result["rows"].append(row)
                 print(json.dumps(row), flush=True)
+    if layer:
+        config = MoEConfig(experts, top_k, hidden, intermediate, quantization=layer)
+        for count in map(int, tokens.split(",")):
+            result["rows"] += layers(mesh, config, count)
     if output is not None:
         output.write_text(json.dumps(result, indent=1) + "\n")
 
