@@ -37,7 +37,7 @@ def gather_rows(
     spec = None if config.quantization is None else config.quantization.activations
     if spec is None:
         return gather(x, groups, implementation=implementation)
-    scale = _of_all(experts.w13_input_scale)
+    scale = largest_scale(experts.w13_input_scale)
     return quantize_tokens(x, spec, groups, scales=scale, implementation=implementation)
 
 
@@ -55,7 +55,7 @@ def row_multiple(config: MoEConfig) -> int:
     return ROW_MULTIPLE if spec is not None and spec.granularity == "group" else 1
 
 
-def _of_all(scales: Float[Array, " E_local"] | None) -> Float[Array, ""] | None:
+def largest_scale(scales: Float[Array, " E_local"] | None) -> Float[Array, ""] | None:
     """One scale that serves all experts: the largest."""
     return None if scales is None else jnp.max(scales)
 
@@ -97,7 +97,7 @@ def expert_mlp(
     if spec is None:
         hidden = grouped_matmul(rows, experts.w13, groups, **options)
     else:
-        scale = _of_all(experts.w2_input_scale)
+        scale = largest_scale(experts.w2_input_scale)
         hidden = matmul_and_quantize(rows, experts.w13, groups, spec, scales=scale, **options)
     return down_combine(
         hidden,

@@ -32,6 +32,7 @@ class Groups:
         num_tiles: int32 ``[1]``, tiles that hold rows; they come first.
         tile_rows: the most rows of a tile (static).
         row_multiple: 1, 2, 4 or 8: the first row of a group is a multiple of it, and so is that of a tile (static).
+        total_rows: R, where it does not follow from the pairs (static).
         tile_tokens: None, or for at most 16 tokens int32 ``[tiles]``, bit t set if token t has a row in the tile: an
             up-projection then takes its rows from the hidden states themselves, and nothing is gathered (see
             `moe_jax.ops.route_groups`). A token has one row in a tile, whatever slots lead there.
@@ -49,6 +50,7 @@ class Groups:
     tile_tokens: Int[Array, " tiles"] | None = None
     row_tokens: Int[Array, " padded_rows"] | None = None
     row_multiple: int = field(default=1, metadata={"static": True})
+    total_rows: int | None = field(default=None, metadata={"static": True})
 
     @property
     def tokens_as_rows(self) -> bool:
@@ -64,7 +66,8 @@ class Groups:
     @property
     def num_rows(self) -> int:
         """R."""
-        return padded_rows(self.positions.size, self.group_sizes.shape[0], self.row_multiple)
+        padded = padded_rows(self.positions.size, self.group_sizes.shape[0], self.row_multiple)
+        return padded if self.total_rows is None else self.total_rows
 
 
 def padded_rows(num_pairs: int, num_local_experts: int, row_multiple: int) -> int:
@@ -222,6 +225,27 @@ def _xla(topk_ids, expert_map, num_experts, num_local, tile_rows, tiles, row_mul
     moved = starts - (jnp.cumsum(sizes, dtype=jnp.int32) - sizes)  # by the gaps before each group
     rows = jnp.arange(ids.size, dtype=jnp.int32) + jnp.append(moved, jnp.zeros(1, jnp.int32))[local[order]]
     positions = jnp.zeros_like(ids).at[order].set(jnp.where(placed, rows, -1)).reshape(topk_ids.shape)
+    return positions, *tile_schedule(sizes, starts, tile_rows, tiles)
+
+
+def tile_schedule(
+    sizes: Int[Array, " E_local"], starts: Int[Array, " E_local"], tile_rows: int, tiles: int
+) -> tuple[Array, ...]:
+    """The tiles of groups that lie anywhere, as `Groups` has them.
+
+    Args:
+        sizes: int32 ``[E_local]``, rows of each group.
+        starts: int32 ``[E_local]``, the first row of each.
+        tile_rows: the most rows of a tile.
+        tiles: entries of the schedule.
+
+    Returns:
+        ``tile_group``, ``tile_starts``, ``tile_sizes``, ``group_sizes`` and ``num_tiles``.
+
+    Example:
+        >>> [a.tolist() for a in tile_schedule(jnp.array([9, 0, 3]), jnp.array([0, 16, 32]), tile_rows=8, tiles=4)]
+        [[0, 0, 2, -1], [0, 8, 32, 0], [8, 1, 3, 0], [9, 0, 3], [3]]
+    """
     group_tiles = -(-sizes // tile_rows)
     last_tile = jnp.cumsum(group_tiles, dtype=jnp.int32)
     even = -(-sizes // jnp.maximum(group_tiles, 1))
@@ -237,7 +261,6 @@ def _xla(topk_ids, expert_map, num_experts, num_local, tile_rows, tiles, row_mul
     before = (tile - of_tile(last_tile - group_tiles)) * of_tile(shares)  # rows of the group in its earlier tiles
     tile_sizes = jnp.clip(of_tile(sizes) - before, 0, of_tile(shares))
     return (
-        positions,
         jnp.where(there, group, -1),
         jnp.where(there, of_tile(starts) + before, 0),
         jnp.where(there, tile_sizes, 0),

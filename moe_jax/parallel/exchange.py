@@ -56,7 +56,7 @@ class Exchange:
             the `late_axes` of the ranks.
     """
 
-    quantize_before: bool = False
+    quantize_before: bool = field(default=False, kw_only=True)
     activation_format: ClassVar[str] = "standard"
     output_is_reduced: ClassVar[bool] = False
 
@@ -73,6 +73,7 @@ class Exchange:
         expert_map: Int[Array, "ep E"] | None,
         num_tokens: Int[Array, ""] | None = None,
         *,
+        num_local_experts: int | None = None,
         input_scale: Float[Array, ""] | None = None,
         implementation: str = "auto",
     ) -> Prepared:
@@ -85,6 +86,7 @@ class Exchange:
             parallel: the ranks.
             expert_map: int32 ``[ep, E]``, of all ranks, see `ExpertPlacement`; None without expert parallelism.
             num_tokens: int32, how many of the T rows are tokens; the others visit no expert, whatever they hold.
+            num_local_experts: experts that a rank has room for; only the batched format needs to know.
             input_scale: of a format whose activations have a static scale.
             implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 

@@ -42,8 +42,7 @@ def rank_experts(
         options = {"expert_map": prepared.expert_map, "plan": plan, "implementation": implementation}
         return apply_experts(x, experts, topk, config, **options)
     checks.check_topk(x.values, topk, config)
-    if plan is None and choose("moe", implementation, None) != "xla":
-        plan = plan_for(LayerShape.of(config, x.shape[0], experts.num_local_experts))
+    plan = plan or plan_of_rank(x.shape[0], experts, config, implementation)
     groups = group_tokens(
         topk.ids,
         num_experts=config.num_experts,
@@ -56,6 +55,13 @@ def rank_experts(
     plan = plan if plan is None else plan.for_tile_rows(groups.tile_rows)
     rows = gather_codes(x, groups, implementation)
     return expert_mlp(rows, experts, groups, topk.weights, config, plan=plan, implementation=implementation)
+
+
+def plan_of_rank(num_tokens: int, experts: ExpertWeights, config: MoEConfig, implementation: str) -> LayerPlan | None:
+    """How the kernels tile the experts of a rank that has so many tokens; None if they do not run."""
+    if choose("moe", implementation, None) == "xla":
+        return None
+    return plan_for(LayerShape.of(config, num_tokens, experts.num_local_experts))
 
 
 def gather_codes(tokens: QuantizedTokens, groups: Groups, implementation: str) -> QuantizedRows:

@@ -92,6 +92,24 @@ def checked_placement(
     return placement
 
 
+def check_room(
+    experts: ExpertWeights, config: MoEConfig, parallel: ParallelConfig, placement: ExpertPlacement | None, ranks: int
+) -> None:
+    """Refuses weights that are not those of so many ranks, as `place_experts` gives them.
+
+    Raises:
+        ValueError: says what they hold and what there should be.
+    """
+    room = config.num_experts if placement is None else placement.max_local_experts
+    parts, columns = parallel.experts_tp_size, experts.w2.shape[-1]
+    if experts.num_local_experts != ranks * room or columns * parts < config.intermediate_size:
+        raise ValueError(
+            f"the weights of {ranks} ranks hold {experts.num_local_experts} experts, with {columns} columns of w2, but each has "
+            f"room for {room} of num_experts={config.num_experts}, and {parts} ranks share intermediate_size="
+            f"{config.intermediate_size}; bring them into the order of ranks with place_experts(experts, config, parallel)"
+        )
+
+
 def place_shared(shared: SharedExpertWeights, config: MoEConfig, parallel: ParallelConfig) -> SharedExpertWeights:
     """The shared expert in the order of ranks: split over those that hold the same tokens, otherwise the same for all.
 

@@ -104,7 +104,10 @@ def test_quantizing_before_and_after_agree_bit_for_bit():
     config, operands = problem("fp8_block")
     mesh = mesh_of(tp=1, dp=4)
     for exchange in (AllGatherReduceScatter, AllToAll):
-        out = [sharded(mesh, parallel_of(mesh, True), config, exchange=exchange(b))(*operands) for b in (False, True)]
+        out = [
+            sharded(mesh, parallel_of(mesh, True), config, exchange=exchange(quantize_before=b))(*operands)
+            for b in (False, True)
+        ]
         np.testing.assert_array_equal(*out)
 
 
