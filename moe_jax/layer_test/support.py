@@ -9,6 +9,7 @@ from moe_jax.parallel.all_to_all import AllToAll
 from moe_jax.parallel.exchange import Exchange
 from moe_jax.parallel.gather_scatter import AllGatherReduceScatter
 from moe_jax.parallel.no_exchange import NoExchange
+from moe_jax.parallel.peer import PeerExchange
 from moe_jax.quantization import FORMATS
 
 SHAPE_COMBOS = ((1, 128, 256), (32, 512, 512), (222, 1024, 2048))  # m, n, k
@@ -31,12 +32,14 @@ BACKENDS: dict[str, Exchange] = {
     "no_exchange": NoExchange(),
     "allgather_reducescatter": AllGatherReduceScatter(),
     "all_to_all": AllToAll(),
+    "peer": PeerExchange(),
 }
 QUANT_METHODS: tuple[str | None, ...] = (None, *FORMATS)
 BACKEND_SUPPORTED_QUANTS = {
     "no_exchange": QUANT_METHODS,
     "allgather_reducescatter": QUANT_METHODS,
     "all_to_all": QUANT_METHODS,
+    "peer": QUANT_METHODS,
 }
 
 
@@ -53,7 +56,7 @@ def is_valid_config(config: MoETestConfig) -> tuple[bool, str | None]:
     Example:
         >>> config = MoETestConfig(1, 128, 256, 8, 2, "bfloat16", None, False, False, False, tp_size=2)
         >>> is_valid_config(config)
-        (False, 'several ranks need a backend, one of no_exchange, allgather_reducescatter, all_to_all')
+        (False, 'several ranks need a backend, one of no_exchange, allgather_reducescatter, all_to_all, peer')
     """
     reason = _reason_against(config)
     return reason is None, reason
