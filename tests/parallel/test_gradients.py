@@ -9,6 +9,7 @@ import pytest
 from moe_jax import MoEConfig, RoutingConfig, moe
 from moe_jax.parallel.all_to_all import AllToAll
 from moe_jax.parallel.gather_scatter import AllGatherReduceScatter
+from moe_jax.parallel.peer import PeerExchange
 from moe_jax.parallel.sharded import moe_sharded
 from moe_jax.parallel.weights import place_experts
 from tests.layers import experts_of, logits_of, normal, quick_jit, x_of
@@ -26,6 +27,7 @@ CASES = {
     "all-gather": (2, 2, True, False, AllGatherReduceScatter()),
     "all-to-all": (2, 2, True, False, AllToAll()),
     "all-to-all sp": (2, 2, True, True, AllToAll()),
+    "peer": (2, 2, True, False, PeerExchange()),
 }
 
 
