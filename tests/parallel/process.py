@@ -18,13 +18,14 @@ from moe_jax.parallel.all_to_all import AllToAll
 from moe_jax.parallel.gather_scatter import AllGatherReduceScatter
 from moe_jax.parallel.sharded import moe_sharded
 from moe_jax.parallel.weights import expert_specs, place_experts, spec_of
-from tests.layers import experts_of, logits_of, x_of
 from tests.util import check_close
 
 
 def main(rank: int, port: int) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=rank)
+
+    from tests.layers import experts_of, logits_of, x_of  # asks for the backend, which processes join before
 
     assert (jax.device_count(), jax.local_device_count()) == (8, 4)
     config = MoEConfig(5, 2, 16, 12, dtype="float32", has_bias=True)
