@@ -2,7 +2,7 @@
 # Both set up .venv on the first call (a few GB: PyTorch is the reference the tests compare with) and install nothing
 # on the next one, until pyproject.toml or the constraints change.
 #
-# A GPU machine:      make demo EXTRAS=test,cuda13
+# A GPU machine:      make demo EXTRAS=test,cuda13      its tests:      make test-gpu EXTRAS=test,cuda13
 # Another Python:     make demo PYTHON=/path/to/python3.12
 
 # The first of these that really runs (a version manager's shim may exist and fail) and is new enough.
@@ -17,16 +17,20 @@ INSTALLED := $(VENV)/.installed-$(EXTRAS)
 NEWEST := .venv-newest
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
-.PHONY: help demo test test-newest-jax lint format notebooks results clean
+.PHONY: help demo test test-gpu test-newest-jax lint format notebooks results clean
 
 help:
-	@echo "make demo | test | test-newest-jax | lint | format | notebooks | results | clean"
+	@echo "make demo | test | test-gpu | test-newest-jax | lint | format | notebooks | results | clean"
 
 demo: $(INSTALLED)
 	$(VENV)/bin/moe-jax demo $(DEMO_ARGS)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# What needs a GPU, or two; says at the end what it left out and why.
+test-gpu: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -m gpu -rs $(PYTEST_ARGS)
 
 # The kernels in the interpreter, with the newest JAX that pyproject.toml allows: every test with the first of its parameters.
 test-newest-jax: $(NEWEST)/.installed

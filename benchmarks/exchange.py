@@ -14,7 +14,7 @@ import functools
 import itertools
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -133,7 +133,7 @@ def measure(name: str, way: Callable[..., Any], mesh: Any, *operands: Any) -> di
     }
 
 
-def layers(mesh: Any, config: MoEConfig, tokens: int) -> list[dict[str, Any]]:
+def layers(mesh: Any, config: MoEConfig, tokens: int, wanted: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """A layer with each exchange, and beside it one rank's experts alone on one GPU, with as many rows as a rank has."""
     parallel = ParallelConfig(dp_size=mesh.size, dp_axis=AXIS, enable_expert_parallel=True)
     local = dataclasses.replace(config, num_experts=config.num_experts // mesh.size)
@@ -163,34 +163,24 @@ def layers(mesh: Any, config: MoEConfig, tokens: int) -> list[dict[str, Any]]:
             "us": round(call_time(lambda: function(*operands)) / LAYERS, 1),
         }
 
-    rows = [
-        timed(
-            "layer, one GPU",
-            lambda *a: moe(*a, local),
-            *make_inputs(local, tokens)[:1],
-            alone,
-            make_inputs(local, tokens)[1],
-        )
-    ]
+    inputs = make_inputs(local, tokens)
+    yield timed("layer, one GPU", lambda *operands: moe(*operands, local), inputs[0], alone, inputs[1])
     exchanges = {
-        "PeerExchange": PeerExchange(),
-        "PeerExchange, codes": PeerExchange(quantize_before=True),
-        "AllGatherReduceScatter": AllGatherReduceScatter(),
-        "AllGatherReduceScatter, codes": AllGatherReduceScatter(quantize_before=True),
-        "AllToAll": AllToAll(),
+        "peer": PeerExchange(),
+        "peer, codes": PeerExchange(quantize_before=True),
+        "all_gather": AllGatherReduceScatter(),
+        "all_gather, codes": AllGatherReduceScatter(quantize_before=True),
+        "ragged_all_to_all": AllToAll(),
     }
     for name, exchange in exchanges.items():
+        if name.split(",")[0] not in wanted:
+            continue
         layer = functools.partial(moe_parallel, config=config, parallel=parallel, exchange=exchange)
         sharded = jax.shard_map(layer, mesh=mesh, in_specs=SPEC, out_specs=SPEC, check_vma=False)
         try:
-            rows.append(timed(f"layer, {name}", sharded, x, experts, logits))
+            yield timed(f"layer, {name}", sharded, x, experts, logits)
         except Exception as failure:
-            rows.append(
-                {"name": f"layer, {name}", "tokens": tokens, "failed": f"{type(failure).__name__}: {failure}"[:500]}
-            )
-        print(json.dumps(rows[-1]), flush=True)
-    print(json.dumps(rows[0]), flush=True)
-    return rows
+            yield {"name": f"layer, {name}", "tokens": tokens, "failed": f"{type(failure).__name__}: {failure}"[:500]}
 
 
 def check(mesh: Any, x: Any, ids: Any, experts: int, iterations: int) -> int:
@@ -219,6 +209,47 @@ def check(mesh: Any, x: Any, ids: Any, experts: int, iterations: int) -> int:
     return wrong
 
 
+def exchanges(
+    mesh: Any, tokens: int, kind: str, shape: tuple[int, int, int], wanted: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
+    """The ways there and back of so many tokens a rank; back go rows of 16 bits alone."""
+    experts, top_k, hidden = shape
+    sharding, ranks = NamedSharding(mesh, SPEC), mesh.size
+    ids = random_ids(mesh, tokens, experts, top_k)
+    sent = np.asarray((np.asarray(ids)[:, :, None] // (experts // ranks) == np.arange(ranks)).any(axis=1))
+    owner = np.repeat(np.arange(ranks), tokens)
+    remote = sum((sent[:, rank] & (owner != rank)).sum() for rank in range(ranks)) / ranks  # rows of a rank
+
+    def random(rows: int, dtype: str) -> jax.Array:
+        values = jax.random.normal(jax.random.key(0), (rows * ranks, hidden), jnp.bfloat16)
+        return jax.device_put(values.astype(dtype), sharding)
+
+    x, y = random(tokens, kind), random(tokens * ranks, "bfloat16")
+    gather = jax.shard_map(lambda i: lax.all_gather(i, AXIS), mesh=mesh, in_specs=SPEC, out_specs=SPEC)
+    all_ids = jax.jit(gather)(ids)
+    there = {"peer": dispatch_peer, "all_gather": dispatch_gather, "ragged_all_to_all": dispatch_ragged}
+    back = {"peer": combine_peer, "all_gather": combine_scatter} if kind == "bfloat16" else {}
+    for direction, ways, operands in (("dispatch", there, (x, ids)), ("combine", back, (y, ids, all_ids))):
+        for name, way in ways.items():
+            if name not in wanted:
+                continue
+            row: dict[str, Any] = {"tokens": tokens, "dtype": kind}
+            try:
+                row |= measure(f"{direction}, {name}", functools.partial(way, experts=experts), mesh, *operands)
+                kernel = row["kernels_us"].get("send_rows")
+                size = remote * hidden * operands[0].dtype.itemsize
+                row["remote_gb_per_s"] = None if not kernel else round(size / kernel / 1e3, 1)
+            except Exception as failure:
+                row |= {"name": f"{direction}, {name}", "failed": f"{type(failure).__name__}: {failure}"[:300]}
+            yield row
+
+
+def random_ids(mesh: Any, tokens: int, experts: int, top_k: int) -> jax.Array:
+    """Experts of all tokens, evenly spread."""
+    order = np.random.default_rng(1).random((tokens * mesh.size, experts)).argsort(axis=1)[:, :top_k]
+    return jax.device_put(order.astype(np.int32), NamedSharding(mesh, SPEC))
+
+
 def main(
     tokens: str = "128,4096",
     dtype: str = "bfloat16,float8_e4m3fn",
@@ -226,66 +257,35 @@ def main(
     experts: int = 256,
     top_k: int = 8,
     intermediate: int = 2048,
+    ways: str = "peer,all_gather,ragged_all_to_all",
     layer: Annotated[str, typer.Option(help="The number format of whole layers; empty for none.")] = "fp8_block",
     iterations: Annotated[int, typer.Option(help="Checked exchanges with changing routing.")] = 1000,
-    output: Annotated[Path | None, typer.Option(help="A JSON file to write.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A JSON file to write, row by row.")] = None,
     commit: Annotated[str | None, typer.Option(help="Of the source, where git does not know it.")] = None,
 ) -> None:
     mesh = jax.sharding.Mesh(np.array(jax.devices()), (AXIS,))
-    sharding = jax.sharding.NamedSharding(mesh, SPEC)
     result: dict[str, Any] = describe(commit, set()) | {"ranks": mesh.size, "hidden": hidden, "rows": []}
-
-    def random(shape, kind):
-        values = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16).astype(kind)
-        return jax.device_put(values, sharding)
-
-    def random_ids(count):
-        order = np.random.default_rng(1).random((count * mesh.size, experts)).argsort(axis=1)[:, :top_k]
-        return jax.device_put(order.astype(np.int32), sharding)
-
-    small = random((64 * mesh.size, hidden), "bfloat16"), random_ids(64)
-    result["checked"] = {"iterations": iterations, "wrong": check(mesh, *small, experts, iterations)}
-    print(result["checked"], flush=True)
-    for count in map(int, tokens.split(",")):
-        ids = random_ids(count)
-        sent = np.asarray((np.asarray(ids)[:, :, None] // (experts // mesh.size) == np.arange(mesh.size)).any(axis=1))
-        owner = np.repeat(np.arange(mesh.size), count)
-        remote = sum((sent[:, rank] & (owner != rank)).sum() for rank in range(mesh.size)) / mesh.size  # rows of a rank
-        for kind in dtype.split(","):
-            x, y = (
-                random((count * mesh.size, hidden), kind),
-                random((mesh.size * count * mesh.size, hidden), "bfloat16"),
-            )
-            all_ids = jax.jit(
-                jax.shard_map(lambda i: lax.all_gather(i, AXIS), mesh=mesh, in_specs=SPEC, out_specs=SPEC)
-            )(ids)
-            ways = {
-                "dispatch": (functools.partial(dispatch_peer, experts=experts), x, ids),
-                "dispatch, all_gather": (functools.partial(dispatch_gather, experts=experts), x, ids),
-                "dispatch, ragged_all_to_all": (functools.partial(dispatch_ragged, experts=experts), x, ids),
-            }
-            if kind == "bfloat16":
-                ways |= {
-                    "combine": (functools.partial(combine_peer, experts=experts), y, ids, all_ids),
-                    "combine, psum_scatter": (functools.partial(combine_scatter, experts=experts), y, ids, all_ids),
-                }
-            for name, (way, *operands) in ways.items():
-                row = {"tokens": count, "dtype": kind}
-                try:
-                    row |= measure(name, way, mesh, *operands)
-                    bytes_sent = remote * hidden * (2 if "combine" in name else jnp.dtype(kind).itemsize)
-                    kernel = row["kernels_us"].get("send_rows")
-                    row["remote_gb_per_s"] = None if not kernel else round(bytes_sent / kernel / 1e3, 1)
-                except Exception as failure:
-                    row |= {"name": name, "failed": f"{type(failure).__name__}: {failure}"[:300]}
-                result["rows"].append(row)
-                print(json.dumps(row), flush=True)
+    if iterations:
+        small = jax.random.normal(jax.random.key(0), (64 * mesh.size, hidden), jnp.bfloat16)
+        ids = random_ids(mesh, 64, experts, top_k)
+        wrong = check(mesh, jax.device_put(small, ids.sharding), ids, experts, iterations)
+        result["checked"] = {"iterations": iterations, "wrong": wrong}
+        print(result["checked"], flush=True)
+    counts, wanted = [int(count) for count in tokens.split(",")], tuple(ways.split(","))
+    sources = [
+        exchanges(mesh, count, kind, (experts, top_k, hidden), wanted)
+        for count in counts
+        for kind in dtype.split(",")
+        if kind
+    ]
     if layer:
         config = MoEConfig(experts, top_k, hidden, intermediate, quantization=layer)
-        for count in map(int, tokens.split(",")):
-            result["rows"] += layers(mesh, config, count)
-    if output is not None:
-        output.write_text(json.dumps(result, indent=1) + "\n")
+        sources += [layers(mesh, config, count, wanted) for count in reversed(counts)]
+    for row in itertools.chain(*sources):
+        result["rows"].append(row)
+        print(json.dumps(row), flush=True)
+        if output is not None:
+            output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line, `moe-jax demo | explain | bench | tune`: it reads options and prints; the work is done elsewhere."""
+"""The command line, `moe-jax demo | explain | bench | tune | layer-test`: options and printing; the work is done elsewhere."""
 
 import enum
 import importlib.metadata
@@ -16,6 +16,7 @@ from moe_jax.console import fail as _fail
 from moe_jax.explain_table import explanation_table
 from moe_jax.explanation import explain as explain_layer
 from moe_jax.explanation import explain_plan
+from moe_jax.layer_test.command import layer_test
 from moe_jax.tuning.command import tune
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(tune)
+app.command()(layer_test)
 
 
 class Dtype(enum.StrEnum):

@@ -76,6 +76,8 @@ def test_only_what_compares_with_torch_imports_it():
         ("routing.py", ["kernels", "moe", "checkpoints", "demo", "bench", "cli"]),
         ("moe.py", ["kernels", "checkpoints", "demo", "bench", "cli"]),
         ("checkpoints", ["kernels", "ops", "demo", "bench", "cli"]),
+        ("parallel", ["layer_test", "checkpoints", "demo", "bench", "cli"]),
+        ("layer_test", ["kernels", "ops", "checkpoints", "demo", "bench", "cli"]),
         ("demo", ["bench", "cli"]),
         ("bench", ["kernels", "ops", "checkpoints", "demo", "cli"]),
     ],

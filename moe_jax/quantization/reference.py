@@ -28,7 +28,7 @@ def apply_experts(
     format: QuantFormat | str | None = None,
     *,
     expert_map: Int[Array, " E"] | None = None,
-    input_scales: tuple[ArrayLike, ArrayLike] | None = None,
+    input_scales: tuple[ArrayLike | None, ArrayLike | None] | None = None,
 ) -> Float[Array, "T H"]:
     """`moe_jax.reference.apply_experts` with quantized weights, and activations quantized as `format` says.
 
@@ -42,7 +42,7 @@ def apply_experts(
         config: activation, dtype, and whether the router weight multiplies the input (before it is quantized).
         format: of the activations; None, or a weight-only format, leaves them alone.
         expert_map: as in `moe_jax.reference.apply_experts`.
-        input_scales: of the rows before the up- and the down-projection, for a format whose scales are static.
+        input_scales: of the rows before the up- and the down-projection, for a format whose scales are static; None: computed.
 
     Returns:
         float32 ``[T, H]``.
