@@ -51,7 +51,13 @@ def set_launch(mode: str) -> str:
 
 
 def launch(
-    function: Any, operands: Any, static: dict[str, Any], *, check: Callable[[], None], own: Callable[[], Any]
+    function: Any,
+    operands: Any,
+    static: dict[str, Any],
+    *,
+    check: Callable[[], None],
+    own: Callable[[], Any],
+    again: Any = None,
 ) -> list[torch.Tensor] | None:
     """The leaves of what a function of `moe_jax_torch.calls` returns, in memory of their own; None where JAX has to run it.
 
@@ -64,6 +70,7 @@ def launch(
         static: its static arguments.
         check: raises for operands that do not fit; not called again for shapes and dtypes that did.
         own: makes the operands that kernels can take, where these are not such: contiguous, at multiples of 256 bytes, not int64.
+        again: from `key_of`, for `relaunch`.
 
     Raises:
         RuntimeError: a CUDA graph is being captured and there is nothing compiled to be launched; the mode is ``always`` and the
@@ -80,6 +87,8 @@ def launch(
         check()
         found = _find(key, function, operands, static)
     if isinstance(found, Launcher):
+        if again is not None:
+            _again[again] = found
         return found(leaves, own)
     if _mode == "always":
         raise RuntimeError(f"set_launch('always'), but {found}; use a dtype and sizes that have kernels, or set 'auto'")
@@ -89,6 +98,30 @@ def launch(
             "Use a dtype and sizes that have kernels, or leave the call out of the graph"
         )
     return None
+
+
+def key_of(name: str, static: tuple[Any, ...], tensors: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
+    """What tells the programs of an operator apart: made of its arguments as they come, for a host in a hurry.
+
+    Example:
+        >>> key_of("route", (2,), (torch.ones(3), None))
+        ('route', (2,), torch.Size([3]), torch.float32, device(type='cpu'), None)
+    """
+    key: list[Any] = [name, static]
+    for tensor in tensors:
+        key += (None,) if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+    return tuple(key)
+
+
+def relaunch(key: tuple[Any, ...], tensors: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor] | None:
+    """What `launch` gave for this key is run on tensors that kernels can take as they are; None where it has to be asked.
+
+    Args:
+        key: from `key_of`.
+        tensors: what that was made of, in the order of the operands of `launch`.
+    """
+    found = None if _mode == "never" else _again.get(key)
+    return None if found is None else found.run([tensor for tensor in tensors if tensor is not None])
 
 
 def _on_gpu(tensor: torch.Tensor) -> bool:
@@ -101,6 +134,7 @@ def _current_stream(device: int) -> int:
 
 
 _found: dict[Any, Launcher | str] = {}  # or the reason why there is none
+_again: dict[Any, Launcher] = {}  # the same, by `key_of`
 _building = threading.Lock()
 
 
@@ -134,8 +168,10 @@ class Launcher:
 
     def __init__(self, program: Program, device: torch.device):
         self._device, self._context = device, _Context(device.index)
-        self._outputs = [(shape, TORCH_DTYPES[dtype]) for shape, dtype in program.outputs]
-        self._workspace_bytes = program.workspace_bytes
+        # Of one element each: making a tensor like another is quicker than saying what it should be.
+        outputs = [(shape, TORCH_DTYPES[dtype]) for shape, dtype in program.outputs]
+        patterns = [*outputs, ((program.workspace_bytes,), torch.uint8)]
+        self._patterns = [torch.empty((), dtype=dtype, device=device).expand(shape) for shape, dtype in patterns]
         self._constants = [
             torch.frombuffer(bytearray(array.tobytes()), dtype=torch.uint8).to(device) for array in program.constants
         ]
@@ -164,19 +200,31 @@ class Launcher:
         Returns:
             The leaves of what the function returns.
         """
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        taken = all(tensor.is_contiguous() and tensor.dtype in DTYPES for tensor in tensors)
-        if not taken or any(address % ALIGNMENT for address in addresses):
+        outputs = self.run(tensors)
+        if outputs is None:
             tensors = jax.tree.leaves(own())  # which live until the kernels are queued
-            addresses = [tensor.data_ptr() for tensor in tensors]
-        outputs = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in self._outputs]
-        workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=self._device)
-        buffers = self._buffers((*addresses, *[output.data_ptr() for output in outputs], workspace.data_ptr()))
-        address, stream = ctypes.addressof(buffers), _current_stream(self._device.index)
+            outputs = self._queue([tensor.data_ptr() for tensor in tensors])
+        return outputs
+
+    def run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor] | None:
+        """The same; None where kernels cannot take the tensors."""
+        bases = []
+        for tensor in tensors:
+            address = tensor.data_ptr()
+            if address % ALIGNMENT or not tensor.is_contiguous() or tensor.dtype not in DTYPES:
+                return None
+            bases.append(address)
+        return self._queue(bases)
+
+    def _queue(self, bases: list[int]) -> list[torch.Tensor]:
+        """Launches the kernels on operands at these addresses."""
+        made = [torch.empty_like(pattern) for pattern in self._patterns]
+        bases += [tensor.data_ptr() for tensor in made]
+        address, stream = ctypes.addressof(self._buffers(tuple(bases))), _current_stream(self._device.index)
         with self._context:
             for kernel, start in self._launches:
                 kernel(stream, address + start)
-        return outputs
+        return made[:-1]  # the workspace may be used again by what comes after on this stream
 
     def _buffers(self, bases: tuple[int, ...]) -> ctypes.Array:
         """The addresses of the buffers of all launches. A layer mostly finds its tensors where they were before."""

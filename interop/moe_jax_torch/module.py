@@ -9,7 +9,9 @@ import torch
 
 from moe_jax.parallel import determine_expert_map
 from moe_jax_torch.checks import check_activation, check_devices, refuse_forward_mode
+from moe_jax_torch.eager import is_plain
 from moe_jax_torch.functional import fused_experts, fused_topk, grouped_topk
+from moe_jax_torch.ops import moe
 from moe_jax_torch.parallel import Ranks, checked_map
 from moe_jax_torch.quantized import QuantConfig, parameters_of, scale_name
 
@@ -220,7 +222,9 @@ class FusedMoE(torch.nn.Module):
         Raises:
             ValueError, TypeError: what `fused_experts` refuses.
         """
-        x, logits = hidden_states.reshape(-1, self.hidden_size), router_logits.reshape(-1, self.num_experts)
+        x, logits = hidden_states, router_logits
+        if x.dim() != 2 or logits.dim() != 2:
+            x, logits = x.reshape(-1, self.hidden_size), logits.reshape(-1, self.num_experts)
         w13, w2 = self.w13_weight, self.w2_weight
         whole = None if torch.is_grad_enabled() or self._quantized else self._routing()
         weights, ids = (None, None) if whole else self.select_experts(x, logits)
@@ -229,7 +233,8 @@ class FusedMoE(torch.nn.Module):
             x = x.to(dtype)
             w13, w2 = (w13, w2) if self._quantized else (w13.to(dtype), w2.to(dtype))
         if whole:
-            return self._whole(x, w13, w2, logits, whole).reshape(hidden_states.shape)
+            out = self._whole(x, w13, w2, logits, whole)
+            return out if x is hidden_states else out.reshape(hidden_states.shape)
         out = fused_experts(
             x,
             w13,
@@ -275,12 +280,15 @@ class FusedMoE(torch.nn.Module):
         self, x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, logits: torch.Tensor, routing: tuple[Any, ...]
     ) -> torch.Tensor:
         """Routing and experts as one: on a GPU fewer kernels than one after the other. It has no gradient."""
-        tensors = (x, w13, w2, logits, self.e_score_correction_bias, self.expert_map, self.w13_bias, self.w2_bias)
+        held, buffers = self._parameters, self._buffers
+        maps = buffers["e_score_correction_bias"], buffers["expert_map"]
+        tensors = (x, w13, w2, logits, *maps, held["w13_bias"], held["w2_bias"])
+        static = (self.activation, self.apply_router_weight_on_input, *self._swiglu, self.top_k, *routing)
+        if x.is_cuda and is_plain(*tensors):
+            return moe(*tensors, *static)
         check_devices(tensors)
         refuse_forward_mode(tensors)
-        return torch.ops.moe_jax.moe.default(
-            *tensors, self.activation, self.apply_router_weight_on_input, *self._swiglu, self.top_k, *routing
-        )
+        return torch.ops.moe_jax.moe.default(*tensors, *static)
 
     @torch.no_grad()
     def weight_loader(

@@ -19,7 +19,7 @@ from moe_jax.routing_methods import RoutingRule
 from moe_jax_torch import calls
 from moe_jax_torch.bridge import as_jax_dtype, own_memory, to_jax, to_torch
 from moe_jax_torch.checks import check_devices, check_gating, check_slots, check_weights
-from moe_jax_torch.launch import launch
+from moe_jax_torch.launch import key_of, launch, relaunch
 from moe_jax_torch.weight_cache import WeightCache
 
 _LAYER = (
@@ -125,6 +125,7 @@ def _run(
     check: Callable[[], None],
     tokens: int,
     out: torch.Tensor | None,
+    again: Any = None,
 ) -> torch.Tensor:
     """A layer, its `calls.Operands` first: launched on torch's stream where it can be, else by JAX."""
     operands, *others = tensors
@@ -132,7 +133,7 @@ def _run(
     def own() -> Any:
         return _cross(operands, _own, _weights.own), *jax.tree.map(_own, others)
 
-    results = launch(function, tensors, static, check=check, own=own)
+    results = launch(function, tensors, static, check=check, own=own, again=again)
     if results is None:
         arrays = _cross(operands, _import, _weights), *jax.tree.map(_import, others)
         return to_torch(function(*arrays, **static), out=out, rows=tokens)
@@ -184,7 +185,7 @@ def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> list[torch.T
     return [to_torch(g, rows=tokens if rows else None) for g, rows in zip(grads, with_tokens, strict=True)]
 
 
-def _moe(
+def moe(
     hidden_states: torch.Tensor,
     w1: torch.Tensor,
     w2: torch.Tensor,
@@ -193,31 +194,32 @@ def _moe(
     expert_map: torch.Tensor | None,
     w1_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
-    activation: str,
-    apply_router_weight_on_input: bool,
-    swiglu_alpha: float | None,
-    swiglu_beta: float | None,
-    swiglu_limit: float | None,
-    top_k: int,
-    *routing: Any,
+    *static: Any,
 ) -> torch.Tensor:
+    """The kernel of ``torch.ops.moe_jax.moe``, whose arguments it takes: routing and experts as one, without a gradient."""
+    x, scores, tokens = hidden_states, logits, hidden_states.shape[0]
+    if tokens & (tokens - 1) and logits.shape[:1] == x.shape[:1]:
+        x, scores = _padded(x, None), _padded(logits, float("nan"))  # a row of NaN chooses no expert
+    tensors = (x, w1, w2, w1_bias, w2_bias, scores, bias, expert_map)
+    key = key_of("moe", static, tensors)
+    results = relaunch(key, tensors)
+    if results is not None:
+        (result,) = results
+        return result if result.shape[0] == tokens else result[:tokens]
+    activation, on_input, alpha, beta, limit, top_k, *routing = static
     layer = hidden_states, w1, w2, activation, w1_bias, w2_bias
     check = functools.partial(_check_moe, layer, logits, bias, expert_map, top_k)
-    x, tokens = hidden_states, hidden_states.shape[0]
     if x.dim() != 2 or logits.dim() != 2 or logits.shape[0] != tokens or tokens == 0:
         check()
         return _fake_fused_experts(x)
-    if tokens != bucket(tokens):
-        x, logits = _padded(x, None), _padded(logits, float("nan"))  # a row of NaN chooses no expert
     implementation = calls.implementation_for(x.device.type)
-    swiglu = (swiglu_alpha, swiglu_beta, swiglu_limit)
-    static = {
-        "static": calls.Static(activation, apply_router_weight_on_input, logits.shape[1], implementation, *swiglu),
+    arguments = {
+        "static": calls.Static(activation, on_input, logits.shape[1], implementation, alpha, beta, limit),
         "top_k": top_k,
         "routing": calls.routing_of(*routing),
     }
-    tensors = calls.Operands(x, w1, w2, None, w1_bias, w2_bias), logits, bias, expert_map
-    return _run(calls.moe_forward, tensors, static, check, tokens, None)
+    operands = calls.Operands(x, w1, w2, None, w1_bias, w2_bias), scores, bias, expert_map
+    return _run(calls.moe_forward, operands, arguments, check, tokens, None, key)
 
 
 def _check_moe(
@@ -317,7 +319,7 @@ def _register() -> None:
     kernels = {
         "fused_experts": (_fused_experts, _fake_fused_experts),
         "fused_experts_out": (_fused_experts_out, lambda *_: None),
-        "moe": (_moe, _fake_fused_experts),
+        "moe": (moe, _fake_fused_experts),
         "fused_experts_backward": (_fused_experts_backward, _fake_fused_experts_backward),
         "route": (_route, _fake_route),
         "route_backward": (_route_backward, _fake_route_backward),

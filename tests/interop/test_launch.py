@@ -10,9 +10,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import torch.autograd.forward_ad as fwAD  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+
 from moe_jax_torch import FusedMoE, fused_experts, launch, ops, set_launch  # noqa: E402
 from moe_jax_torch import calls as operands  # noqa: E402
 from moe_jax_torch.bridge import as_jax_dtype, own_memory  # noqa: E402
+from moe_jax_torch.eager import is_plain  # noqa: E402
 from moe_jax_torch.program import Launch, Place, Program, TensorType  # noqa: E402
 from tests.interop.torch_layers import layer_of  # noqa: E402
 
@@ -51,6 +55,7 @@ def calls(monkeypatch):
     monkeypatch.setattr(launch, "_current_stream", lambda device: 7)
     monkeypatch.setattr(launch, "_load", noted.load)
     monkeypatch.setattr(launch, "_found", {})
+    monkeypatch.setattr(launch, "_again", {})
     monkeypatch.setattr(launch, "_on_gpu", lambda tensor: True)
     monkeypatch.setattr(operands, "implementation_for", lambda platform: "mosaic")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: torch.Stream("cpu"))
@@ -221,6 +226,62 @@ def test_a_module_without_gradients_launches_one_program(calls, monkeypatch):
     whole = len(calls)
     layer(x, logits)
     assert len(launch._found) == 3 and len(calls) - whole > whole
+
+
+@pytest.mark.parametrize("tokens", [8, 13])
+def test_a_module_in_a_hurry_launches_the_same(calls, monkeypatch, tokens):
+    """The second call finds its program by its arguments alone; others, and tensors that kernels cannot take, do not."""
+    monkeypatch.setattr(launch, "ALIGNMENT", 16)  # what padding gets on a CPU
+    layer = FusedMoE(8, 3, 64, 32, dtype=torch.bfloat16)
+    for weight in (layer.w13_weight, layer.w2_weight):
+        weight.data = aligned(weight.data)
+    x, logits = aligned(torch.randn(tokens, 64).bfloat16()), aligned(torch.randn(tokens, 8))
+    with torch.no_grad():
+        layer(x, logits)
+        first = [names for _, names, *_ in calls]
+        calls.clear()
+        monkeypatch.setattr(ops, "launch", None)  # no second search
+        out = layer(x, logits)
+        assert [names for _, names, *_ in calls] == first and out.shape == (tokens, 64)
+        read = set(itertools.chain(*calls))
+        assert {layer.w13_weight.data_ptr(), layer.w2_weight.data_ptr()} < read
+        assert tokens == 13 or {x.data_ptr(), logits.data_ptr()} < read
+        layer.w2_weight.data = aligned(layer.w2_weight.data)  # elsewhere
+        layer(x, logits)
+        assert layer.w2_weight.data_ptr() in set(itertools.chain(*calls))
+        if tokens == 8:
+            with pytest.raises(TypeError, match="NoneType"):  # it searches
+                layer(x.t().contiguous().t(), logits)
+        before = set_launch("never")
+        with pytest.raises(TypeError, match="NoneType"):
+            layer(x, logits)
+        set_launch(before)
+    for change in ({"top_k": 2}, {"activation": "gelu"}, {"renormalize": not layer.renormalize}):
+        for name, value in change.items():
+            before = getattr(layer, name)
+            setattr(layer, name, value)
+            with torch.no_grad(), pytest.raises(TypeError, match="NoneType"):
+                layer(x, logits)
+            setattr(layer, name, before)
+
+
+def test_what_stands_between_a_call_and_its_kernel(monkeypatch):
+    x = torch.ones(2)
+    with torch.no_grad():
+        assert is_plain(x, None, torch.nn.Parameter(x))
+        with FakeTensorMode():
+            assert not is_plain(torch.ones(2))
+        with torch.overrides.TorchFunctionMode():
+            assert not is_plain(x)
+        with fwAD.dual_level():
+            assert not is_plain(fwAD.make_dual(x, x))
+        seen = []
+        torch.vmap(lambda t: seen.append(is_plain(t)) or t)(torch.ones(2, 2))
+        torch.jit.trace(lambda t: seen.append(is_plain(t)) or t + 1, x, check_trace=False)
+        assert seen == [False, False]
+    assert not is_plain(x)
+    with torch.inference_mode():
+        assert is_plain(x)
 
 
 def test_a_capture_needs_what_was_compiled_before(calls, monkeypatch):

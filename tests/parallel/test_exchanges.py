@@ -10,11 +10,12 @@ from moe_jax import MoEConfig, RoutingConfig
 from moe_jax.parallel import ExpertPlacement, ParallelConfig
 from moe_jax.parallel.all_to_all import AllToAll
 from moe_jax.parallel.gather_scatter import AllGatherReduceScatter
+from moe_jax.parallel.peer import PeerExchange
 from moe_jax.types import TopK
 from tests.layers import check_layer, experts_of, logits_of, reference_moe, x_of
 from tests.parallel.meshes import mesh_of, only_real, parallel_of, sharded
 
-EXCHANGES = {"all-gather": AllGatherReduceScatter(), "all-to-all": AllToAll()}
+EXCHANGES = {"all-gather": AllGatherReduceScatter(), "all-to-all": AllToAll(), "peer": PeerExchange()}
 each_exchange = pytest.mark.parametrize("exchange", EXCHANGES.values(), ids=EXCHANGES)
 CONFIG = MoEConfig(5, 2, 16, 12, dtype="float32", has_bias=True)
 
