@@ -14,7 +14,7 @@ from moe_jax.config import MoEConfig
 from moe_jax.ops.combine import combine
 from moe_jax.parallel.config import ParallelConfig
 from moe_jax.parallel.tokens import QuantizedTokens, quantize
-from moe_jax.types import TopK
+from moe_jax.types import ExpertWeights, TopK
 
 
 @jax.tree_util.register_dataclass
@@ -148,12 +148,9 @@ def weigh_input(x: Float[Array, "T H"], topk: TopK, config: MoEConfig, implement
     return x, topk._replace(weights=jnp.ones_like(topk.weights))
 
 
-def of_rank(config: MoEConfig, experts: Any) -> MoEConfig:
+def of_rank(config: MoEConfig, experts: ExpertWeights) -> MoEConfig:
     """The layer as the experts of a rank see it, after `Exchange.prepare`: their part of I, inputs weighed already."""
-    return dataclasses.replace(
-        config, intermediate_size=experts.w2.shape[-1], apply_router_weight_on_input=False, num_shared_experts=0,
-        shared_intermediate_size=0, shared_expert_gate=False,
-    )  # fmt: skip
+    return dataclasses.replace(config, intermediate_size=experts.w2.shape[-1], apply_router_weight_on_input=False)
 
 
 def map_of_rank(expert_map: Int[Array, "ep E"] | None, parallel: ParallelConfig) -> Array | None:

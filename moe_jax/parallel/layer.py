@@ -107,7 +107,7 @@ def apply_experts_parallel(
     implementation: str = "auto",
 ) -> Float[Array, "T H"] | tuple[Array, Array]:
     """`moe_parallel` after routing, as `moe_jax.apply_experts` is `moe_jax.moe` after routing; `topk` has global ids."""
-    exchange = exchange or choose_exchange(parallel).exchange
+    exchange = exchange or choose_exchange(parallel, None, config, implementation).exchange
     placement = checked_placement(placement, config, parallel)
     expert_map = None if placement is None else jnp.asarray(placement.expert_map)
     local = _of_rank(experts, config, parallel)
@@ -115,6 +115,7 @@ def apply_experts_parallel(
     rank_config = of_rank(config, local)
     check_room(local, config, parallel, placement, ranks=1)
     checks.check_layer(x, local, rank_config, None if expert_map is None else expert_map[0])
+    checks.check_topk(x, topk, config)
     if x.shape[0] == 0:  # on all ranks
         out = jnp.zeros(x.shape, config.dtype)
         return (out, jnp.int32(0)) if return_dropped else out

@@ -82,7 +82,7 @@ def moe_sharded(
             "fill them up and say with num_tokens how many count"
         )
     if exchange is None:
-        exchange = choose_exchange(parallel, mesh).exchange
+        exchange = choose_exchange(parallel, mesh, config, implementation).exchange
     placement = checked_placement(placement, config, parallel)
     check_room(experts, config, parallel, placement, parallel.flattened_size)
     tokens, weights, same = spec_of(parallel.token_axes), spec_of(parallel.expert_axes), PartitionSpec()
@@ -128,7 +128,10 @@ def _run(arrays: dict[str, Any], specs: _Specs, options: tuple[Any, ...]) -> Any
 
 
 def _on_mesh(tree: Any, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> Any:
-    """The arrays where a mesh with explicit axes wants them; automatic axes move them by themselves."""
-    if AxisType.Explicit not in mesh.axis_types:
+    """The arrays as a mesh with explicit axes wants them; along automatic axes they move by themselves."""
+    explicit = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    if not explicit:
         return tree
-    return jax.tree.map(lambda array: jax.reshard(jnp.asarray(array), NamedSharding(mesh, spec)), tree)
+    axes = [axis for names in spec for axis in ((names,) if isinstance(names, str) else names) if axis in explicit]
+    sharding = NamedSharding(mesh, spec_of(tuple(axes)))
+    return jax.tree.map(lambda array: jax.reshard(jnp.asarray(array), sharding), tree)

@@ -56,9 +56,14 @@ def check(found, config, tolerance):
             raise AssertionError(f"{jax.tree_util.keystr(path)}: {error}") from None
 
 
-@pytest.mark.parametrize("config, tolerance", [(CONFIG, 1e-5), (LLAMA, 1e-5), (MoEConfig(5, 2, 16, 12), 1e-2)])
-@pytest.mark.parametrize("name", CASES)
-def test_gradients(name, config, tolerance):
+FORMATS = {"float32": (CONFIG, 1e-5), "bfloat16": (MoEConfig(5, 2, 16, 12), 1e-2), "llama4": (LLAMA, 1e-5)}
+OF_CASES = [(case, form) for case in CASES for form in ("float32", "bfloat16")]
+OF_CASES += [(case, "llama4") for case in ("tp", "all-gather", "all-to-all")]
+
+
+@pytest.mark.parametrize("name, form", OF_CASES)
+def test_gradients(name, form):
+    config, tolerance = FORMATS[form]
     dp, tp, ep, sp, exchange = CASES[name]
     mesh = mesh_of(tp, dp)
     found = gradients(sharded(mesh, parallel_of(mesh, ep, sp), config, exchange=exchange, compiled=False), config)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 
 from moe_jax import MoEConfig, RoutingConfig
 from moe_jax.parallel import ExpertPlacement, ParallelConfig
@@ -113,6 +113,26 @@ def test_explicit_axes():
             lambda *operands: moe_sharded(*operands, CONFIG, parallel=parallel, mesh=mesh, implementation="xla")
         )
         check_layer(layer(x, placed, logits), expected, CONFIG)
+
+
+def test_explicit_and_automatic_axes():
+    types = (AxisType.Explicit, AxisType.Auto)
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), devices=jax.devices("cpu")[:4], axis_types=types)
+    parallel = parallel_of(mesh, ep=True)
+    x, experts, logits = problem(CONFIG, 8)
+    placed = place_experts(experts, CONFIG, parallel)
+    out = moe_sharded(x, placed, logits, CONFIG, parallel=parallel, mesh=mesh, implementation="xla")
+    check_layer(out, reference_moe(x, experts, logits, CONFIG), CONFIG)
+
+
+def test_other_axes_of_a_mesh_and_several_for_one_kind():
+    """Experts over two axes of a mesh, tokens over one of them, and an axis that is nobody's."""
+    types = (AxisType.Auto,) * 3
+    mesh = jax.make_mesh((2, 2, 2), ("other", "data", "model"), devices=jax.devices("cpu")[:8], axis_types=types)
+    for axes in ({"dp_axis": "data", "tp_axis": "model"}, {"dp_axis": ("data", "model")}):
+        parallel = ParallelConfig.of_mesh(mesh, enable_expert_parallel=True, **axes)
+        assert parallel.expert_axes == ("data", "model")
+        check(CONFIG, mesh, parallel, num_tokens=8)
 
 
 def test_each_rank_holds_its_own_weights():
