@@ -20,7 +20,8 @@ from moe_jax.parallel import (
 from tests.gpu.test_layer import inputs, make_weights
 from tests.util import assert_discriminates, check_close
 
-pytestmark = pytest.mark.gpu
+# An odd number of experts, so that two ranks have unlike shares, is none that the kernel of the routing takes.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:topk runs its plain-JAX form")]
 TOKENS = 64
 
 
