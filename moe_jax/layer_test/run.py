@@ -20,8 +20,7 @@ from moe_jax.layer_test.data import MoETestData, setup_moe_test_data
 from moe_jax.layer_test.quick import quick_jit
 from moe_jax.layer_test.support import exchange_of, is_valid_config
 from moe_jax.moe import shared_expert
-from moe_jax.parallel.sharded import moe_sharded
-from moe_jax.parallel.weights import place_experts, place_shared
+from moe_jax.parallel import moe_sharded, place_experts, place_shared
 
 # Largest relative error of the tokens of a shard that is rounding. Partial sums of ranks are rounded before they are added up.
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}

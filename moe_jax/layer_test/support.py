@@ -10,6 +10,7 @@ from moe_jax.parallel.batched import Batched
 from moe_jax.parallel.exchange import Exchange
 from moe_jax.parallel.gather_scatter import AllGatherReduceScatter
 from moe_jax.parallel.no_exchange import NoExchange
+from moe_jax.parallel.peer import PeerExchange
 from moe_jax.quantization import FORMATS
 
 SHAPE_COMBOS = ((1, 128, 256), (32, 512, 512), (222, 1024, 2048))  # m, n, k
@@ -32,6 +33,7 @@ PLAIN_BACKENDS: dict[str, Exchange] = {
     "no_exchange": NoExchange(),
     "allgather_reducescatter": AllGatherReduceScatter(),
     "all_to_all": AllToAll(),
+    "peer": PeerExchange(),
 }
 # The same exchanges, whose tokens are then laid out for each local expert.
 BATCHED_BACKENDS = tuple(f"batched_{name}" for name in PLAIN_BACKENDS)
@@ -68,8 +70,8 @@ def is_valid_config(config: MoETestConfig) -> tuple[bool, str | None]:
 
     Example:
         >>> config = MoETestConfig(1, 128, 256, 8, 2, "bfloat16", None, False, False, False, tp_size=2)
-        >>> is_valid_config(config)
-        (False, 'several ranks need a backend, one of no_exchange, allgather_reducescatter, all_to_all, batched_no_exchange, ...')
+        >>> is_valid_config(dataclasses.replace(config, backend="all_to_all"))
+        (False, "backend='all_to_all': all ranks hold the same tokens; use NoExchange()")
     """
     reason = _reason_against(config)
     return reason is None, reason

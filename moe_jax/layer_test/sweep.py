@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 from collections.abc import Iterator, Sequence
 
 from moe_jax.layer_test.config import MoETestConfig
 from moe_jax.layer_test.support import (
-    BACKEND_SUPPORTED_QUANTS,
     BACKENDS,
     BATCHED_BACKENDS,
     PARALLEL_COMBOS,
@@ -17,6 +17,7 @@ from moe_jax.layer_test.support import (
     is_valid_config,
 )
 
+SEED, STRIDE = 0, 3  # of the values in `covering`
 PLAIN = ((False, False, False),)
 FEATURES = ((False, False, False), (True, False, False), (True, True, False), (True, False, True), (True, True, True))
 
@@ -47,7 +48,7 @@ def sweep(
 
     Example:
         >>> [config.backend for config in sweep(shapes=[(1, 128, 256)], ranks=[(2, 1, True)])]
-        ['allgather_reducescatter', 'all_to_all', 'batched_allgather_reducescatter', 'batched_all_to_all']
+        ['allgather_reducescatter', 'all_to_all', 'peer', 'batched_allgather_reducescatter', 'batched_all_to_all', 'batched_peer']
     """
     for shape, experts, top_k, dtype, quantization, feature, rank, backend, sequence, before in itertools.product(
         shapes,
@@ -90,27 +91,31 @@ def covering() -> list[MoETestConfig]:
         >>> {config.quantization for config in covering()} == set(QUANT_METHODS)
         True
     """
-    shape, plain = (1, 128, 256), tuple(PLAIN_BACKENDS)
+    shape, peer = (1, 128, 256), "peer"
     kinds = [ranks for ranks in PARALLEL_COMBOS if ranks not in ((1, 4, False), (4, 1, True))]  # more of a kind
+    plain = tuple(name for name in PLAIN_BACKENDS if name != peer)
     whole = list(sweep(shapes=[shape], ranks=kinds, backends=plain))
+    whole += sweep(shapes=[shape], ranks=kinds[-2:], backends=[peer])
     # Also ranks of tensor parallelism that hold the same tokens and other experts.
-    whole += sweep(shapes=[shape], ranks=[(2, 2, True)], backends=plain, sequence_parallel=[False])
+    whole += sweep(shapes=[shape], ranks=[(2, 2, True)], backends=["all_to_all", peer], sequence_parallel=[False])
     whole += list(sweep(shapes=[shape], ranks=kinds[1:], backends=BATCHED_BACKENDS))[::4]
     configs = []
     for number, config in enumerate(whole):
-        formats = BACKEND_SUPPORTED_QUANTS.get(config.backend, QUANT_METHODS)
+        chance = random.Random(SEED + number)
         shared, gate, transform = FEATURES[number % len(FEATURES)]
         varied = dataclasses.replace(
             config,
-            m=(5, 1, 33)[number % 3],
-            num_experts=(5, 6)[number % 2],
-            top_k=(2, 4, 2, 1)[number % 4],
-            in_dtype=("bfloat16", "bfloat16", "float32")[number % 3],
-            quantization=formats[number % len(formats)],
+            m=chance.choice((1, 5, 33)),
+            num_experts=chance.choice((5, 6)),
+            top_k=chance.choice((1, 2, 4)),
+            in_dtype=chance.choice(("bfloat16", "bfloat16", "float32")),
+            quantization=QUANT_METHODS[STRIDE * number % len(QUANT_METHODS)],
             use_shared_experts=shared,
             use_gate=gate,
             use_routed_input_transform=transform,
         )
+        if not is_valid_config(varied)[0]:
+            varied = dataclasses.replace(varied, quantization=QUANT_METHODS[(STRIDE * number + 1) % len(QUANT_METHODS)])
         before = dataclasses.replace(varied, quantize_before=True)
-        configs.append(before if number % 2 and is_valid_config(before)[0] else varied)
+        configs.append(before if chance.random() < 0.6 and is_valid_config(before)[0] else varied)
     return configs

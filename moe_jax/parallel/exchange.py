@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from moe_jax.config import MoEConfig
 from moe_jax.ops.combine import combine
@@ -135,8 +135,22 @@ def only_tokens(topk: TopK, num_tokens: Int[Array, ""] | None) -> TopK:
     """
     if num_tokens is None:
         return topk
-    real = (jnp.arange(topk.ids.shape[0], dtype=jnp.int32) < num_tokens)[:, None]
-    return TopK(jnp.where(real, topk.ids, -1), jnp.where(real, topk.weights, 0.0))
+    return TopK(rows_of_tokens(topk.ids, num_tokens, -1), rows_of_tokens(topk.weights, num_tokens))
+
+
+def rows_of_tokens(
+    array: Shaped[Array, "T N"], num_tokens: Int[Array, ""] | None, fill: int = 0
+) -> Shaped[Array, "T N"]:
+    """The array with `fill` in the rows past the tokens: whatever they hold, NaN too, reaches no result and no derivative.
+
+    Example:
+        >>> rows_of_tokens(jnp.array([[1.0], [jnp.nan]]), jnp.int32(1)).tolist()
+        [[1.0], [0.0]]
+    """
+    if num_tokens is None:
+        return array
+    real = jnp.arange(array.shape[0], dtype=jnp.int32) < num_tokens
+    return jnp.where(real[:, None], array, fill)
 
 
 def weigh_input(x: Float[Array, "T H"], topk: TopK, config: MoEConfig, implementation: str) -> tuple[Array, TopK]:
@@ -144,6 +158,7 @@ def weigh_input(x: Float[Array, "T H"], topk: TopK, config: MoEConfig, implement
     if not config.apply_router_weight_on_input:
         return x, topk
     tokens = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]  # k = 1: each token is its own one-row sum
+    tokens = jnp.where(topk.ids >= 0, tokens, -1)
     x = combine(x, tokens, topk.weights, implementation=implementation)
     return x, topk._replace(weights=jnp.ones_like(topk.weights))
 

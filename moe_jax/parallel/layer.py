@@ -16,7 +16,7 @@ from moe_jax.ops.implementation import check_name
 from moe_jax.parallel.batched import PreparedRows, batched_experts
 from moe_jax.parallel.choice import choose_exchange
 from moe_jax.parallel.config import ParallelConfig
-from moe_jax.parallel.exchange import Exchange, Prepared, late_axes, of_rank
+from moe_jax.parallel.exchange import Exchange, Prepared, late_axes, of_rank, rows_of_tokens
 from moe_jax.parallel.placement import ExpertPlacement
 from moe_jax.parallel.rank_experts import rank_experts
 from moe_jax.parallel.weights import check_room, checked_placement
@@ -64,7 +64,7 @@ def moe_parallel(
     if key is not None and parallel.token_axes:
         key = jax.random.fold_in(key, lax.axis_index(parallel.token_axes))
     topk = route(
-        router_logits,
+        rows_of_tokens(router_logits, num_tokens),
         config,
         correction_bias=correction_bias,
         hidden_states=x,
@@ -169,7 +169,5 @@ def _with_shared(
 
     if shared is None:
         return out if is_reduced else reduce(out)
-    y = shared_expert(x, shared, config)
-    if num_tokens is not None:
-        y = jnp.where((jnp.arange(x.shape[0]) < num_tokens)[:, None], y, 0)
+    y = shared_expert(rows_of_tokens(x, num_tokens), shared, config)  # without biases: of zeros it is zero
     return out + reduce(y) if is_reduced else reduce(out + y)

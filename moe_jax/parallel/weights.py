@@ -53,17 +53,18 @@ def place_experts(
             f"w13 holds {experts.num_local_experts} experts of num_experts={config.num_experts}; place_experts takes those of "
             "all ranks"
         )
-    largest = {
-        name: None if getattr(experts, name) is None else jnp.full_like(scale, jnp.max(scale))
-        for name in ("w13_input_scale", "w2_input_scale")
-        if (scale := getattr(experts, name)) is not None
-    }
-    experts = dataclasses.replace(experts, **largest)  # a rank needs the largest, wherever its expert lives
     placement = checked_placement(placement, config, parallel)
     if placement is None:
-        return _split(experts, config, parallel.experts_tp_size)
-    slots = jnp.asarray(placement.slots).reshape(-1)
-    return jax.tree.map(lambda leaf: _of_slots(leaf, slots), experts)
+        placed = _split(experts, config, parallel.experts_tp_size)
+    else:
+        slots = jnp.asarray(placement.slots).reshape(-1)
+        placed = jax.tree.map(lambda leaf: _of_slots(leaf, slots), experts)
+    # A rank needs the largest scale, wherever that expert lives: its tokens are quantized with it, also where it has no expert.
+    scales = {name: getattr(experts, name) for name in ("w13_input_scale", "w2_input_scale")}
+    everywhere = {
+        name: jnp.full(placed.w2.shape[:1], jnp.max(scale)) for name, scale in scales.items() if scale is not None
+    }
+    return dataclasses.replace(placed, **everywhere)
 
 
 def checked_placement(
@@ -195,8 +196,6 @@ def _split(experts: ExpertWeights, config: MoEConfig, parts: int) -> ExpertWeigh
         else _columns(experts.w2, parts, share),
         w13_bias=None if bias is None else _rows(bias[..., None], halves, parts, share)[..., 0],
         w2_bias=each(experts.w2_bias),
-        w13_input_scale=each(experts.w13_input_scale),
-        w2_input_scale=each(experts.w2_input_scale),
     )
 
 

@@ -13,7 +13,6 @@ from moe_jax.layer_test.support import (
     BACKEND_SUPPORTED_QUANTS,
     BACKENDS,
     PARALLEL_COMBOS,
-    PLAIN_BACKENDS,
     QUANT_METHODS,
 )
 from moe_jax.layer_test.sweep import FEATURES, covering
@@ -89,6 +88,7 @@ def test_reasons(changes, message):
     [
         ("no_exchange", {(1, 2, False), (1, 4, False), (1, 2, True)}),
         ("allgather_reducescatter", set(PARALLEL_COMBOS) - {(1, 1, False)}),
+        ("peer", {(1, 2, True), (2, 1, True), (4, 1, True), (2, 2, True), (4, 2, True)}),
         ("all_to_all", {(1, 2, True), (2, 1, True), (4, 1, True), (2, 2, True), (4, 2, True)}),
     ],
 )
@@ -109,19 +109,19 @@ def test_every_exchange_has_its_formats():
 def test_the_small_set_leaves_no_pair_and_no_value_out():
     configs = covering()
     assert all(is_valid_config(config)[0] for config in configs)
-    assert len(set(configs)) == len(configs) < 24
+    assert len(set(configs)) == len(configs) < 28
     kind = lambda c: (c.backend, c.dp_size > 1, c.tp_size > 1, c.ep_size > 1)  # noqa: E731
-    assert {kind(c) for c in configs} >= {
-        kind(c) for c in sweep(shapes=[(1, 128, 256)], backends=tuple(PLAIN_BACKENDS))
-    }
+    plain = sweep(shapes=[(1, 128, 256)], backends=("no_exchange", "allgather_reducescatter", "all_to_all"))
+    assert {kind(c) for c in configs} >= {kind(c) for c in plain}
     assert max(c.ep_size for c in configs) == 8 > min(c.num_experts for c in configs)  # ranks without experts
     assert {c.backend for c in configs} == {None, *BACKENDS}
     assert {c.quantization for c in configs} == set(QUANT_METHODS)
     features = {(c.use_shared_experts, c.use_gate, c.use_routed_input_transform) for c in configs}
     assert features == set(FEATURES)
     assert {c.is_sequence_parallel for c in configs if c.ep_size == 4 and c.tp_size == 2} == {True, False}
-    for backend in PLAIN_BACKENDS:
+    for backend in ("allgather_reducescatter", "all_to_all", "peer"):
         assert {c.quantize_before for c in configs if c.backend == backend} == {True, False}
+    assert {c.m for c in configs} == {1, 5, 33} and {c.in_dtype for c in configs} == {"bfloat16", "float32"}
 
 
 @hypothesis.given(st.integers(1, 300), st.sampled_from([1, 2, 4, 8]))

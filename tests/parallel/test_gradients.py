@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax import MoEConfig, RoutingConfig, moe
+from moe_jax import MoEConfig, RoutingConfig, SharedExpertWeights, moe
+from moe_jax.moe import shared_expert
 from moe_jax.parallel.all_to_all import AllToAll
+from moe_jax.parallel.batched import Batched
 from moe_jax.parallel.gather_scatter import AllGatherReduceScatter
 from moe_jax.parallel.peer import PeerExchange
 from moe_jax.parallel.sharded import moe_sharded
-from moe_jax.parallel.weights import place_experts
+from moe_jax.parallel.weights import place_experts, place_shared
 from tests.layers import experts_of, logits_of, normal, quick_jit, x_of
-from tests.parallel.meshes import mesh_of, parallel_of, sharded
+from tests.parallel.meshes import mesh_of, only_real, parallel_of, sharded
 from tests.util import assert_discriminates, check_close
 
 CONFIG = MoEConfig(5, 2, 16, 12, dtype="float32", has_bias=True)
@@ -69,6 +71,32 @@ def test_gradients(name, form):
     found = gradients(sharded(mesh, parallel_of(mesh, ep, sp), config, exchange=exchange, compiled=False), config)
     check(found, config, tolerance)
     assert_discriminates(lambda x: check((x, *found[1:]), config, tolerance), found[0])
+
+
+@pytest.mark.parametrize(
+    "config, exchange",
+    [(CONFIG, AllGatherReduceScatter()), (LLAMA, AllToAll()), (CONFIG, Batched(AllToAll(), max_tokens=8))],
+)
+def test_rows_that_are_no_tokens_have_no_part(config, exchange):
+    """They may hold NaN: their own derivatives are zero, those of weights are finite."""
+    mesh = mesh_of(dp=2)
+    counts = jnp.array([3, 0], jnp.int32)
+    layer = sharded(mesh, parallel_of(mesh, True), config, exchange=exchange, compiled=False)
+    shared = SharedExpertWeights(normal([3, 30], 8, 16), normal([3, 31], 16, 4), gate=normal([3, 32], 1, 16))
+    real = only_real(jnp.ones((8, 1)), counts, 2) != 0
+
+    def loss(x, experts, logits, shared):
+        x, logits = (jnp.where(real, array, jnp.nan) for array in (x, logits))
+        parallel = parallel_of(mesh, True)
+        return jnp.sum(layer(x, experts, logits, shared=place_shared(shared, config, parallel), num_tokens=counts) ** 2)
+
+    def whole(x, experts, logits, shared):
+        y = moe(x, experts, logits, config, implementation="xla") + shared_expert(x, shared, config)
+        return jnp.sum(jnp.where(real, y, 0) ** 2)
+
+    operands = x_of(3, config, 8), experts_of(3, config), logits_of(3, config, 8), shared
+    found, wanted = (quick_jit(jax.grad(f, argnums=(0, 1, 2, 3)))(*operands) for f in (loss, whole))
+    jax.tree.map(lambda a, b: check_close(a, b, 1e-5), found, wanted)
 
 
 @pytest.mark.parametrize("exchange", [AllGatherReduceScatter(), AllToAll()], ids=["all-gather", "all-to-all"])

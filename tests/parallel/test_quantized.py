@@ -92,6 +92,14 @@ def test_quantized_before_all_to_all(name):
     check_close(out, expected(name), 1e-2)
 
 
+def test_ranks_without_experts_quantize_their_tokens_too():
+    """Five experts on eight ranks; the scale of all is that of the experts, wherever they are."""
+    config, operands = problem("fp8_tensor_static")
+    mesh = mesh_of(dp=8)
+    layer = sharded(mesh, parallel_of(mesh, True), config, exchange=AllToAll(quantize_before=True))
+    check_close(layer(*operands), expected("fp8_tensor_static"), 1e-2)
+
+
 @pytest.mark.parametrize("name", ["int4_group32_zp", "int8_weight", "fp8_weight_block"])
 def test_weights_alone(name):
     config, operands = problem(name)
