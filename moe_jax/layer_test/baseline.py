@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from moe_jax import reference
+from moe_jax.config import MoEConfig
 from moe_jax.layer_test.chunks import expert_chunk, tp_chunk
 from moe_jax.layer_test.config import MoETestConfig
 from moe_jax.layer_test.data import MoETestData
-from moe_jax.layer_test.quick import quick_jit
+from moe_jax.layer_test.quick import quick
 from moe_jax.quantization import quantize
 from moe_jax.quantization import reference as quantized_reference
-from moe_jax.types import ExpertWeights, SharedExpertWeights
+from moe_jax.types import ExpertWeights, SharedExpertWeights, TopK
 
 
 def baseline(config: MoETestConfig, data: MoETestData) -> np.ndarray:
@@ -26,50 +25,53 @@ def baseline(config: MoETestConfig, data: MoETestData) -> np.ndarray:
     if data.transform is not None:
         routed = jnp.asarray(_product(x, data.transform[0]), config.in_dtype)
     logits = _product(routed, data.gate.T) if data.logits is None else np.asarray(data.logits)[data.is_token]
-    held = None if data.placement is None else [data.placement.get_local_expert_ids(r) for r in range(config.ep_size)]
-    run = quick_jit(functools.partial(_layer, config, held))
-    out, shared = run(x, routed, jnp.asarray(logits, jnp.float32), data.experts, data.shared)
+    topk = _route(jnp.asarray(logits, jnp.float32), config.moe_config)
+    parts, scales = _parts(config, data, routed)
+    out = sum(_experts(routed, part, topk, expert_map, scales, config.moe_config) for part, expert_map in parts)
     if data.transform is not None:
         out = _product(out.astype(config.in_dtype), data.transform[1])
-    return np.asarray(out, np.float32) + (0 if shared is None else np.asarray(shared))
+    out = np.asarray(out, np.float32)
+    return out if data.shared is None else out + np.asarray(_shared(x, data.shared, config.moe_config))
 
 
-def _layer(
-    config: MoETestConfig,
-    held: list[list[int]] | None,
-    x: Array,
-    routed: Array,
-    logits: Array,
-    experts: ExpertWeights,
-    shared: SharedExpertWeights | None,
-) -> tuple[Array, Array | None]:
-    """What the routed experts make of their tokens, and the shared one of all.
+def _parts(
+    config: MoETestConfig, data: MoETestData, x: Array
+) -> tuple[list[tuple[ExpertWeights, Array | None]], tuple | None]:
+    """Weights and maps whose results add up to the routed experts', and scales of their rows if these are not taken from them.
 
-    Routed experts are the sum over the parts of the ranks where rows are quantized by what a rank sees of them; otherwise the
-    whole at once. The experts of the ranks are `held`.
+    They are the parts of the ranks where rows are quantized by what a rank sees of them, otherwise the whole.
     """
-    moe_config, form = config.moe_config, config.moe_config.quantization
-    topk = reference.route(logits, moe_config)
+    experts, form = data.experts, config.moe_config.quantization
     spec = None if form is None else form.activations
-
-    def layer(experts: ExpertWeights, expert_map: Array | None = None, scales: tuple | None = None) -> Array:
-        return quantized_reference.apply_experts(
-            routed, experts, topk, moe_config, form, expert_map=expert_map, input_scales=scales
-        )
-
-    whole = None if shared is None else reference.shared_experts(x, shared, moe_config)
     if spec is None or spec.granularity == "group":
-        return layer(experts), whole
+        return [(experts, None)], None
     if spec.static:
-        return layer(experts, scales=(experts.w13_input_scale[0], experts.w2_input_scale[0])), whole
+        return [(experts, None)], (experts.w13_input_scale[0], experts.w2_input_scale[0])
     scales = None
     if spec.granularity == "tensor" and config.quantize_before:
-        scales = quantize(routed, spec).scales, None  # of all tokens, not of those that a rank gets
-    if held is None:
-        parts = [(tp_chunk(experts, rank, config.world_size), None) for rank in range(config.world_size)]
-    else:
-        parts = [(expert_chunk(experts, ids), _map_of(ids, config.num_experts)) for ids in held]
-    return sum(layer(part, expert_map, scales) for part, expert_map in parts), whole
+        scales = quantize(x, spec).scales, None  # of all tokens, not of those that a rank gets
+    if data.placement is None:
+        return [(tp_chunk(experts, rank, config.world_size), None) for rank in range(config.world_size)], scales
+    held = [data.placement.get_local_expert_ids(rank) for rank in range(config.ep_size)]
+    return [(expert_chunk(experts, ids), _map_of(ids, config.num_experts)) for ids in held if ids], scales
+
+
+@quick(static_argnums=5)
+def _experts(
+    x: Array, experts: ExpertWeights, topk: TopK, expert_map: Array | None, scales: tuple | None, config: MoEConfig
+) -> Array:
+    options = {"expert_map": expert_map, "input_scales": scales}
+    return quantized_reference.apply_experts(x, experts, topk, config, config.quantization, **options)
+
+
+@quick(static_argnums=1)
+def _route(logits: Array, config: MoEConfig) -> TopK:
+    return reference.route(logits, config)
+
+
+@quick(static_argnums=2)
+def _shared(x: Array, shared: SharedExpertWeights, config: MoEConfig) -> Array:
+    return reference.shared_experts(x, shared, config)
 
 
 def _map_of(held: list[int], num_experts: int) -> Array:

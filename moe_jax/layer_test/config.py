@@ -69,7 +69,7 @@ class MoETestConfig:
         """Whether the ranks of tensor parallelism hold tokens of their own."""
         if self.sequence_parallel is not None:
             return self.sequence_parallel
-        return self.ep_size > 1 and self.tp_size > 1 and self.backend != "no_exchange"
+        return self.ep_size > 1 and self.tp_size > 1 and self.backend not in ("no_exchange", "batched_no_exchange")
 
     @property
     def world_size(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -12,9 +11,9 @@ from jaxtyping import Array
 
 from moe_jax.layer_test.chunks import rank_chunk
 from moe_jax.layer_test.config import MoETestConfig
-from moe_jax.layer_test.quick import quick_jit
+from moe_jax.layer_test.quick import quick
 from moe_jax.parallel import ExpertPlacement
-from moe_jax.quantization import quantize_experts
+from moe_jax.quantization import QuantFormat, quantize_experts
 from moe_jax.types import ExpertWeights, SharedExpertWeights
 
 SEED = 7
@@ -125,9 +124,14 @@ def _experts(config: MoETestConfig, w13: Array, weights) -> ExpertWeights:
     form = config.moe_config.quantization
     if form is None:
         return experts
-    experts = quick_jit(functools.partial(quantize_experts, format=form))(experts)
+    experts = _quantized(experts, form)
     if form.activations is None or not form.activations.static:
         return experts
     # About the largest of hidden states, and of what comes out of the activation; larger ones saturate.
     scales = [jnp.full(config.num_experts, largest / form.activations.largest, jnp.float32) for largest in (5.0, 12.0)]
     return dataclasses.replace(experts, w13_input_scale=scales[0], w2_input_scale=scales[1])
+
+
+@quick(static_argnums=1)
+def _quantized(experts: ExpertWeights, form: QuantFormat) -> ExpertWeights:
+    return quantize_experts(experts, form)

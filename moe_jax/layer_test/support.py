@@ -6,6 +6,7 @@ import dataclasses
 
 from moe_jax.layer_test.config import MoETestConfig
 from moe_jax.parallel.all_to_all import AllToAll
+from moe_jax.parallel.batched import Batched
 from moe_jax.parallel.exchange import Exchange
 from moe_jax.parallel.gather_scatter import AllGatherReduceScatter
 from moe_jax.parallel.no_exchange import NoExchange
@@ -27,24 +28,39 @@ PARALLEL_COMBOS = (
     (2, 2, True),
     (4, 2, True),
 )
-BACKENDS: dict[str, Exchange] = {
+PLAIN_BACKENDS: dict[str, Exchange] = {
     "no_exchange": NoExchange(),
     "allgather_reducescatter": AllGatherReduceScatter(),
     "all_to_all": AllToAll(),
 }
-QUANT_METHODS: tuple[str | None, ...] = (None, *FORMATS)
-BACKEND_SUPPORTED_QUANTS = {
-    "no_exchange": QUANT_METHODS,
-    "allgather_reducescatter": QUANT_METHODS,
-    "all_to_all": QUANT_METHODS,
+# The same exchanges, whose tokens are then laid out for each local expert.
+BATCHED_BACKENDS = tuple(f"batched_{name}" for name in PLAIN_BACKENDS)
+BACKENDS: dict[str, Exchange] = PLAIN_BACKENDS | {
+    name: Batched(inner) for name, inner in zip(BATCHED_BACKENDS, PLAIN_BACKENDS.values(), strict=True)
 }
+QUANT_METHODS: tuple[str | None, ...] = (None, *FORMATS)
+# Between the rows of a batch are others: they have no scale in common.
+BATCHED_QUANTS = tuple(name for name in QUANT_METHODS if name != "fp8_tensor")
+BACKEND_SUPPORTED_QUANTS = {name: BATCHED_QUANTS if name in BATCHED_BACKENDS else QUANT_METHODS for name in BACKENDS}
 
 
 def exchange_of(config: MoETestConfig) -> Exchange | None:
-    """The exchange, None on one device: the layer then chooses it."""
+    """The exchange, None on one device: the layer then chooses it. A batch has room for any routing.
+
+    Example:
+        >>> config = MoETestConfig(5, 128, 256, 9, 2, "bfloat16", "fp8_block", False, False, False, dp_size=2, ep_size=2,
+        ...                        backend="batched_all_to_all")
+        >>> exchange_of(config).inner, exchange_of(config).max_tokens
+        (AllToAll(quantize_before=False), 16)
+    """
     if config.backend is None:
         return None
-    return dataclasses.replace(BACKENDS[config.backend], quantize_before=config.quantize_before)
+    exchange = BACKENDS[config.backend]
+    if not isinstance(exchange, Batched):
+        return dataclasses.replace(exchange, quantize_before=config.quantize_before)
+    inner = dataclasses.replace(exchange.inner, quantize_before=config.quantize_before)
+    tokens = config.m * config.parallel.num_token_shards
+    return dataclasses.replace(exchange, inner=inner, max_tokens=-(-tokens // 8) * 8)
 
 
 def is_valid_config(config: MoETestConfig) -> tuple[bool, str | None]:
@@ -53,7 +69,7 @@ def is_valid_config(config: MoETestConfig) -> tuple[bool, str | None]:
     Example:
         >>> config = MoETestConfig(1, 128, 256, 8, 2, "bfloat16", None, False, False, False, tp_size=2)
         >>> is_valid_config(config)
-        (False, 'several ranks need a backend, one of no_exchange, allgather_reducescatter, all_to_all')
+        (False, 'several ranks need a backend, one of no_exchange, allgather_reducescatter, all_to_all, batched_no_exchange, ...')
     """
     reason = _reason_against(config)
     return reason is None, reason

@@ -7,7 +7,15 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from moe_jax.layer_test.config import MoETestConfig
-from moe_jax.layer_test.support import BACKENDS, PARALLEL_COMBOS, QUANT_METHODS, is_valid_config
+from moe_jax.layer_test.support import (
+    BACKEND_SUPPORTED_QUANTS,
+    BACKENDS,
+    BATCHED_BACKENDS,
+    PARALLEL_COMBOS,
+    PLAIN_BACKENDS,
+    QUANT_METHODS,
+    is_valid_config,
+)
 
 PLAIN = ((False, False, False),)
 FEATURES = ((False, False, False), (True, False, False), (True, True, False), (True, False, True), (True, True, True))
@@ -39,7 +47,7 @@ def sweep(
 
     Example:
         >>> [config.backend for config in sweep(shapes=[(1, 128, 256)], ranks=[(2, 1, True)])]
-        ['allgather_reducescatter', 'all_to_all']
+        ['allgather_reducescatter', 'all_to_all', 'batched_allgather_reducescatter', 'batched_all_to_all']
     """
     for shape, experts, top_k, dtype, quantization, feature, rank, backend, sequence, before in itertools.product(
         shapes,
@@ -75,25 +83,30 @@ def sweep(
 
 
 def covering() -> list[MoETestConfig]:
-    """Every pair of ranks and exchange once, each with other values of the rest, and every number format and feature somewhere.
+    """Every exchange with every kind of ranks, some of them with batches, each with other values of the rest: every number format
+    and feature is there, and few are together.
 
     Example:
         >>> {config.quantization for config in covering()} == set(QUANT_METHODS)
         True
     """
-    whole = list(sweep(shapes=[(1, 128, 256)]))
+    shape, plain = (1, 128, 256), tuple(PLAIN_BACKENDS)
+    kinds = [ranks for ranks in PARALLEL_COMBOS if ranks not in ((1, 4, False), (4, 1, True))]  # more of a kind
+    whole = list(sweep(shapes=[shape], ranks=kinds, backends=plain))
     # Also ranks of tensor parallelism that hold the same tokens and other experts.
-    whole += list(sweep(shapes=[(1, 128, 256)], ranks=[(2, 2, True)], sequence_parallel=[False]))
+    whole += sweep(shapes=[shape], ranks=[(2, 2, True)], backends=plain, sequence_parallel=[False])
+    whole += list(sweep(shapes=[shape], ranks=kinds[1:], backends=BATCHED_BACKENDS))[::4]
     configs = []
     for number, config in enumerate(whole):
+        formats = BACKEND_SUPPORTED_QUANTS.get(config.backend, QUANT_METHODS)
         shared, gate, transform = FEATURES[number % len(FEATURES)]
         varied = dataclasses.replace(
             config,
             m=(5, 1, 33)[number % 3],
-            num_experts=(9, 8)[number % 2],
-            top_k=(2, 6, 2, 1)[number % 4],
+            num_experts=(5, 6)[number % 2],
+            top_k=(2, 4, 2, 1)[number % 4],
             in_dtype=("bfloat16", "bfloat16", "float32")[number % 3],
-            quantization=QUANT_METHODS[number % len(QUANT_METHODS)],
+            quantization=formats[number % len(formats)],
             use_shared_experts=shared,
             use_gate=gate,
             use_routed_input_transform=transform,

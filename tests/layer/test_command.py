@@ -21,9 +21,19 @@ def run(monkeypatch):
 
 
 def test_a_table_of_results(run):
-    result = run("--dp", 2, "--ep", "--shape", "3,32,64", "--shared", "--dtype", "float32")
+    result = run(
+        "--dp", 2, "--ep", "--shape", "3,32,64", "--dtype", "float32", "--backend", "all_to_all,batched_all_to_all"
+    )
     assert result.exit_code == 0, result.output
-    for words in ("allgather_reducescatter", "all_to_all", "float32", "3, 32, 64", "shared", "all 2 agree"):
+    for words in (
+        "allgather_reducescatter",
+        "all_to_all",
+        "float32",
+        "3, 32, 64",
+        "shared",
+        "batched_all_to_all",
+        "all 4 agree",
+    ):
         assert words in result.stdout
 
 
@@ -74,15 +84,18 @@ def test_options_choose_the_configs():
     one = MoETestConfig(1, 128, 256, 9, 2, "bfloat16", "fp8_block", True, True, False, ep_size=4, dp_size=2, tp_size=2)
     found = chosen(formats=("fp8_block",), features=(True, True, False, False, True))
     backends = [config.backend for config in found]
-    assert backends == ["allgather_reducescatter", "all_to_all"]
+    assert backends == [
+        f"{prefix}{name}" for prefix in ("", "batched_") for name in ("allgather_reducescatter", "all_to_all")
+    ]
     assert found == [dataclasses.replace(one, backend=backend, quantize_before=True) for backend in backends]
     assert [config.backend for config in chosen(ranks=(1, 1, True))] == [None]
 
 
 def test_a_sweep_has_everything():
-    found = chosen(sweep_all=True, formats=command.formats_of("all"))
+    found = chosen(sweep_all=True, formats=(None, "fp8_block"))
     assert len(set(found)) == len(found)
-    assert {config.quantization for config in found} == set(QUANT_METHODS)
+    assert {config.quantization for config in found} == {None, "fp8_block"}
+    assert command.formats_of("all") == QUANT_METHODS
     assert {(c.dp_size, c.tp_size, c.ep_size > 1) for c in found} == set(PARALLEL_COMBOS)
     assert {(c.use_shared_experts, c.use_gate, c.use_routed_input_transform) for c in found} == set(FEATURES)
     assert {config.quantize_before for config in found} == {True, False}

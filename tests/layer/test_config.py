@@ -9,7 +9,13 @@ import pytest
 
 from moe_jax.layer_test import MoETestConfig, is_valid_config, sweep
 from moe_jax.layer_test.data import random_placement, setup_moe_test_data, token_counts
-from moe_jax.layer_test.support import BACKEND_SUPPORTED_QUANTS, BACKENDS, PARALLEL_COMBOS, QUANT_METHODS
+from moe_jax.layer_test.support import (
+    BACKEND_SUPPORTED_QUANTS,
+    BACKENDS,
+    PARALLEL_COMBOS,
+    PLAIN_BACKENDS,
+    QUANT_METHODS,
+)
 from moe_jax.layer_test.sweep import FEATURES, covering
 
 PLAIN = MoETestConfig(5, 128, 256, 9, 2, "bfloat16", None, False, False, False)
@@ -86,7 +92,9 @@ def test_reasons(changes, message):
         ("all_to_all", {(1, 2, True), (2, 1, True), (4, 1, True), (2, 2, True), (4, 2, True)}),
     ],
 )
-def test_which_ranks_an_exchange_serves(backend, combos):
+@pytest.mark.parametrize("prefix", ["", "batched_"])
+def test_which_ranks_an_exchange_serves(prefix, backend, combos):
+    backend = prefix + backend
     found = sweep(shapes=[(1, 128, 256)], backends=[backend])
     ranks = {(c.dp_size, c.tp_size, c.ep_size > 1) for c in found if c.backend == backend}
     assert ranks == combos
@@ -94,19 +102,25 @@ def test_which_ranks_an_exchange_serves(backend, combos):
 
 def test_every_exchange_has_its_formats():
     assert set(BACKEND_SUPPORTED_QUANTS) == set(BACKENDS)
+    valid, reason = is_valid_config(dataclasses.replace(EP, backend="batched_all_to_all", quantization="fp8_tensor"))
+    assert not valid and reason == "backend='batched_all_to_all' does not take quantization='fp8_tensor'"
 
 
 def test_the_small_set_leaves_no_pair_and_no_value_out():
     configs = covering()
     assert all(is_valid_config(config)[0] for config in configs)
     assert len(set(configs)) == len(configs) < 24
-    pairs = {(c.backend, c.dp_size, c.tp_size, c.ep_size) for c in sweep(shapes=[(1, 128, 256)])}
-    assert {(c.backend, c.dp_size, c.tp_size, c.ep_size) for c in configs} == pairs
+    kind = lambda c: (c.backend, c.dp_size > 1, c.tp_size > 1, c.ep_size > 1)  # noqa: E731
+    assert {kind(c) for c in configs} >= {
+        kind(c) for c in sweep(shapes=[(1, 128, 256)], backends=tuple(PLAIN_BACKENDS))
+    }
+    assert max(c.ep_size for c in configs) == 8 > min(c.num_experts for c in configs)  # ranks without experts
+    assert {c.backend for c in configs} == {None, *BACKENDS}
     assert {c.quantization for c in configs} == set(QUANT_METHODS)
     features = {(c.use_shared_experts, c.use_gate, c.use_routed_input_transform) for c in configs}
     assert features == set(FEATURES)
     assert {c.is_sequence_parallel for c in configs if c.ep_size == 4 and c.tp_size == 2} == {True, False}
-    for backend in BACKENDS:
+    for backend in PLAIN_BACKENDS:
         assert {c.quantize_before for c in configs if c.backend == backend} == {True, False}
 
 

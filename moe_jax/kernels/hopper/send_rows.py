@@ -26,7 +26,7 @@ from jaxtyping import Array, Int, Shaped
 from moe_jax import _compat
 
 BULK = 128  # bytes of which a copy into shared memory is a multiple: each of the threads arrives for its share
-_MOST_STAGES, _UNREAD = 8, 3  # rows on their way; stores that may still be reading theirs
+_MOST_STAGES, _UNREAD = 8, 5  # rows on their way; stores that may still be reading theirs
 _RING = 200 * 1024  # bytes of shared memory
 
 
@@ -132,14 +132,18 @@ def send_rows(
         def on(ref, rank):
             return plgpu.remote_ref(ref, device_of(rank, axis_names)) if ranks > 1 else ref
 
-        def meet(semaphore):
-            """Every rank tells its namesakes at each distance, and hears from them."""
+        def tell(semaphore):
+            """To the namesakes on the other ranks, at each distance."""
             for distance in range(1, ranks):
                 peer = device_of(lax.rem(me + distance, jnp.int32(ranks)), axis_names)
                 pl.semaphore_signal(semaphore.at[distance - 1], device_id=peer)
+
+        def hear(semaphore):
             for distance in range(1, ranks):
                 pl.semaphore_wait(semaphore.at[distance - 1])
 
+        if ranks > 1:
+            tell(semaphores[0])
         copy_in(table_g.at[block], table_s, told)
         if notes is not None:
             copy_in(notes_g.at[block], notes_s, told)
@@ -168,7 +172,7 @@ def send_rows(
 
         count = lax.fori_loop(0, ahead, fetch, jnp.int32(0))
         if ranks > 1:
-            meet(semaphores[0])
+            hear(semaphores[0])
         if notes is not None:
             for rank in range(ranks):
                 plgpu.copy_smem_to_gmem(notes_s, on(notes_out, jnp.int32(rank)).at[me, block], commit_group=False)
@@ -199,7 +203,8 @@ def send_rows(
         lax.fori_loop(0, last, one, (count, jnp.int32(0)))
         plgpu.wait_smem_to_gmem(0)
         if ranks > 1:
-            meet(semaphores[1])
+            tell(semaphores[1])
+            hear(semaphores[1])
 
     body.__name__ = "send_rows"
     operands = [*arrays, table, *([] if notes is None else [notes])]
