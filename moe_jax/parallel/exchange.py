@@ -158,7 +158,6 @@ def weigh_input(x: Float[Array, "T H"], topk: TopK, config: MoEConfig, implement
     if not config.apply_router_weight_on_input:
         return x, topk
     tokens = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]  # k = 1: each token is its own one-row sum
-    tokens = jnp.where(topk.ids >= 0, tokens, -1)
     x = combine(x, tokens, topk.weights, implementation=implementation)
     return x, topk._replace(weights=jnp.ones_like(topk.weights))
 

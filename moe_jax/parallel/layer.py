@@ -64,7 +64,7 @@ def moe_parallel(
     if key is not None and parallel.token_axes:
         key = jax.random.fold_in(key, lax.axis_index(parallel.token_axes))
     topk = route(
-        rows_of_tokens(router_logits, num_tokens),
+        router_logits,
         config,
         correction_bias=correction_bias,
         hidden_states=x,

@@ -3,10 +3,7 @@
 Run by test_processes.py: ``python -m tests.parallel.process RANK PORT``.
 """
 
-import os
 import sys
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 import jax
 import numpy as np
