@@ -85,6 +85,8 @@ def run_one_config(
             f"{config.id()}: enable_eplb=True, but balancing the load of experts over ranks is not there yet; leave it False"
         )
     mesh = make_mesh(config, jax.devices() if devices is None else devices)
+    if implementation == "auto" and mesh.devices.flat[0].platform == "cpu":
+        implementation = "xla"  # beside GPUs, too, which auto would choose kernels for
     data = setup_moe_test_data(config)
     expected = baseline(config, data)
     start = time.perf_counter()
@@ -150,7 +152,7 @@ def make_moe_layer(
     options = {
         "parallel": parallel,
         "mesh": mesh,
-        "exchange": exchange_of(config),
+        "exchange": exchange_of(config, implementation),
         "placement": data.placement,
         "num_tokens": data.num_tokens,
         "implementation": implementation,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from moe_jax.layer_test.config import MoETestConfig
 from moe_jax.parallel.all_to_all import AllToAll
@@ -46,7 +47,7 @@ BATCHED_QUANTS = tuple(name for name in QUANT_METHODS if name != "fp8_tensor")
 BACKEND_SUPPORTED_QUANTS = {name: BATCHED_QUANTS if name in BATCHED_BACKENDS else QUANT_METHODS for name in BACKENDS}
 
 
-def exchange_of(config: MoETestConfig) -> Exchange | None:
+def exchange_of(config: MoETestConfig, implementation: str = "auto") -> Exchange | None:
     """The exchange, None on one device: the layer then chooses it. A batch has room for any routing.
 
     Example:
@@ -58,11 +59,16 @@ def exchange_of(config: MoETestConfig) -> Exchange | None:
     if config.backend is None:
         return None
     exchange = BACKENDS[config.backend]
-    if not isinstance(exchange, Batched):
-        return dataclasses.replace(exchange, quantize_before=config.quantize_before)
-    inner = dataclasses.replace(exchange.inner, quantize_before=config.quantize_before)
+    is_batched = isinstance(exchange, Batched)
+    plain = exchange.inner if is_batched else exchange
+    changes: dict[str, Any] = {"quantize_before": config.quantize_before}
+    if isinstance(plain, PeerExchange):
+        changes["implementation"] = implementation
+    plain = dataclasses.replace(plain, **changes)
+    if not is_batched:
+        return plain
     tokens = config.m * config.parallel.num_token_shards
-    return dataclasses.replace(exchange, inner=inner, max_tokens=-(-tokens // 8) * 8)
+    return dataclasses.replace(exchange, inner=plain, max_tokens=-(-tokens // 8) * 8)
 
 
 def is_valid_config(config: MoETestConfig) -> tuple[bool, str | None]:

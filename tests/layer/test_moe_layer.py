@@ -18,6 +18,7 @@ from moe_jax.parallel.all_to_all import AllToAll
 from moe_jax.parallel.gather_scatter import AllGatherReduceScatter
 
 PLAIN = MoETestConfig(5, 128, 256, 9, 2, "bfloat16", None, False, False, False)
+ONE = [(1, 1, False)]
 EP = dataclasses.replace(PLAIN, backend="all_to_all", ep_size=4, dp_size=4)
 
 
@@ -27,11 +28,19 @@ def test_layer(config):
 
 
 def on_gpus():
-    """Combinations for one GPU and for two."""
+    """Combinations for one GPU, then for two; few, since each compiles kernels of its own."""
     formats = None, "fp8_block", "fp8_channel", "fp8_tensor"
-    options = {"shapes": SHAPE_COMBOS[:2], "num_experts": (9, 64), "quantizations": formats}
-    yield from sweep(**options, ranks=[(1, 1, False)], features=FEATURES[::2])
-    yield from sweep(**options, ranks=[(1, 2, False), (2, 1, False), (1, 2, True), (2, 1, True)])
+    yield from sweep(shapes=SHAPE_COMBOS[:1], num_experts=(9,), quantizations=formats, ranks=ONE)
+    yield from sweep(
+        shapes=SHAPE_COMBOS[1:2],
+        num_experts=(64,),
+        top_ks=(6,),
+        quantizations=formats,
+        features=FEATURES[3:4],
+        ranks=ONE,
+    )
+    ranks = (1, 2, False), (2, 1, False), (1, 2, True), (2, 1, True)
+    yield from sweep(shapes=SHAPE_COMBOS[1:2], num_experts=(9,), quantizations=formats[:2], ranks=ranks)
 
 
 @pytest.mark.gpu
