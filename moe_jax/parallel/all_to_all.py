@@ -38,16 +38,6 @@ class AllToAll(Exchange):
             return "every rank has a part of every expert, so that all tokens would go everywhere; use AllGatherReduceScatter()"
         return None
 
-    def dispatch(self, arrays: Any, sends: Bool[Array, "T R"], axes: tuple[str, ...]) -> Any:
-        """See `moe_jax.parallel.rows.dispatch`; rows that were not sent are never read."""
-        return rows.dispatch(arrays, sends, axes)
-
-    def combine(
-        self, y: Float[Array, "R T H"], sends: Bool[Array, "T R"], axes: tuple[str, ...]
-    ) -> Float[Array, "T H"]:
-        """See `moe_jax.parallel.rows.combine`."""
-        return rows.combine(y, sends, axes)
-
     def send(
         self, x: Array | QuantizedTokens, topk: TopK, parallel: ParallelConfig, expert_map: Int[Array, "ep E"] | None
     ) -> Prepared:
@@ -59,17 +49,20 @@ class AllToAll(Exchange):
         def flat(blocks: Array) -> Array:
             return blocks.reshape(-1, *blocks.shape[2:])
 
-        x = travel(lambda array: flat(self.dispatch(array, sends, axes)), x)
-        ids, weights = self.dispatch(tuple(topk), sends, axes)
+        x = travel(lambda array: flat(rows.dispatch(array, sends, axes)), x)
+        ids, weights = rows.dispatch(tuple(topk), sends, axes)
         topk = TopK(flat(jnp.where(arrived, ids, -1)), flat(jnp.where(arrived, weights, 0.0)))
         return Prepared(x, topk, map_of_rank(expert_map, parallel), sends, parallel)
 
     def finalize(self, y: Float[Array, "M H"], prepared: Prepared) -> Float[Array, "T H"]:
         """The whole sum, also over ranks that hold the same tokens."""
-        sends, parallel = prepared.state, prepared.parallel
-        out = self.combine(y.reshape(sends.shape[1], *sends.shape[:1], y.shape[1]), sends, parallel.token_axes)
-        late = late_axes(parallel)
+        late = late_axes(prepared.parallel)
+        out = self.back(y, prepared.state, prepared.parallel.token_axes)
         return lax.psum(out, late) if late else out
+
+    def back(self, y: Float[Array, "M H"], state: Any, axes: tuple[str, ...]) -> Float[Array, "T H"]:
+        """The sum of what the ranks of each token send back, of what `send` remembered: in float32 and in their order."""
+        return rows.combine(y.reshape(*state.shape[::-1], y.shape[1]), state, axes)
 
 
 def peer_maps(expert_map: Int[Array, "ep E"], parallel: ParallelConfig) -> Int[Array, "R E"]:

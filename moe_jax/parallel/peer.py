@@ -13,7 +13,7 @@ from moe_jax.ops.combine import combine
 from moe_jax.ops.exchange import send_rows
 from moe_jax.parallel.all_to_all import AllToAll, peer_maps, who_gets
 from moe_jax.parallel.config import ParallelConfig
-from moe_jax.parallel.exchange import Prepared, late_axes, map_of_rank
+from moe_jax.parallel.exchange import Prepared, map_of_rank
 from moe_jax.parallel.tokens import QuantizedTokens
 from moe_jax.types import TopK
 
@@ -66,18 +66,11 @@ class PeerExchange(AllToAll):
         topk = TopK(jnp.where(here, ids, -1), weights)
         return Prepared(x, topk, mine, (sends, here), parallel)
 
-    def finalize(self, y: Float[Array, "M H"], prepared: Prepared) -> Float[Array, "T H"]:
-        """The whole sum, also over ranks that hold the same tokens."""
-        (sends, here), parallel = prepared.state, prepared.parallel
-        out = self.back(y, sends, here, parallel.token_axes)
-        late = late_axes(parallel)
-        return lax.psum(out, late) if late else out
-
     def back(
-        self, y: Float[Array, "M H"], sends: Bool[Array, "T R"], here: Bool[Array, "M 1"], axes: tuple[str, ...]
+        self, y: Float[Array, "M H"], state: tuple[Bool[Array, "T R"], Bool[Array, "M 1"]], axes: tuple[str, ...]
     ) -> Float[Array, "T H"]:
-        """The sum, in float32 and in their order, of what the ranks of each token send back."""
-        tokens, ranks = sends.shape
+        """As in `AllToAll`; `state` is who of the tokens goes where, and which rows came here."""
+        (sends, here), (tokens, ranks) = state, state[0].shape
         me, rank = lax.axis_index(axes), jnp.arange(ranks, dtype=jnp.int32)[None]
         there = (rank * (ranks * tokens) + me * tokens + _numbers(tokens)).T.reshape(-1, 1)
         options = {"axis_names": axes, "implementation": self.implementation}
