@@ -180,9 +180,9 @@ def pays_to_quantize(config: Config, mean_rows: float) -> bool:
 def rows_first(config: Config) -> Config:
     """The tiles of `matmul_rows_first` in the place of those of `eight_bit`, for operands with scales of blocks.
 
-    From 256 rows an expert on they are faster, by 0 to 3 % there and by 7 to 16 % with 512 and more, and quantizing rows as they
-    leave costs them 0 to 6 % in the place of 2 to 7 %. With 128 rows an expert they take 15 % longer: most tiles of 128 rows have
-    a consumer that is nearly idle (benchmarks/results/2026-11-27-h100-fp8-rows-first.txt).
+    With 256 rows an expert both take about as long; quantizing rows as they leave costs these 1 to 2 % and those 4 to 6 %. With
+    512 rows and more these are faster, by 6 to 18 %. With 128 rows an expert they take 15 % longer: most tiles of 128 rows have a
+    consumer that is nearly idle (benchmarks/results/2026-11-27-h100-fp8-rows-first.txt).
 
     Example:
         >>> rows_first(Config((64, 96), tile_k=128)).row_counts
