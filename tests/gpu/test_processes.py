@@ -1,0 +1,25 @@
+"""Two processes with a GPU each hold a layer together."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+from tests.parallel.process import run_both
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.gpu
+def test_two_processes():
+    count = len(jax.devices("cuda"))
+    if count < 2:
+        pytest.skip(f"needs 2 GPUs, there are {count}")
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "interop")]),
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    environments = [{**env, "CUDA_VISIBLE_DEVICES": number} for number in ("0", "1")]
+    run_both("cuda", tuple(environments), str(ROOT))
