@@ -4,8 +4,8 @@ One block has a run of neighbouring rows, their destinations in shared memory, a
 one thread issues them. Rows without a destination are not fetched. What every rank needs of every row (`notes`: the experts of a
 token, their weights) goes along in one piece a block and rank.
 
-Ranks meet twice. Before the first row is written all have begun, so that nothing that ran before uses the memory any more; before
-the kernel ends all rows of all ranks have arrived. A block waits for its namesakes on the other ranks, not for its neighbours.
+Ranks meet before the kernel ends: all rows of all ranks have arrived. Before the first row is written all must have begun, so that
+nothing that ran before uses the memory any more: JAX sees to that (`_compat.ranks_start_together`), or they meet once more. A block waits for its namesakes on the other ranks, not for its neighbours.
 There is no interpreter for that: it has no semaphores and no memory of others. One rank alone can be interpreted.
 
 Measured on two H100s, rows of 7168 (benchmarks/results/2026-11-27-h100x2-exchange.json, .txt): 4096 bfloat16 tokens a rank in
@@ -113,6 +113,9 @@ def send_rows(
         columns, notes = notes.shape[1], _of_blocks(notes, blocks, mine, 0)
         out_types.append(jax.ShapeDtypeStruct((ranks, *notes.shape), notes.dtype))
 
+    meets = ranks > 1 and not _compat.ranks_start_together()
+    meetings = int(ranks > 1) + int(meets)
+
     # What lies within its array is fetched by a plain copy, which has no limit of 256 elements.
     copy_in = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
@@ -130,7 +133,7 @@ def send_rows(
         (notes_out,) = take(1) if notes is not None else (None,)
         rings, (table_s, full, told) = take(len(arrays)), take(3)
         (notes_s,) = take(1) if notes is not None else (None,)
-        semaphores = take(2) if ranks > 1 else None
+        semaphores = take(meetings)
         block = lax.axis_index("sm")
         me = lax.axis_index(axis_names) if axis_names else jnp.int32(0)
 
@@ -147,8 +150,8 @@ def send_rows(
             for distance in range(1, ranks):
                 pl.semaphore_wait(semaphore.at[distance - 1])
 
-        if ranks > 1:
-            tell(semaphores[0])
+        if meets:
+            tell(semaphores[1])
         copy_in(table_g.at[block], table_s, told)
         if notes is not None:
             copy_in(notes_g.at[block], notes_s, told)
@@ -176,8 +179,8 @@ def send_rows(
             return count + wanted.astype(jnp.int32)
 
         count = lax.fori_loop(0, ahead, fetch, jnp.int32(0))
-        if ranks > 1:
-            hear(semaphores[0])
+        if meets:
+            hear(semaphores[1])
         if notes is not None:
             for rank in range(ranks):
                 plgpu.copy_smem_to_gmem(notes_s, on(notes_out, jnp.int32(rank)).at[me, block], commit_group=False)
@@ -208,8 +211,8 @@ def send_rows(
         lax.fori_loop(0, last, one, (count, jnp.int32(0)))
         plgpu.wait_smem_to_gmem(0)
         if ranks > 1:
-            tell(semaphores[1])
-            hear(semaphores[1])
+            tell(semaphores[0])
+            hear(semaphores[0])
 
     body.__name__ = "send_rows"
     operands = [*arrays, table, *([] if notes is None else [notes])]
@@ -219,7 +222,7 @@ def send_rows(
         plgpu.Barrier(num_arrivals=len(arrays), num_barriers=stages),
         plgpu.Barrier(num_arrivals=1 if notes is None else 2),
         *([] if notes is None else [plgpu.SMEM(notes.shape[1:], notes.dtype)]),
-        *([plgpu.SemaphoreType.REGULAR((ranks - 1,)) for _ in range(2)] if ranks > 1 else []),
+        *(plgpu.SemaphoreType.REGULAR((ranks - 1,)) for _ in range(meetings)),
     ]
     results = _compat.kernel(
         body,
