@@ -4,8 +4,9 @@ One block has a run of neighbouring rows, their destinations in shared memory, a
 one thread issues them. Rows without a destination are not fetched. What every rank needs of every row (`notes`: the experts of a
 token, their weights) goes along in one piece a block and rank.
 
-Ranks meet before the kernel ends: all rows of all ranks have arrived. Before the first row is written all must have begun, so that
-nothing that ran before uses the memory any more: JAX sees to that (`_compat.ranks_start_together`), or they meet once more. A block waits for its namesakes on the other ranks, not for its neighbours.
+Ranks meet before the kernel ends: then all rows of all ranks have arrived. Before the first row is written all must have begun,
+so that nothing that ran before uses the memory any more: JAX sees to that (`_compat.ranks_start_together`), or they meet once
+more. A block waits for its namesakes on the other ranks, not for its neighbours.
 There is no interpreter for that: it has no semaphores and no memory of others. One rank alone can be interpreted.
 
 Measured on two H100s, rows of 7168 (benchmarks/results/2026-11-27-h100x2-exchange.json, .txt): 4096 bfloat16 tokens a rank in
