@@ -47,6 +47,14 @@ def ranks_start_together() -> bool:
     return jax.__version_info__[:2] == (0, 11)
 
 
+RAGGED_FLAG = "--xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback"
+
+
+def ragged_all_to_all_between_processes() -> bool:
+    """Whether XLA was told to run `jax.lax.ragged_all_to_all` between GPUs of several processes; by itself it refuses (0.11)."""
+    return f"{RAGGED_FLAG}=true" in os.environ.get("XLA_FLAGS", "").lower()
+
+
 @functools.cache
 def num_multiprocessors() -> int:
     """Multiprocessors of the first local GPU, or those of an H200 when the process has none."""

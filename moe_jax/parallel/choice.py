@@ -66,6 +66,8 @@ def explain_exchanges(
         reason = exchange.reason_against(parallel)
         if reason is None and isinstance(exchange, PeerExchange):
             reason = _peer_reason(parallel, mesh, config, implementation)
+        elif reason is None and isinstance(exchange, AllToAll):
+            reason = _ragged_reason(parallel, mesh)
         found.append(Candidate(exchange, reason))
     return found
 
@@ -116,6 +118,16 @@ def _peer_reason(
         row = -(-config.hidden_size // send_rows.BULK) * send_rows.BULK
         reason = send_rows.supports([jax.ShapeDtypeStruct((1, row), config.dtype)])
     return reason
+
+
+def _ragged_reason(parallel: ParallelConfig, mesh: Mesh | AbstractMesh | None) -> str | None:
+    """Why XLA does not run its ragged all-to-all; None if it does."""
+    if _platform(mesh) is not None or _reach(parallel, mesh) is None or _compat.ragged_all_to_all_between_processes():
+        return None
+    return (
+        "XLA refuses jax.lax.ragged_all_to_all between GPUs of several processes; start them with "
+        f"XLA_FLAGS={_compat.RAGGED_FLAG}=true, or use AllGatherReduceScatter()"
+    )
 
 
 def _platform(mesh: Mesh | AbstractMesh | None) -> str | None:

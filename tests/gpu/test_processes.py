@@ -6,6 +6,7 @@ import pathlib
 import jax
 import pytest
 
+from moe_jax import _compat
 from tests.parallel.process import run_both
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -20,6 +21,6 @@ def test_two_processes():
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "interop")]),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {_compat.RAGGED_FLAG}=true",
     }
-    environments = [{**env, "CUDA_VISIBLE_DEVICES": number} for number in ("0", "1")]
-    run_both("cuda", tuple(environments), str(ROOT))
+    run_both("cuda", env, str(ROOT))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from moe_jax import MoEConfig
+from moe_jax import MoEConfig, _compat
 from moe_jax.ops.implementation import SlowPathWarning
 from moe_jax.parallel import ParallelConfig, choice
 from moe_jax.parallel.all_to_all import AllToAll
@@ -55,7 +55,15 @@ def test_gpus_of_one_process(gpus):
     assert type(choose_exchange(EP, gpus([[0, 1], [0, 1]])).exchange) is PeerExchange
 
 
+def test_processes_between_which_xla_moves_no_ragged_rows(gpus, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    chosen = choose_exchange(EP, gpus([[0, 0], [1, 1]]))
+    assert type(chosen.exchange) is AllGatherReduceScatter
+    assert f"start them with XLA_FLAGS={_compat.RAGGED_FLAG}=true" in chosen.reason
+
+
 def test_gpus_that_do_not_reach_each_other(gpus, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", f"--other=1 {_compat.RAGGED_FLAG}=true")
     with pytest.warns(
         SlowPathWarning, match=r"not by PeerExchange: ranks along \('dp',\) belong to the processes \[0, 1\]"
     ):

@@ -18,4 +18,4 @@ def test_two_processes():
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "interop")]),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
     }
-    run_both("cpu", (env, env), str(ROOT))
+    run_both("cpu", env, str(ROOT))

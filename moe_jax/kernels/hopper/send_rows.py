@@ -10,9 +10,9 @@ more. A block waits for its namesakes on the other ranks, not for its neighbours
 There is no interpreter for that: it has no semaphores and no memory of others. One rank alone can be interpreted.
 
 Measured on two H100s, rows of 7168 (benchmarks/results/2026-11-27-h100x2-exchange.json, .txt): 4096 bfloat16 tokens a rank in
-169 us, 347 GB/s over NVLink, back in 168 us (XLA: all-gather 276, reduce-scatter 270, ragged all-to-all 22100 us); float8 in
-88 us. 128 tokens in 13.6 and 13.0 us (25 and 21). XLA puts a barrier of its own before the kernel, 4 to 5 us, not counted
-here. Five stores that may still be reading their rows instead of three: 1.4 us; more stages are no better.
+165 us, 354 GB/s over NVLink, and back in 165 us (XLA: all-gather 267, reduce-scatter 270, ragged all-to-all 22100 us); float8 in
+85 us. 128 tokens in 10.0 and 9.8 us (25 and 21). JAX's barrier before the kernel, 4 to 5 us, is not counted here; a meeting of
+our own beside it took 3 us. Five stores that may still be reading their rows instead of three: 1.4 us; more stages are no better.
 """
 
 from __future__ import annotations
