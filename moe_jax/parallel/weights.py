@@ -228,7 +228,13 @@ def _quantized_rows(array: QuantizedArray, parts: int, share: int, each) -> Quan
         return _rows(leaf, array.halves, parts, share // spec.block[0])
 
     values = _rows(array.values, array.halves, parts, share)
-    return dataclasses.replace(array, values=values, scales=scales(array.scales), zero_points=scales(array.zero_points))
+    return dataclasses.replace(
+        array,
+        values=values,
+        scales=scales(array.scales),
+        zero_points=scales(array.zero_points),
+        global_scale=each(array.global_scale),
+    )
 
 
 def _quantized_columns(array: QuantizedArray, parts: int, share: int, each) -> QuantizedArray:
@@ -243,5 +249,10 @@ def _quantized_columns(array: QuantizedArray, parts: int, share: int, each) -> Q
 
     values = _columns(array.values, parts, share // spec.codes_per_value)
     return dataclasses.replace(
-        array, values=values, scales=scales(array.scales), zero_points=scales(array.zero_points), columns=None
+        array,
+        values=values,
+        scales=scales(array.scales),
+        zero_points=scales(array.zero_points),
+        global_scale=each(array.global_scale),
+        columns=None,
     )
