@@ -122,6 +122,6 @@ def _reason_against_backend(config: MoETestConfig) -> str | None:
         return f"backend={config.backend!r} does not take quantization={config.quantization!r}"
     form = FORMATS.get(config.quantization) if config.quantization else None
     if config.quantize_before and (form is None or form.row_spec is None):
-        return f"quantize_before needs a format whose activations are codes, not {config.quantization!r}"
+        return f"quantize_before needs a format that quantizes activations, not {config.quantization!r}"
     reason = BACKENDS[config.backend].reason_against(config.parallel)
     return None if reason is None else f"backend={config.backend!r}: {reason}"
