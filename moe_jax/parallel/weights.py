@@ -179,6 +179,11 @@ def _split(experts: ExpertWeights, config: MoEConfig, parts: int) -> ExpertWeigh
     for weights, axis in ((experts.w13, 0), (experts.w2, 1)):
         if isinstance(weights, QuantizedArray) and weights.spec.block is not None:
             block = math.lcm(block, weights.spec.block[axis])
+    activations = None if config.quantization is None else config.quantization.activations
+    if (
+        activations is not None and activations.granularity == "group"
+    ):  # so that a rank's groups are those of the whole row
+        block = math.lcm(block, activations.block[1])
     if isinstance(experts.w2, QuantizedArray):
         block = math.lcm(block, experts.w2.spec.codes_per_value)
     share = -(-config.intermediate_size // (parts * block)) * block
@@ -228,7 +233,13 @@ def _quantized_rows(array: QuantizedArray, parts: int, share: int, each) -> Quan
         return _rows(leaf, array.halves, parts, share // spec.block[0])
 
     values = _rows(array.values, array.halves, parts, share)
-    return dataclasses.replace(array, values=values, scales=scales(array.scales), zero_points=scales(array.zero_points))
+    return dataclasses.replace(
+        array,
+        values=values,
+        scales=scales(array.scales),
+        zero_points=scales(array.zero_points),
+        global_scale=each(array.global_scale),
+    )
 
 
 def _quantized_columns(array: QuantizedArray, parts: int, share: int, each) -> QuantizedArray:
@@ -243,5 +254,10 @@ def _quantized_columns(array: QuantizedArray, parts: int, share: int, each) -> Q
 
     values = _columns(array.values, parts, share // spec.codes_per_value)
     return dataclasses.replace(
-        array, values=values, scales=scales(array.scales), zero_points=scales(array.zero_points), columns=None
+        array,
+        values=values,
+        scales=scales(array.scales),
+        zero_points=scales(array.zero_points),
+        global_scale=each(array.global_scale),
+        columns=None,
     )

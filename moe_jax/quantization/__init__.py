@@ -1,6 +1,13 @@
 """Number formats of experts and activations: what a format is, arrays in it, and the way there and back."""
 
 from moe_jax.quantization.array import QuantizedArray as QuantizedArray
+from moe_jax.quantization.checkpoint_fp4 import from_compressed_tensors_nvfp4 as from_compressed_tensors_nvfp4
+from moe_jax.quantization.checkpoint_fp4 import from_gpt_oss as from_gpt_oss
+from moe_jax.quantization.checkpoint_fp4 import from_modelopt_nvfp4 as from_modelopt_nvfp4
+from moe_jax.quantization.checkpoint_fp4 import gemm_alphas as gemm_alphas
+from moe_jax.quantization.checkpoint_fp4 import to_compressed_tensors_nvfp4 as to_compressed_tensors_nvfp4
+from moe_jax.quantization.checkpoint_fp4 import to_gpt_oss as to_gpt_oss
+from moe_jax.quantization.checkpoint_fp4 import to_modelopt_nvfp4 as to_modelopt_nvfp4
 from moe_jax.quantization.checkpoint_int4 import from_awq as from_awq
 from moe_jax.quantization.checkpoint_int4 import from_compressed_tensors as from_compressed_tensors
 from moe_jax.quantization.checkpoint_int4 import from_gptq as from_gptq
@@ -13,10 +20,13 @@ from moe_jax.quantization.formats import FORMATS as FORMATS
 from moe_jax.quantization.formats import QuantFormat as QuantFormat
 from moe_jax.quantization.formats import Spec as Spec
 from moe_jax.quantization.formats import quant_format as quant_format
+from moe_jax.quantization.fp4 import unpack_fp4 as unpack_fp4
 from moe_jax.quantization.quantize import dequantize as dequantize
 from moe_jax.quantization.quantize import fake_quantize_activations as fake_quantize_activations
 from moe_jax.quantization.quantize import merge_half_scales as merge_half_scales
 from moe_jax.quantization.quantize import quantize as quantize
+from moe_jax.quantization.scale_layout import deswizzle_scales as deswizzle_scales
+from moe_jax.quantization.scale_layout import swizzle_scales as swizzle_scales
 from moe_jax.quantization.slicing import join_halves as join_halves
 from moe_jax.quantization.slicing import pad_columns as pad_columns
 from moe_jax.quantization.slicing import refine_blocks as refine_blocks

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Shaped
 
 from moe_jax.quantization.blocks import Blocks
 from moe_jax.quantization.formats import Spec
+from moe_jax.quantization.fp4 import fp4_value
 from moe_jax.quantization.packing import unpack_int4
 from moe_jax.quantization.rounding import scale_to_float32
 
@@ -23,7 +24,8 @@ from moe_jax.quantization.rounding import scale_to_float32
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuantizedArray:
-    """A matrix, or a stack of them, as codes and scales: what it stands for is ``(values - zero_points) * scales``.
+    """A matrix, or a stack of them, as codes and scales: what it stands for is ``(values - zero_points) * scales``,
+    times ``global_scale`` where there is one.
 
     Its leaves are arrays, of which every leading axis (experts) is the same, so `jax.tree.map`, jit, vmap over experts,
     shard_map over experts, checkpointing libraries and pickle need to know nothing. The fields may also hold shapes, axes or
@@ -31,12 +33,14 @@ class QuantizedArray:
     `split_columns`, which know blocks and packing.
 
     Attributes:
-        values: ``[..., N, K]`` of the spec's dtype; int4 is uint8 ``[..., N, ceil(K / 2)]``, the even column in the low nibble,
-            a code without sign: minus 8 (symmetric), or minus its zero point.
-        scales: float32 or float8_e8m0fnu. Of a tensor ``[...]``, or ``[..., 2]`` with two halves; of channels and tokens
-            ``[..., N]``; of groups and blocks ``[..., ceil(N / bn), ceil(K / bk)]``, with two halves
+        values: ``[..., N, K]`` of the spec's dtype; int4 and float4_e2m1fn are uint8 ``[..., N, ceil(K / 2)]``, the even column
+            in the low nibble. An int4 code has no sign: minus 8 (symmetric), or minus its zero point.
+        scales: float32, float8_e8m0fnu or float8_e4m3fn. Of a tensor ``[...]``, or ``[..., 2]`` with two halves; of channels and
+            tokens ``[..., N]``; of groups and blocks ``[..., ceil(N / bn), ceil(K / bk)]``, with two halves
             ``[..., 2 * ceil(N / 2 / bn), ceil(K / bk)]``.
         zero_points: uint8, one a scale, 0 to 15, for an asymmetric spec; None otherwise.
+        global_scale: float32, by which every scale of a matrix is multiplied, for float8_e4m3fn scales: ``[...]``, or
+            ``[..., 2]`` with two halves; None otherwise.
         spec: the number format (static).
         halves: 2 where the rows are two matrices, gate and up, that share no scale; otherwise 1 (static).
         columns: K, where more columns are stored than the matrix has; None where all of them count (static).
@@ -51,6 +55,7 @@ class QuantizedArray:
     values: Shaped[Array, "*B N stored"] | Any
     scales: Shaped[Array, "..."] | Any
     zero_points: Shaped[Array, "..."] | Any | None = None
+    global_scale: Float[Array, "..."] | Any | None = None
     spec: Spec = field(kw_only=True, metadata={"static": True})
     halves: int = field(default=1, kw_only=True, metadata={"static": True})
     columns: int | None = field(default=None, kw_only=True, metadata={"static": True})
@@ -73,12 +78,12 @@ class QuantizedArray:
 
     @property
     def dtype(self) -> np.dtype:
-        """The quantized dtype: ``float8_e4m3fn``, ``int8`` or ``int4``."""
+        """The quantized dtype: ``float8_e4m3fn``, ``int8``, ``int4`` or ``float4_e2m1fn``."""
         return jnp.dtype(self.spec.dtype)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values, scales and zero points together."""
+        """Bytes of values, scales, zero points and global scales together."""
         return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
 
     @property
@@ -109,7 +114,7 @@ class QuantizedArray:
     def dequantize(self, dtype: DTypeLike = "float32") -> Float[Array, "*B N K"]:
         """What it stands for: ``(values - zero_points) * scales``, multiplied in float32 and rounded once, to `dtype`.
 
-        A NaN code or scale gives NaN.
+        A NaN code or scale gives NaN. With a global scale: the product of code and scale is exact, and is then multiplied by it.
 
         Example:
             >>> from moe_jax.quantization import quantize
@@ -155,10 +160,28 @@ class QuantizedArray:
             raise ValueError(f"{name} has {has}, but the spec says asymmetric={spec.asymmetric}; make them agree")
         if self.zero_points is not None and jnp.dtype(self.zero_points.dtype) != jnp.uint8:
             raise TypeError(f"{name}.zero_points is {self.zero_points.dtype}, but must be uint8, 0 to 15; cast it")
+        self._check_global_scale(name)
         return self
 
+    def _check_global_scale(self, name: str) -> None:
+        given = self.global_scale
+        if (given is not None) != self.spec.has_global_scale:
+            has = "no global_scale" if given is None else "a global_scale"
+            raise ValueError(
+                f"{name} has {has}, but its scales are {self.spec.scale_dtype}; float8_e4m3fn scales have one, no others do"
+            )
+        if given is None:
+            return
+        shape = self.shape[:-2] if self.halves == 1 else (*self.shape[:-2], 2)
+        if tuple(given.shape) != shape:
+            raise ValueError(
+                f"{name}.global_scale has shape {tuple(given.shape)}, but must be {shape}: one a matrix, halves={self.halves}"
+            )
+        if jnp.dtype(given.dtype) != jnp.float32:
+            raise TypeError(f"{name}.global_scale is {given.dtype}, but must be float32; cast it")
+
     def codes(self) -> Shaped[Array, "*B N K"]:
-        """The values one by one, unpacked, without filling: for int4 uint8, 0 to 15."""
+        """The values one by one, unpacked, without filling: for int4 and float4_e2m1fn uint8, 0 to 15."""
         if self.spec.codes_per_value == 2:
             return unpack_int4(self.values, self.shape[-1])
         return self.values[..., : self.shape[-1]]
@@ -167,9 +190,13 @@ class QuantizedArray:
 @functools.partial(jax.jit, static_argnames="dtype")
 def _dequantize(array: QuantizedArray, dtype: str) -> Array:
     blocks, batch = array.blocks, array.shape[:-2]
-    codes = blocks.cut(array.codes().astype(jnp.float32))
+    codes = array.codes()
+    codes = blocks.cut(fp4_value(codes) if array.spec.dtype == "float4_e2m1fn" else codes.astype(jnp.float32))
     if array.zero_points is not None:
         codes = codes - blocks.per_block(array.zero_points, batch).astype(jnp.float32)
     elif array.spec.dtype == "int4":
         codes = codes - 8.0
-    return blocks.join(codes * blocks.per_block(scale_to_float32(array.scales), batch)).astype(dtype)
+    product = codes * blocks.per_block(scale_to_float32(array.scales), batch)
+    if array.global_scale is not None:
+        product = product * blocks.per_half(scale_to_float32(array.global_scale), batch)
+    return blocks.join(product).astype(dtype)

@@ -105,3 +105,7 @@ class Blocks:
     def per_block(self, stored: Shaped[Array, "..."], batch: tuple[int, ...]) -> Shaped[Array, "*B h r _ c _"]:
         """Stored scales as one a block, to be multiplied with what `cut` gives."""
         return stored.reshape(*batch, *self.grid)[..., :, None, :, None]
+
+    def per_half(self, stored: Shaped[Array, "..."], batch: tuple[int, ...]) -> Shaped[Array, "*B h _ _ _ _"]:
+        """What is stored once a matrix, or once for each of two halves, to be multiplied with what `cut` gives."""
+        return stored.reshape(*batch, self.halves, 1, 1, 1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import operator
 from dataclasses import dataclass
 
@@ -10,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-DTYPES = ("float8_e4m3fn", "int8", "int4")
-SCALE_DTYPES = ("float32", "float8_e8m0fnu")
+DTYPES = ("float8_e4m3fn", "int8", "int4", "float4_e2m1fn")
+SCALE_DTYPES = ("float32", "float8_e8m0fnu", "float8_e4m3fn")
 # Whether a granularity needs a block, and of what form.
 GRANULARITIES = {
     "tensor": "one scale a matrix",
@@ -25,8 +26,9 @@ ACTIVATION_GRANULARITIES = ("tensor", "token", "group")
 
 # The largest and the smallest code, and the factor by which the largest magnitude becomes a scale. An int4 code is stored
 # without a sign, 8 added; its symmetric scale is the smallest that clips nothing, so positive and negative sides differ.
-_LARGEST = {"float8_e4m3fn": 448, "int8": 127, "int4": 7}
-_SMALLEST = {"float8_e4m3fn": -448, "int8": -128, "int4": -8}
+_LARGEST = {"float8_e4m3fn": 448, "int8": 127, "int4": 7, "float4_e2m1fn": 6}
+_SMALLEST = {"float8_e4m3fn": -448, "int8": -128, "int4": -8, "float4_e2m1fn": -6}
+_FOUR_BITS = ("int4", "float4_e2m1fn")
 
 
 def _dtype_name(value: DTypeLike) -> object:
@@ -42,12 +44,15 @@ class Spec:
     """How one matrix is quantized: the last two axes of an array are its rows and its columns (the contracted axis).
 
     Attributes:
-        dtype: ``float8_e4m3fn``, ``int8`` or ``int4`` (two codes a byte, the even column in the low nibble).
+        dtype: ``float8_e4m3fn``, ``int8``, ``int4`` or ``float4_e2m1fn`` (the last two: two codes a byte, the even column in
+            the low nibble).
         granularity: what shares a scale: ``tensor`` (a matrix), ``channel`` or ``token`` (a row), ``group`` (part of a row) or
             ``block``.
         block: ``(1, g)`` or just g for ``group``, ``(rows, columns)`` for ``block``, None for the others.
-        scale_dtype: ``float32``, or ``float8_e8m0fnu``: powers of two, rounded up so that nothing saturates.
-        static: scales are given, not taken from the values that are quantized.
+        scale_dtype: ``float32``; ``float8_e8m0fnu``: powers of two, rounded up so that no float8_e4m3fn saturates, see
+            `moe_jax.quantization.rounding`; ``float8_e4m3fn``, of float4_e2m1fn alone: each multiplied by a float32 global
+            scale of the whole matrix (NVFP4).
+        static: scales are given, not taken from the values that are quantized. Where there is a global scale, that one.
         asymmetric: int4 with a zero point beside each scale; a value is ``(code - zero point) * scale``.
 
     Raises:
@@ -87,10 +92,24 @@ class Spec:
             raise ValueError(
                 "asymmetric=True and static=True exclude each other: zero points are taken from the values"
             )
-        if self.scale_dtype == "float8_e8m0fnu" and self.dtype != "float8_e4m3fn":
+        self._check_scale_dtype()
+
+    def _check_scale_dtype(self) -> None:
+        if self.dtype == "float4_e2m1fn":
+            if self.granularity != "group" or self.scale_dtype == "float32":
+                raise ValueError(
+                    f"dtype='float4_e2m1fn' needs granularity='group' and scales of eight bits, got {self.granularity!r} and "
+                    f"{self.scale_dtype!r}; use Spec('float4_e2m1fn', 'group', 16, 'float8_e4m3fn') for NVFP4, or "
+                    "Spec('float4_e2m1fn', 'group', 32, 'float8_e8m0fnu') for MXFP4"
+                )
+        elif self.scale_dtype == "float8_e4m3fn":
             raise ValueError(
-                f"scale_dtype='float8_e8m0fnu' is for float8_e4m3fn, not for dtype={self.dtype!r}: it has no zero, which "
-                "the scale of a block of integers can be; use float32"
+                f"scale_dtype='float8_e4m3fn' is for float4_e2m1fn, not for dtype={self.dtype!r}; use float32 or float8_e8m0fnu"
+            )
+        elif self.scale_dtype == "float8_e8m0fnu" and self.dtype != "float8_e4m3fn":
+            raise ValueError(
+                f"scale_dtype='float8_e8m0fnu' is for float8_e4m3fn and float4_e2m1fn, not for dtype={self.dtype!r}: it has no "
+                "zero, which the scale of a block of integers can be; use float32"
             )
 
     def _checked_block(self) -> tuple[int, int] | None:
@@ -124,19 +143,43 @@ class Spec:
         return _SMALLEST[self.dtype]
 
     @property
+    def reach(self) -> int:
+        """The largest value that a matrix whose one scale is 1, the global one where there is one, can hold.
+
+        Example:
+            >>> Spec("float4_e2m1fn", "group", 16, "float8_e4m3fn").reach
+            2688
+        """
+        return self.largest * (_LARGEST["float8_e4m3fn"] if self.has_global_scale else 1)
+
+    @property
     def is_float(self) -> bool:
         """Whether codes are floats, with a NaN of their own."""
         return self.dtype == "float8_e4m3fn"
 
     @property
+    def has_global_scale(self) -> bool:
+        """Whether the scales are themselves scaled, by one float32 a matrix (NVFP4)."""
+        return self.scale_dtype == "float8_e4m3fn"
+
+    @property
     def storage_dtype(self) -> np.dtype:
         """The dtype of the array that holds the codes."""
-        return jnp.dtype("uint8" if self.dtype == "int4" else self.dtype)
+        return jnp.dtype("uint8" if self.dtype in _FOUR_BITS else self.dtype)
 
     @property
     def codes_per_value(self) -> int:
         """How many columns share one element of the stored array."""
-        return 2 if self.dtype == "int4" else 1
+        return 2 if self.dtype in _FOUR_BITS else 1
+
+
+# Weights and activations whose products are exact in what a tensor core adds up.
+_MULTIPLIED = (
+    ("float8_e4m3fn", "float8_e4m3fn"),
+    ("int8", "int8"),
+    ("float4_e2m1fn", "float4_e2m1fn"),
+    ("float4_e2m1fn", "float8_e4m3fn"),
+)
 
 
 @dataclass(frozen=True)
@@ -146,7 +189,9 @@ class QuantFormat:
     Attributes:
         name: what `quant_format` finds it by.
         weights: of ``w13`` and ``w2``.
-        activations: of the rows of both matmuls; None leaves them in the layer's dtype (a weight-only format).
+        activations: of the rows of both matmuls; None leaves them in the layer's dtype (a weight-only format). Four-bit
+            activations are emulated: quantized, dequantized and rounded to the layer's dtype, whatever the device. Their global
+            scale, where they have one that is not static, is one a token.
 
     Raises:
         ValueError: a granularity that weights or activations cannot have, dtypes that cannot be multiplied.
@@ -178,16 +223,32 @@ class QuantFormat:
             )
         if self.activations is None:
             return
-        if self.weights.dtype != self.activations.dtype or self.weights.dtype == "int4":
+        if (self.weights.dtype, self.activations.dtype) not in _MULTIPLIED:
             raise ValueError(
                 f"format {self.name!r}: {self.activations.dtype} activations cannot be multiplied with {self.weights.dtype} "
-                "weights; give both float8_e4m3fn or both int8, or activations=None"
+                "weights; give both float8_e4m3fn or both int8, float4_e2m1fn weights and activations of that or float8_e4m3fn, "
+                "or activations=None"
             )
 
     @property
     def is_weight_only(self) -> bool:
         """Whether activations stay as they are."""
         return self.activations is None
+
+    @property
+    def emulates(self) -> bool:
+        """Whether activations are quantized and dequantized, and multiplied in the layer's dtype."""
+        return self.activations is not None and self.activations.dtype == "float4_e2m1fn"
+
+    @property
+    def row_spec(self) -> Spec | None:
+        """How the codes are stored that rows are when a matmul takes them; None where rows are in the layer's dtype."""
+        return None if self.emulates else self.activations
+
+    @property
+    def multiplies_codes(self) -> bool:
+        """Whether kernels multiply codes with codes; where scales of weights change along a row, rows are dequantized."""
+        return self.row_spec is not None and self.weights.granularity != "group"
 
 
 def _formats() -> dict[str, QuantFormat]:
@@ -212,6 +273,18 @@ def _formats() -> dict[str, QuantFormat]:
         "int8_block": (int8("block", square), int8("group", 128)),
         "int8_weight": (int8("channel"), None),
     }
+    nvfp4, mxfp4 = Spec("float4_e2m1fn", "group", 16, "float8_e4m3fn"), Spec("float4_e2m1fn", "group", 32, ue8m0)
+    table |= {
+        "nvfp4": (nvfp4, None),
+        "nvfp4_fp8": (nvfp4, fp8("group", 128)),
+        "nvfp4_w4a4": (nvfp4, nvfp4),
+        "nvfp4_w4a4_static": (nvfp4, dataclasses.replace(nvfp4, static=True)),
+        "mxfp4": (mxfp4, None),
+        "mxfp4_fp8": (mxfp4, fp8("group", 128)),
+        "mxfp4_w4a4": (mxfp4, mxfp4),
+        "mxfp8": (fp8("group", 32, ue8m0), fp8("group", 32, ue8m0)),
+        "mxfp8_weight": (fp8("group", 32, ue8m0), None),
+    }
     for size in (32, 64, 128):
         table[f"int4_group{size}"] = (Spec("int4", "group", size), None)
         table[f"int4_group{size}_zp"] = (Spec("int4", "group", size, asymmetric=True), None)
@@ -228,6 +301,12 @@ def quant_format(name: str | QuantFormat) -> QuantFormat:
     a token), ``fp8_block`` and ``fp8_block_ue8m0`` (128x128 weights, 128 columns of a token), ``int8_channel``,
     ``int8_channel_static``, ``int8_block``; weight-only: ``fp8_weight_tensor | _channel | _block``, ``int8_weight``, and
     ``int4_group32 | 64 | 128``, with ``_zp`` for zero points.
+
+    Four bits, float4_e2m1fn: ``nvfp4`` (16 columns share a float8_e4m3fn scale, the matrix a float32 one) and ``mxfp4`` (32
+    columns share a power of two) are weight-only; with ``_fp8`` activations are float8_e4m3fn, a scale for 128 columns of a
+    token, and with ``_w4a4`` they are of the weights' format, emulated on any device, see `QuantFormat.activations`
+    (``nvfp4_w4a4_static``: with a given global scale). ``mxfp8``: float8_e4m3fn, 32 columns share a power of two, both
+    operands; ``mxfp8_weight``: the weights alone.
 
     Raises:
         ValueError: no such format; the message lists them.

@@ -104,6 +104,23 @@ def to_e8m0(scale: Float[Array, "*S"]) -> Shaped[Array, "*S"]:
     return lax.bitcast_convert_type(((magnitude + 0x7FFFFF) >> 23).astype(jnp.uint8), jnp.float8_e8m0fnu)
 
 
+def fp4_power(amax: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """The power of two that scales float4_e2m1fn values of at most `amax`: a quarter of it, rounded to two bits, then down.
+
+    So the largest value becomes a code from 3.5 to just below 7, where what lies above 6 is still nearest to it: no scale is
+    doubled for less than half a step. This is the "even" rule of OCP MX quantizers. Below 2^-126 it is 0.
+
+    Args:
+        amax: float32, not negative and finite, any shape.
+
+    Example:
+        >>> fp4_power(jnp.array([6.0, 6.9, 7.0, 1.0])).tolist()
+        [1.0, 1.0, 2.0, 0.25]
+    """
+    exponent = ((_bits(amax) + 0x200000) >> 23) - 2
+    return _from_bits(jnp.maximum(exponent, 0) << 23)
+
+
 def scale_to_float32(scale: Shaped[Array, "*S"]) -> Float[Array, "*S"]:
     """A stored scale as float32, exactly; what is too small for a normal float32 counts as zero.
 

@@ -187,6 +187,8 @@ def join_halves(gate: QuantizedArray, up: QuantizedArray) -> QuantizedArray:
         return jnp.concatenate([a, b], axis=-1 if gate.spec.block is None else -2)
 
     joined = dataclasses.replace(gate, halves=2)
+    if gate.global_scale is not None:
+        joined = dataclasses.replace(joined, global_scale=jnp.stack([gate.global_scale, up.global_scale], axis=-1))
     values = jnp.concatenate([gate.values, up.values], axis=-2)
     return _with(joined, values, join(gate.scales, up.scales), join(gate.zero_points, up.zero_points))
 

@@ -28,6 +28,8 @@ SPECS = {
     "int4 group zp": Spec("int4", "group", 16, asymmetric=True),
     "int4 channel": Spec("int4", "channel"),
     "int4 block zp": Spec("int4", "block", (8, 16), asymmetric=True),
+    "mxfp4": Spec("float4_e2m1fn", "group", 16, "float8_e8m0fnu"),
+    "nvfp4": Spec("float4_e2m1fn", "group", 16, "float8_e4m3fn"),
 }
 BLOCKED = [name for name, spec in SPECS.items() if spec.block is not None]
 
@@ -45,6 +47,15 @@ ERRORS = {
     "int8_channel_static": 8e-3,
     "int8_block": 9.5e-3,
     "int8_weight": 8e-3,
+    "nvfp4": 0.095,
+    "nvfp4_fp8": 0.095,
+    "nvfp4_w4a4": 0.095,
+    "nvfp4_w4a4_static": 0.095,
+    "mxfp4": 0.112,
+    "mxfp4_fp8": 0.112,
+    "mxfp4_w4a4": 0.112,
+    "mxfp8": 2.65e-2,
+    "mxfp8_weight": 2.65e-2,
     "int4_group32": 0.09,
     "int4_group32_zp": 0.079,
     "int4_group64": 0.1,
@@ -63,11 +74,12 @@ def value(array: quantization.QuantizedArray) -> np.ndarray:
     """What the array stands for, from its stored parts by the NumPy oracle: nothing to compile."""
     spec, columns = array.spec, array.shape[-1]
     stored = oracle.bits(array.values)
-    if spec.dtype == "int4":
+    if spec.codes_per_value == 2:
         stored = np.stack([stored & 15, stored >> 4], axis=-1).reshape(*stored.shape[:-1], 2 * stored.shape[-1])
     scales = np.asarray(array.scales).astype(np.float32)
     out = np.zeros(array.shape, np.float32)
     for index in np.ndindex(array.shape[:-2]):
         zeros = None if array.zero_points is None else np.asarray(array.zero_points)[index]
-        out[index] = oracle.dequantize(stored[index][:, :columns], scales[index], zeros, spec, array.halves)
+        unit = None if array.global_scale is None else np.asarray(array.global_scale)[index]
+        out[index] = oracle.dequantize(stored[index][:, :columns], scales[index], zeros, spec, array.halves, unit)
     return out

@@ -37,6 +37,31 @@ def fp8_codes(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0x7F, codes).astype(np.uint8)
 
 
+FP4_VALUES = np.array([sign * value for sign in (1.0, -1.0) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
+
+
+def fp4_codes(values: np.ndarray) -> np.ndarray:
+    """Codes of the nearest e2m1 values, by distance to each: ties to the even code, saturating."""
+    values = np.asarray(values, np.float64)
+    magnitude = np.minimum(np.abs(values), 6.0)
+    distance = np.abs(magnitude[..., None] - FP4_VALUES[:8])
+    nearest = distance == distance.min(-1, keepdims=True)
+    even = nearest & (np.arange(8) % 2 == 0)
+    code = np.where(even.any(-1), even.argmax(-1), nearest.argmax(-1))
+    return (code | np.where(np.signbit(values), 8, 0)).astype(np.uint8)
+
+
+def global_scales(x: np.ndarray, halves: int = 1) -> np.ndarray:
+    """NVFP4: of one matrix, or of each of two halves."""
+    finite = np.clip(np.where(np.isnan(x), 0, x), -F32_MAX, F32_MAX).astype(np.float32)
+    scales = [
+        np.float32(np.abs(half).max(initial=0) * (np.float32(1) / np.float32(2688)))
+        for half in np.split(finite, halves)
+    ]
+    scales = np.float32([scale if scale >= TINY else 0 for scale in scales])
+    return scales if halves == 2 else scales[0]
+
+
 def reciprocal(scale: np.ndarray) -> np.ndarray:
     """1 / scale rounded once to float32; 0 for zero and subnormal scales. A float64 quotient has bits to spare."""
     scale = np.asarray(scale, np.float32)
@@ -48,14 +73,23 @@ def reciprocal(scale: np.ndarray) -> np.ndarray:
 
 def piece_scale(piece: np.ndarray, spec: Spec) -> np.float32:
     """The scale of the elements that share it, before it is stored."""
-    inverse = {n: np.float32(1) / np.float32(n) for n in (448, 127, 7, 8, 15)}
+    inverse = {n: np.float32(1) / np.float32(n) for n in (448, 127, 7, 8, 15, 6)}
     finite = np.clip(np.where(np.isnan(piece), 0, piece), -F32_MAX, F32_MAX).astype(np.float32)
     high, low = np.float32(max(finite.max(initial=0), 0)), np.float32(max((-finite).max(initial=0), 0))
     if spec.dtype == "float8_e4m3fn":
         return np.float32(max(high, low, np.float32(1e-10)) * inverse[448])
     if np.isnan(piece).any():
         return np.float32(np.nan)
-    if spec.dtype == "int8":
+    if spec.scale_dtype == "float8_e4m3fn":
+        scale = np.float32(max(high, low) * inverse[6])
+    elif spec.dtype == "float4_e2m1fn":
+        fraction, exponent = np.frexp(
+            np.float64(max(high, low))
+        )  # 1.75 * 2^k and more is nearer to 8 than to 6, in units of 2^k
+        scale = (
+            np.float32(np.ldexp(1.0, int(exponent) - (2 if fraction >= 0.875 else 3))) if fraction else np.float32(0)
+        )
+    elif spec.dtype == "int8":
         scale = np.float32(max(high, low) * inverse[127])
     elif spec.asymmetric:
         with np.errstate(over="ignore"):
@@ -66,7 +100,9 @@ def piece_scale(piece: np.ndarray, spec: Spec) -> np.float32:
 
 
 def up_to_power(scale: np.float32) -> np.float32:
-    """The next power of two that is not smaller."""
+    """The next power of two that is not smaller; zero and NaN stay."""
+    if scale == 0 or np.isnan(scale):
+        return scale
     fraction, exponent = np.frexp(scale)
     return np.float32(np.ldexp(1.0, exponent - 1 if fraction == 0.5 else exponent))
 
@@ -78,6 +114,8 @@ def piece_codes(piece: np.ndarray, scale: np.float32, spec: Spec) -> tuple[np.nd
         scaled = (piece.astype(np.float32) * r).astype(np.float32) if r != 0 else np.zeros(piece.shape, np.float32)
     if spec.is_float:
         return fp8_codes(np.where(np.isnan(piece), np.nan, scaled)), 0
+    if spec.dtype == "float4_e2m1fn":
+        return fp4_codes(np.where(np.isnan(scaled), 0, scaled)), 0
     rounded = np.rint(np.where(np.isnan(scaled), 0, scaled))
     if spec.dtype == "int8":
         return np.clip(rounded, -128, 127).astype(np.int8), 0
@@ -120,33 +158,50 @@ def scales_shape(spec: Spec, rows: int, columns: int, halves: int = 1) -> tuple[
     return halves * -(-(rows // halves) // spec.block[0]), -(-columns // spec.block[1])
 
 
-def quantize(x: np.ndarray, spec: Spec, *, scales=None, valid=None, halves: int = 1):
-    """One matrix: (codes [rows, columns], scales float32, zero points or None)."""
+def quantize(x: np.ndarray, spec: Spec, *, scales=None, valid=None, halves: int = 1, global_scale=None):
+    """One matrix: (codes [rows, columns], scales float32, zero points or None); NVFP4's global scale is `global_scales`."""
     x = np.asarray(x).astype(np.float32)
     if valid is not None:
         x = np.where(np.asarray(valid)[:, None], x, np.float32(0))
     shape = scales_shape(spec, *x.shape, halves)
     codes = np.zeros(x.shape, np.int8 if spec.dtype == "int8" else np.uint8)
     found, zeros = np.zeros(shape, np.float32), np.full(shape, 8, np.uint8)
+    if spec.has_global_scale and global_scale is None:
+        global_scale = global_scales(x, halves)
     for index, rows, columns in pieces_of(spec, *x.shape, halves):
         piece = x[rows, columns]
         scale = piece_scale(piece, spec) if scales is None else np.float32(np.asarray(scales)[index])
         if spec.scale_dtype == "float8_e8m0fnu":
             scale = up_to_power(scale)
+        unit = np.float32(1)
+        if spec.has_global_scale:
+            unit = of_half(global_scale, rows, x.shape[0] // halves)
+            with np.errstate(all="ignore"):
+                scale = np.float32(FP8_VALUES[fp8_codes(np.float32(scale * reciprocal(unit)))])
         found[index] = scale
+        scale = np.float32(scale * unit)
         codes[rows, columns], zeros[index] = piece_codes(piece, scale, spec)
     return codes, found, zeros if spec.asymmetric else None
 
 
-def dequantize(codes: np.ndarray, scales: np.ndarray, zeros, spec: Spec, halves: int = 1) -> np.ndarray:
+def of_half(global_scale: np.ndarray, rows: slice, half: int) -> np.float32:
+    """The global scale of rows within one half."""
+    return np.float32(np.ravel(global_scale)[min(rows.start // max(half, 1), np.size(global_scale) - 1)])
+
+
+def dequantize(
+    codes: np.ndarray, scales: np.ndarray, zeros, spec: Spec, halves: int = 1, global_scale=None
+) -> np.ndarray:
     """One matrix, float64, from what `quantize` gives."""
-    values = FP8_VALUES[codes] if spec.is_float else codes.astype(np.float64)
+    table = {"float8_e4m3fn": FP8_VALUES, "float4_e2m1fn": FP4_VALUES}.get(spec.dtype)
+    values = codes.astype(np.float64) if table is None else table[codes]
     out = np.zeros(codes.shape)
     for index, rows, columns in pieces_of(spec, *codes.shape, halves):
         zero = 0.0
         if spec.dtype == "int4":
             zero = 8.0 if zeros is None else float(zeros[index])
-        out[rows, columns] = (values[rows, columns] - zero) * np.float64(scales[index])
+        unit = 1.0 if global_scale is None else np.float64(of_half(global_scale, rows, codes.shape[0] // halves))
+        out[rows, columns] = (values[rows, columns] - zero) * np.float64(scales[index]) * unit
     return out
 
 

@@ -15,7 +15,7 @@ from moe_jax.types import ExpertWeights
 from tests.quantization import oracle
 from tests.quantization.cases import SPECS, normal, quantize, value
 
-SOME = ["fp8 tensor", "fp8 block ue8m0", "int8 channel", "int4 group zp"]
+SOME = ["fp8 tensor", "fp8 block ue8m0", "int8 channel", "int4 group zp", "nvfp4"]
 NUM, ROWS, COLUMNS = 3, 10, 37
 
 
@@ -37,13 +37,17 @@ def assert_same(actual, expected):
         ("fp8 block ue8m0", (3, 2, 3), (3, 10, 37), 3 * 10 * 37 + 3 * 2 * 3),
         ("int8 channel", (3, 10), (3, 10, 37), 3 * 10 * 37 + 3 * 10 * 4),
         ("int4 group zp", (3, 10, 3), (3, 10, 19), 3 * 10 * 19 + 3 * 10 * 3 * 5),
+        ("mxfp4", (3, 10, 3), (3, 10, 19), 3 * 10 * 19 + 3 * 10 * 3),
+        ("nvfp4", (3, 10, 3), (3, 10, 19), 3 * 10 * 19 + 3 * 10 * 3 + 3 * 2 * 4),
     ],
 )
 def test_shapes_and_sizes(name, scales, values, nbytes):
     array = array_of(name)
     assert array.shape == (3, 10, 37) and array.ndim == 3 and array.size == 3 * 10 * 37 and len(array) == 3
     assert array.scales.shape == scales and array.values.shape == values and array.nbytes == nbytes
-    assert array.dtype == jnp.dtype(SPECS[name].dtype) and array.columns == (37 if "int4" in name else None)
+    assert array.dtype == jnp.dtype(SPECS[name].dtype) and array.columns == (
+        37 if SPECS[name].codes_per_value == 2 else None
+    )
     shapes = jax.eval_shape(lambda a: a, array)
     assert shapes.shape == array.shape and shapes.nbytes == nbytes and shapes.validate() is shapes
 
@@ -77,7 +81,8 @@ def test_round_trips(name):
     array = array_of(name)
     leaves, structure = jax.tree.flatten(array)
     named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(array)}
-    assert list(named) == [".values", ".scales", ".zero_points"][: len(leaves)]
+    last = ".global_scale" if name == "nvfp4" else ".zero_points"
+    assert list(named) == [".values", ".scales", last][: len(leaves)]
     host = jax.tree.map(np.asarray, array)
     for copy in (
         pickle.loads(pickle.dumps(array)),

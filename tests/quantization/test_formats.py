@@ -13,7 +13,10 @@ from tests.util import without_type_checks
 formats = without_type_checks("moe_jax.quantization.formats")
 
 BAD_SPECS = {
-    "dtype": (dict(dtype="float8_e5m2", granularity="tensor"), ["float8_e5m2", "float8_e4m3fn, int8, int4"]),
+    "dtype": (
+        dict(dtype="float8_e5m2", granularity="tensor"),
+        ["float8_e5m2", "float8_e4m3fn, int8, int4, float4_e2m1fn"],
+    ),
     "granularity": (dict(dtype="int8", granularity="row"), ["'row'", "tensor", "channel", "token", "group", "block"]),
     "scale dtype": (dict(dtype="int8", granularity="channel", scale_dtype="float64"), ["float64", "float32"]),
     "block of a tensor": (dict(dtype="int8", granularity="tensor", block=(8, 8)), ["no block", "(8, 8)", "None"]),
@@ -25,6 +28,18 @@ BAD_SPECS = {
     "powers for integers": (
         dict(dtype="int8", granularity="channel", scale_dtype="float8_e8m0fnu"),
         ["float8_e4m3fn", "int8", "no zero", "use float32"],
+    ),
+    "four bits without scales of eight": (
+        dict(dtype="float4_e2m1fn", granularity="group", block=16),
+        ["'group'", "'float32'", "NVFP4", "MXFP4"],
+    ),
+    "four bits without groups": (
+        dict(dtype="float4_e2m1fn", granularity="block", block=(16, 16), scale_dtype="float8_e4m3fn"),
+        ["'block'", "NVFP4"],
+    ),
+    "scaled scales of others": (
+        dict(dtype="int8", granularity="group", block=16, scale_dtype="float8_e4m3fn"),
+        ["float4_e2m1fn", "int8", "use float32"],
     ),
 }
 BAD_TYPES = {
@@ -50,6 +65,10 @@ BAD_FORMATS = {
     ),
     "static weights": ((Spec("int8", "tensor", static=True), None), ["static=True", "activations"]),
     "mixed": ((Spec("int8", "tensor"), Spec("float8_e4m3fn", "tensor")), ["cannot be multiplied", "None"]),
+    "four bits with eight": (
+        (Spec("float8_e4m3fn", "group", 16), Spec("float4_e2m1fn", "group", 16, "float8_e4m3fn")),
+        ["cannot be multiplied", "float4_e2m1fn"],
+    ),
     "int4 activations": ((Spec("int4", "channel"), Spec("int4", "token")), ["cannot be multiplied", "None"]),
 }
 
@@ -63,11 +82,11 @@ def test_formats_that_cannot_be_multiplied_are_refused(name):
 
 
 def test_names_and_values():
-    assert len(FORMATS) == 18
+    assert len(FORMATS) == 27
     for name, fmt in FORMATS.items():
         assert fmt.name == name and quant_format(name) is fmt and quant_format(fmt) is fmt
         assert pickle.loads(pickle.dumps(fmt)) == fmt and hash(pickle.loads(pickle.dumps(fmt))) == hash(fmt)
-    assert len(set(FORMATS.values())) == 18
+    assert len(set(FORMATS.values())) == 27
     with pytest.raises(ValueError, match=r"'fp8' is not one of fp8_tensor, .*int4_group128_zp; make your own"):
         quant_format("fp8")
 

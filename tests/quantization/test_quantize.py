@@ -27,15 +27,21 @@ def check_bits(array, x, spec, **options) -> None:
     np.testing.assert_array_equal(oracle.bits(array.codes()), codes)
     if spec.asymmetric:
         np.testing.assert_array_equal(array.zero_points, zeros)
+    halves, unit = options.get("halves", 1), options.get("global_scale")
+    if spec.has_global_scale:
+        valid = options.get("valid", np.ones(len(x), bool))
+        seen = np.where(valid[:, None], np.asarray(x, np.float32), np.float32(0))
+        unit = oracle.global_scales(seen, halves) if unit is None else unit
+        np.testing.assert_array_equal(array.global_scale, unit)
     with np.errstate(over="ignore", invalid="ignore"):  # what is infinite, and NaN
-        expected = oracle.dequantize(codes, scales, zeros, spec, options.get("halves", 1)).astype(np.float32)
+        expected = oracle.dequantize(codes, scales, zeros, spec, halves, unit).astype(np.float32)
     np.testing.assert_array_equal(dequantize(array), expected)
 
 
 # What compiles is compiled once: most tests share a shape, which no block divides.
 SHAPE = ROWS, COLUMNS = 13, 37
 # A few of the specs, where all of them would show no more: each kind of code, of scale and of grid once.
-SOME = ["fp8 tensor", "fp8 block ue8m0", "int8 channel", "int4 group zp"]
+SOME = ["fp8 tensor", "fp8 block ue8m0", "int8 channel", "int4 group zp", "nvfp4"]
 
 
 def of_sizes(seed, *shape) -> np.ndarray:
@@ -68,7 +74,7 @@ def test_halves_share_no_scale(name):
     )
 
 
-@pytest.mark.parametrize(("name", "dtype"), list(zip(SOME, 2 * ["bfloat16", "float16"], strict=True)))
+@pytest.mark.parametrize(("name", "dtype"), list(zip(SOME, [*2 * ["bfloat16", "float16"], "bfloat16"], strict=True)))
 def test_stacks_and_other_dtypes(name, dtype):
     x = jnp.asarray(normal(4, 2, 3, 10, 18), dtype)
     array = quantize(x, SPECS[name])
@@ -262,10 +268,18 @@ def test_no_element_is_further_off_than_half_a_step(name, x):
     scale = np.zeros(x.shape)
     for index, rows, columns in oracle.pieces_of(spec, *x.shape):
         scale[rows, columns] = np.asarray(scale_to_float32(array.scales))[index]
+    unit = 1.0 if array.global_scale is None else np.float64(array.global_scale)
+    scale *= unit
     error = np.abs(np.asarray(dequantize(array), np.float64) - x)
-    step = np.maximum(np.abs(x) * 2.0**-3, scale * 2.0**-9) if spec.is_float else scale
+    step = scale
+    if spec.is_float:
+        step = np.maximum(np.abs(x) * 2.0**-3, scale * 2.0**-9)
+    elif spec.dtype == "float4_e2m1fn":
+        step = np.maximum(np.abs(x) / 2, scale / 2)
     # A scale that is not normal is zero, and so are its elements. Those of FP8 have a floor far above.
     lost = 0 if spec.is_float else (spec.largest - spec.smallest) * np.finfo(np.float32).tiny
+    if spec.has_global_scale:  # a scale far below the largest is itself rounded to a step of e4m3, or to zero
+        lost += 3 * 2.0**-9 * unit
     # A zero point is rounded too: another half step where the range ends.
     assert (error <= (1.0 if spec.asymmetric else 0.5) * step * (1 + 1e-5) + lost).all()
 

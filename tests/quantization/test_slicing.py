@@ -17,7 +17,7 @@ from moe_jax.quantization import (
 from tests.quantization import oracle
 from tests.quantization.cases import SPECS, normal, quantize, value
 
-SOME = ["fp8 tensor", "fp8 block ue8m0", "int8 channel", "int4 block zp"]
+SOME = ["fp8 tensor", "fp8 block ue8m0", "int8 channel", "int4 block zp", "nvfp4"]
 
 
 def w13(name):
