@@ -343,8 +343,10 @@ def inline_ptx(code: str, operands: list[Any], results: int) -> list[Any]:
     return [out] if results == 1 else [llvm.extractvalue(i32, out, [i]) for i in range(results)]
 
 
-def load_words(block: Any, first: int, count: int, lanes: int) -> list[Any]:
+def load_words(block: Any, first: int, count: int, lanes: int) -> Any:
     """Emits one load of `count` words for each thread of a warpgroup, of which `lanes` neighbours load the same.
+
+    The result is fragmented int32 ``[128 * count]``, thread after thread.
 
     Args:
         block: contiguous memref of 32-bit words in shared memory.
@@ -352,9 +354,10 @@ def load_words(block: Any, first: int, count: int, lanes: int) -> list[Any]:
         count: 1, 2 or 4.
         lanes: a power of two.
     """
+    import numpy as np
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm
-    from jax.experimental.mosaic.gpu import utils
+    from jax.experimental.mosaic.gpu import fragmented_array, utils
 
     i32 = ir.IntegerType.get_signless(32)
 
@@ -365,8 +368,20 @@ def load_words(block: Any, first: int, count: int, lanes: int) -> list[Any]:
     at = arith.addi(arith.muli(of_thread, c(4 * count)), c(4 * first))
     pointer = utils.memref_ptr(block)
     place = llvm.getelementptr(pointer.type, pointer, [at], [-(2**31)], ir.IntegerType.get_signless(8), 0)
-    words = llvm.load(ir.VectorType.get((count,), i32), place, alignment=4 * count)
-    return [llvm.extractelement(words, c(i)) for i in range(count)]
+    words = np.empty(1, dtype=object)
+    words[0] = llvm.load(ir.VectorType.get((count,), i32), place, alignment=4 * count)
+    layout = fragmented_array.WGStridedFragLayout((128 * count,), count)
+    return fragmented_array.FragmentedArray(_registers=words, _layout=layout, _is_signed=True)
+
+
+def words_of(array: Any) -> list[Any]:
+    """A thread's words of what `load_words` gives."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, llvm
+
+    (words,) = array.registers.flat
+    i32 = ir.IntegerType.get_signless(32)
+    return [llvm.extractelement(words, arith.constant(i32, i)) for i in range(ir.VectorType(words.type).shape[0])]
 
 
 def wgmma_fragment(words: list[Any], dtype: Any) -> Any:

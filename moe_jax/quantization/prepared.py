@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32, Shaped, UInt8, UInt32
+from jaxtyping import Array, Float, Int32, UInt8, UInt32
 
 from moe_jax.quantization.array import QuantizedArray
 from moe_jax.quantization.formats import Spec

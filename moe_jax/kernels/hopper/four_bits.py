@@ -94,21 +94,43 @@ class FourBits:
             source = blocks.at[expert, row, pl.ds(step * self._deep, self._deep)]
             plgpu.copy_gmem_to_smem(source, target.at[unit], full)
 
-    def decode(self, block: Any, refs: Any, wg: Any, turn: int) -> Any:
+    def words(self, block: Any) -> tuple[Any, ...]:
+        """What each thread loads of a block, for `decode`: asked for ahead, it has come when it is decoded."""
+        if self._interpret:
+            return (block[...],)
+        layout, types = self._layout, self._words
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=tuple(types))
+        def run(ctx, block):
+            del ctx
+            scale_words = layout.scale_words
+            places = [(0, 4, 1)]
+            places += [(CODE_LINES * LANES + LANES * scale_words * i, scale_words, 4) for i in range(len(types) - 1)]
+            return tuple(_compat.load_words(block, *place) for place in places)
+
+        return run(block)
+
+    def decode(self, words: tuple[Any, ...], refs: Any, wg: Any, turn: int) -> Any:
         """A block as an operand of wgmma; `turn` counts them."""
         if self._interpret:
-            refs[-1][wg, turn % 2] = decoded(block[...], self._layout).astype(self._dtype)
+            refs[-1][wg, turn % 2] = decoded(words[0], self._layout).astype(self._dtype)
             plgpu.commit_smem()  # it does not know that each thread hands a stage back after its own loads
             return refs[-1].at[wg, turn % 2]
         layout, dtype = self._layout, self._dtype
         result = plgpu.ShapeDtypeStruct((SIDE, SIDE), dtype, layout=plgpu.Layout.WGMMA)
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
-        def run(ctx, block):
+        @plgpu.inline_mgpu(arg_types=tuple(type_.layout for type_ in self._words), return_type=result)
+        def run(ctx, *words):
             del ctx
-            return _compat.wgmma_fragment(_decode(block, layout), dtype)
+            return _compat.wgmma_fragment(_decode([_compat.words_of(array) for array in words], layout), dtype)
 
-        return run(block)
+        return run(*words)
+
+    @property
+    def _words(self) -> list[Any]:
+        """Codes, scales and, if there are any, zero points, as many words for each of 128 threads."""
+        counts = [4, *[self._layout.scale_words] * (2 if self._layout.spec.asymmetric else 1)]
+        return [_words_of_threads(count) for count in counts]
 
     def scale(self, accs: Any, refs: Any, wg: Any, expert: Any) -> list[Any]:
         """The sums of a tile, times the factor of the matrix."""
@@ -117,12 +139,14 @@ class FourBits:
         return [acc * factor for acc, factor in zip(accs, factors, strict=True)]
 
 
-def _decode(block: Any, layout: Layout) -> list[Any]:
+def _words_of_threads(count: int) -> Any:
+    shape = (128 * count,)
+    return plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=plgpu.Layout.WG_STRIDED(shape, count))
+
+
+def _decode(arrays: list[list[Any]], layout: Layout) -> list[Any]:
     """Emits what makes 16 registers of two floats each, in the order of wgmma's operand, for each thread."""
-    words = _compat.load_words(block, 0, 4, lanes=1)
-    at, count = CODE_LINES * LANES, layout.scale_words
-    scales = _compat.load_words(block, at, count, lanes=4)
-    zeros = _compat.load_words(block, at + LANES * count, count, lanes=4) if layout.spec.asymmetric else None
+    words, scales, zeros = (*arrays, None)[:3]
     per_row = SIDE // layout.scale_columns
     found = {}
     for row in range(2):
@@ -141,13 +165,11 @@ def _scale(words: list[Any], index: int, layout: Layout) -> Any:
     """A scale in both halves of a word, a float of the rows' dtype."""
     if not layout.is_float:
         return _twice(words, index, layout)
-    fraction = layout.fraction_bits
-    if layout.spec.has_global_scale:
-        code = f"mad.lo.u32 $0, t, {1 << (fraction - 3)}, {0x70007000 if layout.dtype == 'bfloat16' else 0};"
-    else:
-        code = f"shl.b32 $0, t, {fraction};"
-    byte = index % 4
-    code = f"{{ .reg .b32 t; prmt.b32 t, $1, 0, {0x4040 + 0x101 * byte}; {code} }}"
+    # A product moves the byte to both halves: multiplications and bit operations have units of their own.
+    has_small = layout.spec.has_global_scale
+    to = layout.fraction_bits - (3 if has_small else 0)
+    more = 0x70007000 if has_small and layout.dtype == "bfloat16" else 0
+    code = f"{{ .reg .b32 t; prmt.b32 t, $1, 0, {0x4440 + index % 4}; mad.lo.u32 $0, t, {0x10001 << to}, {more}; }}"
     return _compat.inline_ptx(code, [words[index // 4]], 1)[0]
 
 

@@ -243,13 +243,16 @@ def grouped_matmul(
             def accumulate(*accs):
                 def multiply_step(step, slot):
                     plgpu.barrier_wait(full.at[slot])
+                    if four_bit:
+                        places = [(piece, half) for piece in range(operand.pieces) for half in range(halves)]
+                        words = [coded.words(weights_s.at[slot, wg * halves + half, piece]) for piece, half in places]
                     for piece in range(operand.pieces):
                         b = operand.eights(rows_s).at[slot, piece, pl.ds(0, count)]
                         side, at = divmod(piece * swizzled, tk // depth)
                         for half, acc in enumerate(accs):
                             if four_bit:
-                                a = weights_s.at[slot, wg * halves + half, piece]
-                                a = coded.decode(a, of_codes, wg, piece * halves + half)
+                                turn = piece * halves + half
+                                a = coded.decode(words[turn], of_codes, wg, turn)
                             else:
                                 weight_rows = pl.ds(((wg * depth + side) * halves + half) * block_cols, WGMMA_ROWS)
                                 a = weights_s.at[slot, weight_rows, pl.ds(at, swizzled)]
