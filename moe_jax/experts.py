@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from moe_jax.config import MoEConfig
 from moe_jax.ops.down_combine import down_combine
+from moe_jax.ops.emulate import emulate_rows
 from moe_jax.ops.gather import gather
 from moe_jax.ops.group_tokens import Groups
 from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.ops.matmul_and_quantize import matmul_and_quantize
 from moe_jax.ops.quantize_rows import quantize_tokens
+from moe_jax.quantization.formats import QuantFormat
 from moe_jax.quantization.rows import QuantizedRows
 from moe_jax.tuning.plan import LayerPlan
 from moe_jax.types import ExpertWeights
@@ -34,10 +38,14 @@ def gather_rows(
         config: gives the number format.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
     """
-    spec = None if config.quantization is None else config.quantization.activations
-    if spec is None:
+    form = config.quantization
+    if form is None or form.activations is None:
         return gather(x, groups, implementation=implementation)
     scale = largest_scale(experts.w13_input_scale)
+    if form.emulates:
+        x = emulate_rows(x, form.activations, scale=scale, implementation=implementation)
+        return gather(x, groups, implementation=implementation)
+    spec = form.activations
     return quantize_tokens(x, spec, groups, scales=scale, implementation=implementation)
 
 
@@ -51,13 +59,44 @@ def row_multiple(config: MoEConfig) -> int:
     """
     from moe_jax.kernels.hopper.matmul_fp8 import ROW_MULTIPLE
 
-    spec = None if config.quantization is None else config.quantization.activations
-    return ROW_MULTIPLE if spec is not None and spec.granularity == "group" else 1
+    form = config.quantization
+    if form is None or not form.multiplies_codes:
+        return 1
+    return ROW_MULTIPLE if form.activations.granularity == "group" else 1
 
 
 def largest_scale(scales: Float[Array, " E_local"] | None) -> Float[Array, ""] | None:
     """One scale that serves all experts: the largest."""
     return None if scales is None else jnp.max(scales)
+
+
+def up_projection(
+    rows: Float[Array, "rows H"] | QuantizedRows,
+    experts: ExpertWeights,
+    groups: Groups,
+    form: QuantFormat | None,
+    *,
+    valid: Bool[Array, " R"] | None = None,
+    **options: Any,
+) -> Float[Array, "R I"] | QuantizedRows:
+    """The rows that the down-projection takes: through ``w13`` and the activation, quantized if the number format says so.
+
+    Args:
+        rows: ``[R, H]``, grouped as `groups` says.
+        experts: of this rank.
+        groups: of the rows.
+        form: the number format, or None.
+        valid: the rows that count, where activations are emulated; rows of no group need not be told, see `emulate_rows`.
+        **options: of `moe_jax.ops.grouped_matmul.grouped_matmul`.
+    """
+    if form is None or form.activations is None:
+        return grouped_matmul(rows, experts.w13, groups, **options)
+    scale = largest_scale(experts.w2_input_scale)
+    if form.emulates:
+        hidden = grouped_matmul(rows, experts.w13, groups, **options)
+        how = {"scale": scale, "valid": valid, "implementation": options["implementation"]}
+        return emulate_rows(hidden, form.activations, **how)
+    return matmul_and_quantize(rows, experts.w13, groups, form.activations, scales=scale, **options)
 
 
 def expert_mlp(
@@ -85,7 +124,6 @@ def expert_mlp(
         ``[T, H]``.
     """
     up, down = (None, None) if plan is None else (plan.up, plan.down)
-    spec = None if config.quantization is None else config.quantization.activations
     options = {
         "bias": experts.w13_bias,
         "activation": config.act,
@@ -94,11 +132,7 @@ def expert_mlp(
         "out_dtype": config.dtype,
         "implementation": implementation,
     }
-    if spec is None:
-        hidden = grouped_matmul(rows, experts.w13, groups, **options)
-    else:
-        scale = largest_scale(experts.w2_input_scale)
-        hidden = matmul_and_quantize(rows, experts.w13, groups, spec, scales=scale, **options)
+    hidden = up_projection(rows, experts, groups, config.quantization, **options)
     return down_combine(
         hidden,
         experts.w2,

@@ -132,7 +132,8 @@ def _quantized_reasons(
     from moe_jax.ops import gather_quantize, quantized_matmul
     from moe_jax.quantization import quantize
 
-    spec, rows_spec, tile_rows = config.quantization.weights, config.quantization.activations, plan.tile_rows
+    form, tile_rows = config.quantization, plan.tile_rows
+    spec, rows_spec = form.weights, form.row_spec if form.multiplies_codes else None
     halves = {"up": 2 if config.is_gated else 1, "down": 1}
     found: list[tuple[str, str | None]] = []
     for name, weights, tiling in (("up", w13, plan.up), ("down", w2, plan.down)):

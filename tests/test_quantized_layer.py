@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from moe_jax import MoEConfig, RoutingConfig, apply_experts, moe, quantize_experts
-from moe_jax.quantization import FORMATS, reference
+from moe_jax.ops import implementation as impl
+from moe_jax.parallel.tokens import quantize as quantize_tokens
+from moe_jax.quantization import FORMATS, dequantize_experts, reference
 from moe_jax.routing import route
 from moe_jax.types import TopK
 from tests.layers import experts_of, logits_of, plain, quick_jit, rank_of, reference_moe, x_of
+from tests.lowering import MOSAIC, lower, operations
 from tests.util import assert_discriminates, check_close
 
 CONFIG = MoEConfig(4, 2, 128, 64)
@@ -24,7 +27,8 @@ def problem(name, config=CONFIG, num_tokens=19, seed=0):
     experts = quantize_experts(experts_of(seed, config), name)
     given = None
     if config.quantization.activations is not None and config.quantization.activations.static:
-        given = jnp.float32(0.02), jnp.float32(0.01)
+        reach = config.quantization.activations.reach
+        given = jnp.float32(0.02 * 448 / reach), jnp.float32(0.01 * 448 / reach)
         of_experts = [jnp.full(config.num_experts, scale) for scale in given]
         experts = dataclasses.replace(experts, w13_input_scale=of_experts[0], w2_input_scale=of_experts[1])
     return config, x_of(seed, config, num_tokens), experts, logits_of(seed, config, num_tokens), given
@@ -50,10 +54,12 @@ def test_every_format(name):
     check_close(out, right, 1e-2)
     assert_discriminates(lambda y: check_close(y, right, 1e-2), out)
     whole = reference_moe(x, experts_of(0, config), logits, dataclasses.replace(config, quantization=None))
-    check_close(out, whole, 0.5 if "int4" in name or given else 0.08)
+    check_close(out, whole, 0.5 if "int4" in name or "fp4" in name or given else 0.08)
 
 
-@pytest.mark.parametrize("name", ["fp8_block", "fp8_tensor", "fp8_tensor_static", "int8_channel", "int4_group32_zp"])
+@pytest.mark.parametrize(
+    "name", ["fp8_block", "fp8_tensor", "fp8_tensor_static", "int8_channel", "int4_group32_zp", "nvfp4_w4a4"]
+)
 def test_ranks_of_a_split_add_up(name):
     """NaN in tokens of other ranks reaches no scale."""
     config, x, experts, logits, given = problem(name)
@@ -64,6 +70,45 @@ def test_ranks_of_a_split_add_up(name):
         check_close(part, expected(config, x, local, logits, given, expert_map=expert_map), 1e-2)
         total = total + part.astype(jnp.float32)
     check_close(total, expected(config, x, experts, logits, given), 3e-2)
+
+
+WEIGHTS_OF_FOUR_BITS = ["nvfp4", "mxfp4", "mxfp8_weight"]
+
+
+@pytest.mark.parametrize("name", WEIGHTS_OF_FOUR_BITS)
+def test_weights_alone_are_what_they_stand_for(name):
+    """A layer of the dequantized weights in float32: what is left is the rounding of hidden rows. Sizes all differ."""
+    config = MoEConfig(5, 2, 160, 96, activation="swigluoai", has_bias=True, quantization=name)
+    experts, x, logits = quantize_experts(experts_of(1, config), name), x_of(1, config, 23), logits_of(1, config, 23)
+    right = reference_moe(
+        x, dequantize_experts(experts, "float32"), logits, dataclasses.replace(config, quantization=None)
+    )
+    out = layer(x, experts, logits, config)
+    check_close(out, right, 6e-3)
+    assert_discriminates(lambda y: check_close(y, right, 6e-3), out)
+    for damage in (
+        lambda w: dataclasses.replace(w, scales=jnp.roll(w.scales, 1, axis=2)),
+        lambda w: dataclasses.replace(w, values=jnp.roll(w.values, 1, axis=2)),
+        lambda w: dataclasses.replace(w, global_scale=w.global_scale[::-1]) if name == "nvfp4" else w[::-1],
+    ):
+        damaged = dataclasses.replace(experts, w13=damage(experts.w13))
+        with pytest.raises(AssertionError):
+            check_close(layer(x, damaged, logits, config), right, 6e-3)
+
+
+@pytest.mark.parametrize("name", ["nvfp4_fp8", "mxfp8"])
+def test_codes_times_fine_groups_run_around_the_kernels_too(name, monkeypatch):
+    """Where kernels run, rows and weights are dequantized and multiplied by that of 16-bit floats, and it is said."""
+    config, x, experts, logits, given = problem(name, MoEConfig(4, 2, 128, 128))
+    said = []
+    monkeypatch.setattr(impl, "platform_reason", lambda platform=None: None)
+    monkeypatch.setattr(impl, "_warn_once", lambda op, reason: said.append(reason))
+    calls = operations(lower(functools.partial(moe, config=config), x, experts, logits))
+    assert any("rows are dequantized before" in reason for reason in said)
+    assert sum(count for name, count in calls.items() if MOSAIC.fullmatch(name)) >= 4, calls
+    with pytest.raises(ValueError, match="emulates them.*leave it False"):
+        emulated = dataclasses.replace(config, quantization="nvfp4_w4a4")
+        quantize_tokens(x, route(logits, config), emulated, (), None, "xla")
 
 
 def test_rows_of_no_expert_reach_no_scale():

@@ -160,7 +160,7 @@ def tolerance(config: MoEConfig, *, peer: bool = False) -> float:
         return QUANTIZED_TOLERANCE
     if peer:
         return PEER_TOLERANCE
-    promoted = form.weights.granularity == "block"
+    promoted = form.weights.granularity in ("block", "group")
     return FP8_TOLERANCE if form.weights.is_float and not promoted else QUANTIZED_TOLERANCE
 
 

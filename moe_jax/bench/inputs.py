@@ -62,7 +62,7 @@ def in_format(weights: ExpertWeights, config: MoEConfig) -> ExpertWeights:
     weights = quantize_experts(weights, form)
     if form.activations is None or not form.activations.static:
         return weights
-    scales = (jnp.full(config.num_experts, largest / form.activations.largest, jnp.float32) for largest in LARGEST)
+    scales = (jnp.full(config.num_experts, largest / form.activations.reach, jnp.float32) for largest in LARGEST)
     return dataclasses.replace(weights, **dict(zip(("w13_input_scale", "w2_input_scale"), scales, strict=True)))
 
 

@@ -43,7 +43,7 @@ def _parts(
     """
     experts, form = data.experts, config.moe_config.quantization
     spec = None if form is None else form.activations
-    if spec is None or spec.granularity == "group":
+    if spec is None or (spec.granularity == "group" and not spec.static):
         return [(experts, None)], None
     if spec.static:
         return [(experts, None)], (experts.w13_input_scale[0], experts.w2_input_scale[0])

@@ -128,7 +128,7 @@ def _experts(config: MoETestConfig, w13: Array, weights) -> ExpertWeights:
     if form.activations is None or not form.activations.static:
         return experts
     # About the largest of hidden states, and of what comes out of the activation; larger ones saturate.
-    scales = [jnp.full(config.num_experts, largest / form.activations.largest, jnp.float32) for largest in (5.0, 12.0)]
+    scales = [jnp.full(config.num_experts, largest / form.activations.reach, jnp.float32) for largest in (5.0, 12.0)]
     return dataclasses.replace(experts, w13_input_scale=scales[0], w2_input_scale=scales[1])
 
 

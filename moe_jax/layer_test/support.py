@@ -96,6 +96,8 @@ def _reason_against(config: MoETestConfig) -> str | None:
         return (
             f"ep_size={config.ep_size} must be 1 or dp_size * tp_size={config.world_size}: all ranks split the experts"
         )
+    if config.quantization == "nvfp4_w4a4" and config.ep_size == 1 and config.world_size > 1:
+        return "quantization='nvfp4_w4a4' has a global scale a row, and ranks that split every expert see parts of rows"
     if config.ep_size == 1 and config.n % config.world_size:
         return f"n={config.n} has no {config.world_size} equal parts"
     if config.is_sequence_parallel and not (config.ep_size > 1 and config.tp_size > 1):
@@ -119,7 +121,7 @@ def _reason_against_backend(config: MoETestConfig) -> str | None:
     if config.quantization not in BACKEND_SUPPORTED_QUANTS[config.backend]:
         return f"backend={config.backend!r} does not take quantization={config.quantization!r}"
     form = FORMATS.get(config.quantization) if config.quantization else None
-    if config.quantize_before and (form is None or form.activations is None):
-        return f"quantize_before needs a format that quantizes activations, not {config.quantization!r}"
+    if config.quantize_before and (form is None or form.row_spec is None):
+        return f"quantize_before needs a format whose activations are codes, not {config.quantization!r}"
     reason = BACKENDS[config.backend].reason_against(config.parallel)
     return None if reason is None else f"backend={config.backend!r}: {reason}"

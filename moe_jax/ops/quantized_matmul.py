@@ -85,6 +85,13 @@ def quantized_matmul(
     if not (isinstance(group_offset, int) and group_offset == 0):
         tile_group = tile_group + group_offset
     plain = (weights, groups, bias, activation, tile_group, tokens_as_rows, dtype)
+    if isinstance(rows, QuantizedRows) and weights.spec.granularity == "group":
+        reason = f"{rows.spec.dtype} rows times weights whose scales change every {weights.spec.block[1]} columns have no kernel"
+        impl.choose(
+            "grouped_matmul", "xla" if implementation == "xla" else "auto", f"{reason}; rows are dequantized before"
+        )
+        runs = impl.choose("grouped_matmul", implementation, None) != "xla"
+        rows = rows.dequantize().astype(dtype if runs else jnp.float32)
     if not isinstance(rows, QuantizedRows):
         if impl.choose("grouped_matmul", implementation, None) == "xla":
             return _plain(rows, *plain)

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.config import MoEConfig
-from moe_jax.experts import largest_scale
+from moe_jax.experts import up_projection
 from moe_jax.ops.combine import combine
+from moe_jax.ops.emulate import emulate_rows
 from moe_jax.ops.gather import gather
 from moe_jax.ops.group_tokens import Groups, group_tokens, max_tiles, tile_schedule
 from moe_jax.ops.grouped_matmul import grouped_matmul
-from moe_jax.ops.matmul_and_quantize import matmul_and_quantize
 from moe_jax.ops.quantize_rows import quantize_tokens
 from moe_jax.parallel.config import ParallelConfig
 from moe_jax.parallel.exchange import Exchange, Prepared
@@ -129,10 +129,13 @@ class Batched(Exchange):
         groups, dropped = self._groups(inner, config, local, implementation)
         if isinstance(inner.x, QuantizedTokens):
             rows = gather_codes(inner.x, groups, implementation)
-        elif spec is not None:
+        elif spec is not None and not config.quantization.emulates:
             rows = quantize_tokens(inner.x, spec, groups, scales=input_scale, implementation=implementation)
         else:
-            rows = gather(inner.x, groups, implementation=implementation).reshape(local, self.max_tokens, -1)
+            x = inner.x
+            if spec is not None:
+                x = emulate_rows(x, spec, scale=input_scale, implementation=implementation)
+            rows = gather(x, groups, implementation=implementation).reshape(local, self.max_tokens, -1)
         return PreparedRows(rows, groups.group_sizes, groups.positions, dropped, inner)
 
     def _check_room(self, pairs: tuple[int, int], config: MoEConfig) -> None:
@@ -225,7 +228,6 @@ def batched_experts(
     tile_rows = min(64, max_tokens) if plan is None else plan.tile_rows
     groups = batch_groups(prepared.counts, max_tokens, tile_rows, pairs)
     plan = plan if plan is None else plan.for_tile_rows(tile_rows)
-    spec = None if config.quantization is None else config.quantization.activations
     options = {"out_dtype": config.dtype, "implementation": implementation}
     up = {
         "bias": experts.w13_bias,
@@ -233,11 +235,7 @@ def batched_experts(
         "config": None if plan is None else dataclasses.replace(plan.up, gather=False),
         **options,
     }
-    if spec is None:
-        hidden = grouped_matmul(rows, experts.w13, groups, **up)
-    else:
-        scale = largest_scale(experts.w2_input_scale)
-        hidden = matmul_and_quantize(rows, experts.w13, groups, spec, scales=scale, **up)
+    hidden = up_projection(rows, experts, groups, config.quantization, valid=groups.positions[:, 0] >= 0, **up)
     down = None if plan is None else plan.down
     y = grouped_matmul(hidden, experts.w2, groups, bias=experts.w2_bias, config=down, **options)
     return y.reshape(local, max_tokens, hidden_size)

@@ -63,12 +63,13 @@ def quantize(
         ValueError: the layer does not quantize activations.
     """
     form = config.quantization
-    if form is None or form.activations is None:
+    if form is None or form.row_spec is None:
+        how = "emulates them: they stay in the layer's dtype" if form is not None and form.emulates else "does not"
         raise ValueError(
             f"quantize_before=True needs a number format that quantizes activations, but config.quantization="
-            f"{None if form is None else form.name!r} does not; leave it False"
+            f"{None if form is None else form.name!r} {how}; leave it False"
         )
-    spec = form.activations
+    spec = form.row_spec
     if spec.granularity == "tensor":
         if scale is None and not spec.static:
             scale = scale_to_float32(quantize_array(x, spec, valid=(topk.ids >= 0).any(axis=1)).scales)

@@ -179,6 +179,11 @@ def _split(experts: ExpertWeights, config: MoEConfig, parts: int) -> ExpertWeigh
     for weights, axis in ((experts.w13, 0), (experts.w2, 1)):
         if isinstance(weights, QuantizedArray) and weights.spec.block is not None:
             block = math.lcm(block, weights.spec.block[axis])
+    activations = None if config.quantization is None else config.quantization.activations
+    if (
+        activations is not None and activations.granularity == "group"
+    ):  # so that a rank's groups are those of the whole row
+        block = math.lcm(block, activations.block[1])
     if isinstance(experts.w2, QuantizedArray):
         block = math.lcm(block, experts.w2.spec.codes_per_value)
     share = -(-config.intermediate_size // (parts * block)) * block

@@ -143,6 +143,16 @@ class Spec:
         return _SMALLEST[self.dtype]
 
     @property
+    def reach(self) -> int:
+        """The largest value that a matrix whose one scale is 1, the global one where there is one, can hold.
+
+        Example:
+            >>> Spec("float4_e2m1fn", "group", 16, "float8_e4m3fn").reach
+            2688
+        """
+        return self.largest * (_LARGEST["float8_e4m3fn"] if self.has_global_scale else 1)
+
+    @property
     def is_float(self) -> bool:
         """Whether codes are floats, with a NaN of their own."""
         return self.dtype == "float8_e4m3fn"
@@ -229,6 +239,16 @@ class QuantFormat:
     def emulates(self) -> bool:
         """Whether activations are quantized and dequantized, and multiplied in the layer's dtype."""
         return self.activations is not None and self.activations.dtype == "float4_e2m1fn"
+
+    @property
+    def row_spec(self) -> Spec | None:
+        """How the codes are stored that rows are when a matmul takes them; None where rows are in the layer's dtype."""
+        return None if self.emulates else self.activations
+
+    @property
+    def multiplies_codes(self) -> bool:
+        """Whether kernels multiply codes with codes; where scales of weights change along a row, rows are dequantized."""
+        return self.row_spec is not None and self.weights.granularity != "group"
 
 
 def _formats() -> dict[str, QuantFormat]:

@@ -55,7 +55,9 @@ def apply_experts(
         >>> apply_experts(jnp.ones((2, 4)), quantize_experts(experts, "fp8_tensor"), topk, config, "fp8_tensor").tolist()
         [[32.0, 32.0, 32.0, 32.0], [0.0, 0.0, 0.0, 0.0]]
     """
-    spec = None if format is None else quant_format(format).activations
+    spec, emulated = (
+        (None, False) if format is None else (quant_format(format).activations, quant_format(format).emulates)
+    )
     scales = input_scales or (None, None)
     expert_map = jnp.arange(config.num_experts) if expert_map is None else expert_map
 
@@ -71,7 +73,8 @@ def apply_experts(
         rows = rows.astype(config.dtype)
         if spec is None:
             return jnp.where((local >= 0)[:, None], rows, 0).astype(jnp.float32)
-        return fake_quantize_activations(rows.astype(jnp.float32), spec, scales=given, valid=local >= 0)
+        rows = rows if emulated else rows.astype(jnp.float32)  # an emulation rounds what it dequantizes
+        return fake_quantize_activations(rows, spec, scales=given, valid=local >= 0).astype(jnp.float32)
 
     def project(rows: Array, matrices: QuantizedArray | Array, bias: Array | None) -> Array:
         """Each row times the matrix of its expert."""

@@ -215,7 +215,9 @@ def _operands_misfit(shape: LayerShape, weights: Any, activation: Activation | N
     if not of.dtype:
         return plain
     block = {"block": (GROUP, GROUP), "group": GROUP}.get(of.granularity)
-    spec, halves = Spec(of.dtype, of.granularity, block), 2 if activation is not None else 1
+    four_bits = of.dtype == "float4_e2m1fn"
+    spec = Spec(of.dtype, of.granularity, 16, "float8_e4m3fn") if four_bits else Spec(of.dtype, of.granularity, block)
+    halves = 2 if activation is not None else 1
     codes = jax.eval_shape(functools.partial(quantize, spec=spec, halves=halves), weights)
     if of.weights_alone:
         # What cannot be decoded is dequantized before, and multiplied as plain weights are.

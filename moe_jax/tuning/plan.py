@@ -96,7 +96,7 @@ class LayerShape:
         pairs = -(-num_tokens * config.top_k * local // config.num_experts)
         form = config.quantization
         codes = "" if form is None else f"{form.weights.dtype} {form.weights.granularity}"
-        codes = f"{WEIGHTS_ALONE} {codes}" if form is not None and form.is_weight_only else codes
+        codes = f"{WEIGHTS_ALONE} {codes}" if form is not None and not form.multiplies_codes else codes
         return cls(local, pairs, config.hidden_size, config.intermediate_size, config.act.is_gated, config.dtype, codes)
 
     @property

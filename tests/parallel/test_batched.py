@@ -20,6 +20,7 @@ from tests.layers import check_layer, experts_of, logits_of, quick_jit, referenc
 from tests.parallel.meshes import mesh_of, parallel_of, sharded
 from tests.util import check_close
 
+FOUR_BITS = ("nvfp4", "nvfp4_fp8", "nvfp4_w4a4", "nvfp4_w4a4_static", "mxfp4_w4a4", "mxfp8")
 CONFIG = MoEConfig(5, 2, 16, 12, dtype="float32", has_bias=True)
 
 
@@ -40,15 +41,18 @@ def test_layer(inner, ep):
 
 
 @pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize("name", ["fp8_block", "int8_channel", "fp8_tensor_static", "int4_group32"])
+@pytest.mark.parametrize("name", ["fp8_block", "int8_channel", "fp8_tensor_static", "int4_group32", *FOUR_BITS])
 def test_quantized(name, before):
-    config = MoEConfig(4, 2, 128, 128, quantization=name)
+    config = MoEConfig(4, 2, 128, 96 if name in FOUR_BITS else 128, quantization=name)
     x, experts, logits = problem(dataclasses.replace(config, quantization=None), 16)
     experts = quantize_experts(experts, name)
-    if before and config.quantization.activations is None:
+    if before and config.quantization.row_spec is None:
         return
     if "static" in name:
-        scales = jnp.full(4, 0.02), jnp.full(4, 0.03)
+        scales = (
+            jnp.full(4, 8 / config.quantization.activations.reach),
+            jnp.full(4, 12 / config.quantization.activations.reach),
+        )
         experts = dataclasses.replace(experts, w13_input_scale=scales[0], w2_input_scale=scales[1])
     mesh = mesh_of(dp=2)
     exchange = Batched(AllToAll(quantize_before=before), max_tokens=16)

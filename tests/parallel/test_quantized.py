@@ -22,6 +22,7 @@ from tests.util import check_close
 
 SPLITS = [("fp8_block", 2), ("fp8_block", 4), ("fp8_block_ue8m0", 4), ("fp8_tensor", 2), ("fp8_channel", 4)]
 SPLITS += [("int4_group32", 2), ("int4_group64_zp", 4), ("int8_weight", 2)]
+SPLITS += [("nvfp4", 4), ("mxfp4", 2), ("nvfp4_fp8", 4)]
 
 # 320 are two and a half blocks of 128.
 CONFIG = MoEConfig(5, 2, 128, 320)
@@ -100,7 +101,7 @@ def test_ranks_without_experts_quantize_their_tokens_too():
     check_close(layer(*operands), expected("fp8_tensor_static"), 1e-2)
 
 
-@pytest.mark.parametrize("name", ["int4_group32_zp", "int8_weight", "fp8_weight_block"])
+@pytest.mark.parametrize("name", ["int4_group32_zp", "int8_weight", "fp8_weight_block", "nvfp4", "mxfp4", "nvfp4_fp8"])
 def test_weights_alone(name):
     config, operands = problem(name)
     mesh = mesh_of(tp=4)
