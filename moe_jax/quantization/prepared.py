@@ -15,7 +15,7 @@ What a scale becomes:
 - NVFP4: a byte of five bits of exponent and three of fraction, in which every float8_e4m3fn is normal: moved to its place in a
   16-bit float it is the scale times a power of two. A sign goes to the codes, and the codes of a scale of 0 become 0.
 - MXFP4: the exponent of a 16-bit float, relative to the largest of the matrix, whose power of two is then a factor of the
-  matrix. What is smaller than 2**-126 of it (float16: 2**-23) becomes 0.
+  matrix. What is smaller than 2**-125 of it (float16: 2**-23) becomes 0.
 - int4: rounded to 16 bits. A zero point is subtracted before, exactly.
 """
 
@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32, UInt8, UInt32
+from jaxtyping import Array, Float, Int32, UInt32
 
 from moe_jax.quantization.array import QuantizedArray
 from moe_jax.quantization.formats import Spec
@@ -278,7 +278,7 @@ def _mxfp4_scales(scales: Array, layout: Layout) -> tuple[Array, Array, Array, A
 
 def _exponents(layout: Layout) -> tuple[int, int, int]:
     """Exponents of a float: of the largest scale, which takes back the power of two in a code; of the least; of NaN."""
-    return (253, 127, 255) if layout.dtype == "bfloat16" else (29, 6, 31)
+    return (253, 128, 255) if layout.dtype == "bfloat16" else (29, 6, 31)
 
 
 def _code_words(codes: UInt32[Array, "*B N K"], layout: Layout) -> UInt32[Array, "*B n k 512"]:
@@ -368,9 +368,8 @@ def _as_16_bits(x: UInt32[Array, "..."], layout: Layout) -> Float[Array, "..."]:
     return jax.lax.bitcast_convert_type(x.astype(jnp.uint16), jnp.dtype(layout.dtype)).astype(jnp.float32)
 
 
-def _small_scale(x: UInt8[Array, "..."], layout: Layout) -> Float[Array, "..."]:
+def _small_scale(bits: UInt32[Array, "..."], layout: Layout) -> Float[Array, "..."]:
     """Of float4_e2m1fn: an NVFP4 scale by `_FACTOR` smaller, or a power of two relative to the largest."""
-    bits = x.astype(jnp.uint32)
     if layout.spec.has_global_scale:
         value = jax.lax.bitcast_convert_type((bits << 20) + ((127 - 21 - 8) << 23), jnp.float32)
         return jnp.where(bits == 255, jnp.nan, value)

@@ -28,14 +28,12 @@ from moe_jax.kernels.hopper.matmul_config import Config
 from moe_jax.quantization.prepared import CODE_LINES, LANES, SIDE, Layout, PreparedArray, decoded
 
 
-def supports(weights: PreparedArray, rows: Any, columns: int = SIDE) -> str | None:
-    """Why four-bit weights cannot be decoded by the kernel; None if they can. `columns` as in `Config`."""
+def supports(weights: PreparedArray, rows: Any) -> str | None:
+    """Why four-bit weights cannot be decoded by the kernel; None if they can."""
     if weights.row_dtype != jnp.dtype(rows.dtype).name:
         return f"weights are prepared for rows of {weights.row_dtype}, not {rows.dtype}; prepare the original ones"
     if weights.shape[2] % SIDE:
         return f"the contracted size={weights.shape[2]} must be a multiple of {SIDE}, for codes; pad the weights"
-    if columns != SIDE:
-        return f"columns={columns} must be {SIDE}: a block of codes has so many rows"
     return None
 
 
@@ -52,6 +50,10 @@ class FourBits:
     under_way = 1  # products that read registers while the next block is decoded
 
     def __init__(self, weights: PreparedArray, config: Config, gated: bool, *, interpret: bool):
+        if config.columns != SIDE:
+            raise ValueError(
+                f"config.columns={config.columns} must be {SIDE}: a block of codes has so many rows; use four_bit()"
+            )
         self._layout, self._gated, self._halves, self._interpret = weights.layout, gated, config.halves, interpret
         self._dtype, self._factors = jnp.dtype(weights.row_dtype), weights.halves
         self._blocks = weights.values.shape[1] // weights.halves
