@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import MoEConfig
-from moe_jax.quantization import quantize_experts
+from moe_jax.quantization import prepare_experts, quantize_experts
+from moe_jax.quantization.prepared import unprepared
 from moe_jax.types import ExpertWeights
 
 ROUTINGS = ("uniform", "zipf", "half", "eight")
@@ -46,7 +47,8 @@ def make_weights(config: MoEConfig, key: jax.Array) -> ExpertWeights:
 
 
 def in_format(weights: ExpertWeights, config: MoEConfig) -> ExpertWeights:
-    """The weights as the layer takes them: in the number format of the config, quantized one expert at a time.
+    """The weights as the layer takes them: in the number format of the config, quantized one expert at a time, and prepared
+    for the kernels where they are of four bits.
 
     Without a format they are the weights given. A format with static scales of activations gets those that `LARGEST` needs.
 
@@ -60,6 +62,8 @@ def in_format(weights: ExpertWeights, config: MoEConfig) -> ExpertWeights:
     if form is None:
         return weights
     weights = quantize_experts(weights, form)
+    if unprepared(form.weights, config.dtype) is None:
+        weights = prepare_experts(weights, config.dtype)
     if form.activations is None or not form.activations.static:
         return weights
     scales = (jnp.full(config.num_experts, largest / form.activations.reach, jnp.float32) for largest in LARGEST)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,12 +11,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moe_jax.activations import Activation
-from moe_jax.kernels.hopper.matmul_config import Config, default_config, eight_bit, most_rows
+from moe_jax.kernels.hopper.matmul_config import MOST_FOUR_BIT, Config, default_config, eight_bit, four_bit, most_rows
 from moe_jax.ops import implementation as impl
 from moe_jax.ops.gather import plain_gather
 from moe_jax.ops.group_tokens import Groups
 from moe_jax.quantization.array import QuantizedArray
 from moe_jax.quantization.formats import Spec
+from moe_jax.quantization.prepared import PreparedArray, prepare, unprepared
 from moe_jax.quantization.rounding import scale_to_float32
 from moe_jax.quantization.rows import QuantizedRows
 
@@ -64,7 +67,8 @@ def quantized_matmul(
     """`moe_jax.ops.grouped_matmul.grouped_matmul` with quantized weights; its arguments are checked there.
 
     Rows that are not quantized are multiplied with codes that the kernel decodes on their way into the tensor cores. It cannot
-    decode int4 and odd sizes: there, where the kernels run, all weights are dequantized before, with a warning.
+    decode odd sizes: there, where the kernels run, all weights are dequantized before, with a warning. Codes of four bits are
+    decoded in an order of their own (`prepare_experts`); weights in the natural one are put into it first, with a warning.
 
     Args:
         rows: quantized, or not with a weight-only format.
@@ -164,25 +168,37 @@ def _weight_only(
             activation=activation,
             group_offset=group_offset,
             tokens_as_rows=tokens_as_rows,
-            config=config,
+            config=None if weights.spec.codes_per_value == 2 else config,  # made for another size of a weight
             implementation=implementation,
         )
+    four_bits = weights.spec.codes_per_value == 2
+    if four_bits and not isinstance(weights, PreparedArray):
+        impl.choose(
+            "prepare",
+            "auto",
+            "weights of four bits are in natural order, put into the kernel's in every call; "
+            "use prepare_experts() once",
+        )
+        weights = prepare(weights, rows.dtype.name)
     gated = activation is not None and activation.is_gated
     n_out = weights.shape[1] // (2 if gated else 1)
     likely_tiles = min(groups.num_rows, weights.shape[0])
+    if config is None:
+        config = default_config(groups.tile_rows, gated, n_out, likely_tiles)
+        config = four_bit(config) if four_bits else config
     return kernel.grouped_matmul(
         rows,
-        weights.values,
+        weights if four_bits else weights.values,
         tile_group,
         groups.tile_starts,
         groups.tile_sizes,
         groups.num_tiles,
         bias,
         activation,
-        config=config or default_config(groups.tile_rows, gated, n_out, likely_tiles),
+        config=config,
         tile_tokens=groups.tile_tokens if tokens_as_rows else None,
         row_tokens=gathered,
-        weight_scales=_scales(weights),
+        weight_scales=None if four_bits else _scales(weights),
         total_rows=groups.num_rows,
         interpret=impl.interpret_params(impl.choose("grouped_matmul", implementation, None)),
     )
@@ -192,7 +208,16 @@ def reason_against_codes(rows, weights, bias, activation, tile_rows: int, gather
     """Why no kernel decodes the weights; None if one does."""
     from moe_jax.kernels.hopper import matmul_bf16 as kernel
 
-    if weights.spec.dtype == "int4" or weights.columns is not None or weights.spec.granularity == "group":
+    if weights.spec.codes_per_value == 2 and weights.columns is None:
+        reason = None if isinstance(weights, PreparedArray) else unprepared(weights.spec, rows.dtype)
+        if reason is None and tile_rows > MOST_FOUR_BIT:
+            reason = f"tile_rows={tile_rows} must be at most {MOST_FOUR_BIT} for weights of four bits"
+        if reason is not None:
+            return reason
+        if not isinstance(weights, PreparedArray):
+            weights = jax.eval_shape(functools.partial(prepare, dtype=rows.dtype.name), weights)
+        return kernel.supports(rows, weights, bias, activation, tile_rows, gather)
+    if weights.columns is not None or weights.spec.granularity == "group":
         return f"{weights.spec} with columns={weights.columns} has no kernel that decodes it; it is dequantized before"
     scales = jax.eval_shape(_scales, weights)
     return kernel.supports(rows, weights.values, bias, activation, tile_rows, gather, scales)

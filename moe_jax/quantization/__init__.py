@@ -15,12 +15,15 @@ from moe_jax.quantization.checkpoint_int4 import to_awq as to_awq
 from moe_jax.quantization.checkpoint_int4 import to_compressed_tensors as to_compressed_tensors
 from moe_jax.quantization.checkpoint_int4 import to_gptq as to_gptq
 from moe_jax.quantization.experts import dequantize_experts as dequantize_experts
+from moe_jax.quantization.experts import prepare_experts as prepare_experts
 from moe_jax.quantization.experts import quantize_experts as quantize_experts
 from moe_jax.quantization.formats import FORMATS as FORMATS
 from moe_jax.quantization.formats import QuantFormat as QuantFormat
 from moe_jax.quantization.formats import Spec as Spec
 from moe_jax.quantization.formats import quant_format as quant_format
 from moe_jax.quantization.fp4 import unpack_fp4 as unpack_fp4
+from moe_jax.quantization.prepared import PreparedArray as PreparedArray
+from moe_jax.quantization.prepared import prepare as prepare
 from moe_jax.quantization.quantize import dequantize as dequantize
 from moe_jax.quantization.quantize import fake_quantize_activations as fake_quantize_activations
 from moe_jax.quantization.quantize import merge_half_scales as merge_half_scales

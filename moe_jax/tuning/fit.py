@@ -12,21 +12,22 @@ import jax.numpy as jnp
 
 from moe_jax.activations import Activation, get_activation
 from moe_jax.kernels.hopper.matmul_bf16 import supports
-from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config, most_rows
+from moe_jax.kernels.hopper.matmul_config import MOST_FOUR_BIT, WGMMA_ROWS, Config, most_rows
 from moe_jax.kernels.hopper.matmul_fp8 import GROUP
 from moe_jax.kernels.hopper.row_scales import held
 from moe_jax.kernels.hopper.views import ALIGNED, COLUMNS, STORED
 from moe_jax.tuning.plan import Codes, LayerPlan, LayerShape, splits
 
 _BYTES = ("float8_e4m3fn", "int8")
+_OF_FOUR_BITS = 0.625  # bytes of a weight, with a scale and a zero point of 16 bits for each 32
 SHARED_MEMORY = 227 * 1024  # bytes that one block may have on a Hopper GPU
 
 
 def shared_memory_bytes(config: Config, dtype: str, codes: str = "") -> int:
     """Bytes of shared memory that a block takes: a ring of tiles, the outputs on their way, a float32 bias, scales, barriers.
 
-    The bias is counted whether there is one or not, so that a plan serves both. So are weights of 16 bits in the place of codes
-    of 4, which are dequantized before.
+    The bias is counted whether there is one or not, so that a plan serves both. Codes of four bits are counted with the most
+    scales that they can have.
 
     Args:
         config: of the projection.
@@ -39,7 +40,8 @@ def shared_memory_bytes(config: Config, dtype: str, codes: str = "") -> int:
     """
     of = Codes.of(codes)
     item = jnp.dtype(dtype).itemsize
-    of_rows, of_weights = 1 if of.both else item, 1 if of.dtype in _BYTES else item
+    of_rows = 1 if of.both else item
+    of_weights = _OF_FOUR_BITS if of.four_bits else 1 if of.dtype in _BYTES else item
     weight_rows = config.consumers * config.halves * WGMMA_ROWS
     row_scales = 0
     if of.both:  # for each group of columns in a stage, or for a whole tile
@@ -116,11 +118,23 @@ def config_misfit(config: Config, gated: bool, dtype: str, codes: str = "") -> s
     if odd:
         return f"row_counts {odd} cannot be shared by cluster={config.cluster}: they must be multiples of {8 * config.cluster}"
     reason = _eight_bit_misfit(config, codes) if Codes.of(codes).both else None
+    reason = _four_bit_misfit(config) if Codes.of(codes).four_bits else reason
     if reason is not None:
         return reason
     taken = shared_memory_bytes(config, dtype, codes)
     if taken > SHARED_MEMORY:
         return f"{taken} bytes of shared memory are more than a block's {SHARED_MEMORY}; take fewer stages"
+    return None
+
+
+def _four_bit_misfit(config: Config) -> str | None:
+    """What the kernel of weights of four bits cannot do beyond that."""
+    if config.columns != WGMMA_ROWS:
+        return f"columns={config.columns} must be {WGMMA_ROWS} for weights of four bits: a block has so many rows"
+    if config.tile_rows > MOST_FOUR_BIT:
+        return (
+            f"tile_rows={config.tile_rows} must be at most {MOST_FOUR_BIT} for weights of four bits, for the registers"
+        )
     return None
 
 

@@ -8,12 +8,14 @@ from typing import NamedTuple
 from moe_jax.config import MoEConfig
 from moe_jax.kernels.hopper.matmul_config import (
     MANY_PROMOTED,
+    MOST_FOUR_BIT,
     Config,
     default_config,
     eight_bit,
     eight_bit_tile_rows,
     fetches_by_token,
     few_counts,
+    four_bit,
     pays_to_quantize,
     rows_first,
     tile_rows_for,
@@ -52,6 +54,11 @@ class Codes(NamedTuple):
     def both(self) -> bool:
         """Whether both operands of the matmuls are codes, of a byte each."""
         return self.dtype != "" and not self.weights_alone
+
+    @property
+    def four_bits(self) -> bool:
+        """Whether weights are decoded from four bits."""
+        return self.weights_alone and self.dtype in ("int4", "float4_e2m1fn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +214,11 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
     gather = fetches_by_token(shape.mean_rows, shape.hidden_size, shape.intermediate_size)
     if tile_rows is None:
         tile_rows = tile_rows_for(shape.mean_rows, shape.num_pairs, gather)
+    if Codes.of(shape.codes).four_bits:
+        tile_rows = min(tile_rows, MOST_FOUR_BIT)
+        sides = (shape.gated, shape.intermediate_size), (False, shape.hidden_size)
+        configs = (four_bit(default_config(tile_rows, gated, n_out, tiles)) for gated, n_out in sides)
+        return LayerPlan(tile_rows, *(within_memory(config, shape.dtype, shape.codes) for config in configs))
     up = default_config(tile_rows, shape.gated, shape.intermediate_size, tiles)
     up = dataclasses.replace(up, gather=gather and up.cluster == 1 and tile_rows % 16 == 0)
     down = default_config(tile_rows, False, shape.hidden_size, tiles)

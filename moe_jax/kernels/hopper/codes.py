@@ -83,6 +83,8 @@ class Codes:
         interpret: the kernel is interpreted: there wgmma takes its operands from shared memory alone.
     """
 
+    under_way = 0  # products that read registers while the next block is decoded
+
     def __init__(
         self, weights: Any, scales: Any, config: Config, n_out: int, gated: bool, dtype: Any, *, interpret: bool
     ):

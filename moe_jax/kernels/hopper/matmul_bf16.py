@@ -72,9 +72,10 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from moe_jax import _compat
 from moe_jax.activations import Activation
-from moe_jax.kernels.hopper import codes, rows_by_token, tiles, views
+from moe_jax.kernels.hopper import codes, four_bits, rows_by_token, tiles, views
 from moe_jax.kernels.hopper.epilogue import Epilogue
 from moe_jax.kernels.hopper.matmul_config import MOST_ROWS, WGMMA_ROWS, Config
+from moe_jax.quantization.prepared import PreparedArray
 
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -91,12 +92,17 @@ def supports(
     """Why this kernel cannot run the problem; None if it can. Shapes as in `grouped_matmul`."""
     k = weights.shape[2]
     out = weights.shape[1] // (2 if activation is not None and activation.is_gated else 1)
-    if rows.dtype not in _DTYPES or (weights.dtype != rows.dtype and weight_scales is None):
+    prepared = isinstance(weights, PreparedArray)
+    if rows.dtype not in _DTYPES or (weights.dtype != rows.dtype and weight_scales is None and not prepared):
         return f"rows {rows.dtype} and weights {weights.dtype} must both be bfloat16 or both float16"
     if weight_scales is not None:
         reason = codes.supports(weights, weight_scales, out)
-        if reason is not None:
-            return reason
+    elif prepared:
+        reason = four_bits.supports(weights, rows)
+    else:
+        reason = None
+    if reason is not None:
+        return reason
     for name, size in (("the contracted size", k), ("the output size", out), ("the weight rows", weights.shape[1])):
         if tiles.swizzle_bytes(size, rows.dtype) is None:
             return (
@@ -119,7 +125,7 @@ def supports(
 
 def grouped_matmul(
     rows: Float[Array, "rows K"],
-    weights: Shaped[Array, "E N K"],
+    weights: Shaped[Array, "E N K"] | PreparedArray,
     tile_group: Int[Array, "tiles"],
     tile_starts: Int[Array, "tiles"],
     tile_sizes: Int[Array, "tiles"],
@@ -139,7 +145,7 @@ def grouped_matmul(
 
     Args:
         rows: of all groups; with `tile_tokens` those of all tokens, at most as many as a tile holds.
-        weights: of the experts.
+        weights: of the experts; prepared ones are decoded: see `four_bits`.
         tile_group: the expert of each tile.
         tile_starts: its first row.
         tile_sizes: its rows.
@@ -174,7 +180,11 @@ def grouped_matmul(
     swizzled = tiles.swizzle_bytes(k, dtype) // dtype.itemsize
     operand = views.Operand(stages, tile_rows, tk, swizzled, dtype, interpret is not None or gathered)
     coded = None
-    if weight_scales is not None:
+    four_bit = isinstance(weights, PreparedArray)
+    if four_bit:
+        coded = four_bits.FourBits(weights, config, gated, interpret=interpret is not None)
+        weights, weight_scales = weights.values, weights.scales
+    elif weight_scales is not None:
         of_codes = weights, weight_scales, config, n_out, gated, dtype
         coded = codes.Codes(*of_codes, interpret=interpret is not None)
     bias_dtype = None if bias is None else bias.dtype
@@ -195,6 +205,8 @@ def grouped_matmul(
     if not gated and depth == 1:  # neighbours: one copy for as many as TMA takes
         rows_a_copy = min(256, tile_cols)
         pieces = [(start, start, 0) for start in range(0, tile_cols, rows_a_copy)]
+
+    copies = coded.copies if four_bit else len(pieces)
 
     def body(rows_g, weights_g, group_g, starts_g, sizes_g, count_g, *refs):
         refs = list(refs)
@@ -231,18 +243,25 @@ def grouped_matmul(
             def accumulate(*accs):
                 def multiply_step(step, slot):
                     plgpu.barrier_wait(full.at[slot])
+                    if four_bit:
+                        places = [(piece, half) for piece in range(operand.pieces) for half in range(halves)]
+                        words = [coded.words(weights_s.at[slot, wg * halves + half, piece]) for piece, half in places]
                     for piece in range(operand.pieces):
                         b = operand.eights(rows_s).at[slot, piece, pl.ds(0, count)]
                         side, at = divmod(piece * swizzled, tk // depth)
                         for half, acc in enumerate(accs):
-                            weight_rows = pl.ds(((wg * depth + side) * halves + half) * block_cols, WGMMA_ROWS)
-                            a = weights_s.at[slot, weight_rows, pl.ds(at, swizzled)]
-                            if coded:
+                            if four_bit:
+                                turn = piece * halves + half
+                                a = coded.decode(words[turn], of_codes, wg, turn)
+                            else:
+                                weight_rows = pl.ds(((wg * depth + side) * halves + half) * block_cols, WGMMA_ROWS)
+                                a = weights_s.at[slot, weight_rows, pl.ds(at, swizzled)]
+                            if coded and not four_bit:
                                 k_at = step * tk + piece * swizzled
                                 a = coded.decode(a, of_codes, wg, group_g[m], col, half, k_at)
                             plgpu.wgmma(acc, a, b.T)
                             if coded:  # registers are read until the products are done
-                                plgpu.wgmma_wait(0)
+                                plgpu.wgmma_wait(coded.under_way)
                     tiles.hand_back(empty, step, slot, stages, halves * operand.pieces if config.overlap else None)
                     return tiles.next_slot(slot, stages)
 
@@ -282,7 +301,9 @@ def grouped_matmul(
 
                     pl.when(turn >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
 
-                    for at, row, column in pieces:
+                    if four_bit:
+                        coded.load(weights_g, weights_s.at[slot], expert, n, step, full.at[slot])
+                    for at, row, column in pieces if not four_bit else ():
                         ks = pl.ds(step * tk + column, tk // depth)
                         source = weights_g.at[expert, pl.ds(n * tile_cols + row, rows_a_copy), ks]
                         plgpu.copy_gmem_to_smem(source, weights_s.at[slot, pl.ds(at, rows_a_copy)], full.at[slot])
@@ -335,12 +356,14 @@ def grouped_matmul(
     operands += [bias] if bias is not None else []
     scratch = [
         operand.scratch,
-        plgpu.SMEM(
+        coded.stage
+        if four_bit
+        else plgpu.SMEM(
             (stages, config.stage_rows, tk // depth),
             weights.dtype,
             transforms=coded.transforms if coded else tiles.transforms(k, dtype),
         ),
-        plgpu.Barrier(num_arrivals=(1 if gathered else operand.pieces) + len(pieces), num_barriers=stages),
+        plgpu.Barrier(num_arrivals=(1 if gathered else operand.pieces) + copies, num_barriers=stages),
         plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
         if cluster == 1
         else plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=consumers, num_barriers=stages),

@@ -21,6 +21,7 @@ _MOST_EIGHT_BIT = 160  # rows of a tile, of operands of one byte
 _PROMOTED = 96  # with scales of blocks: `matmul_fp8` says why
 _ROWS_FIRST = 128  # and with rows on the M side: `matmul_rows_first`
 MANY_PROMOTED = 256  # rows an expert from which on those are faster
+MOST_FOUR_BIT = 160  # rows of a tile, of weights of four bits: two decoded blocks stand in registers beside the sums
 _BETWEEN = 8  # columns that a multiprocessor could make in the time from one tile to the next, with one token
 
 
@@ -141,6 +142,23 @@ def few_counts(config: Config) -> Config:
     """
     counts = tuple(c for c in config.row_counts if c in _COARSE or c == config.tile_rows)
     return dataclasses.replace(config, row_counts=counts)
+
+
+def four_bit(config: Config) -> Config:
+    """The same tiles for weights of four bits: a stage of few rows takes more of K; no clusters, no rows by token.
+
+    Blocks of 64 rows are decoded whole (no narrow tiles). By the count of registers (`benchmarks/machine_code.py`): with 192
+    rows ptxas lets products wait for each other, and rows fetched by their tokens spill.
+
+    Example:
+        >>> four_bit(Config((8,), consumers=1, columns=16, tile_k=512)).tile_k
+        256
+    """
+    counts = tuple(c for c in few_counts(config).row_counts if c <= MOST_FOUR_BIT)
+    wide = dict(row_counts=counts, cluster=1, gather=False, columns=WGMMA_ROWS)
+    if config.consumers == 1:
+        wide |= dict(tile_k=256, stages=6)
+    return dataclasses.replace(config, **wide)
 
 
 def eight_bit_tile_rows(mean_rows: float, num_pairs: int, promoted: bool = False) -> int:

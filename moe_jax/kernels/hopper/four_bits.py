@@ -1,0 +1,210 @@
+"""Four-bit weights multiplied with 16-bit rows: float4_e2m1fn and int4 in groups, decoded on their way into the tensor cores.
+
+As in `codes`, a consumer decodes a block of 64 x 64 into registers, which wgmma takes as its weights. Blocks come as
+`moe_jax.quantization.prepared` lays them out: one load of 16 bytes and one of a word or two of scales for each thread.
+
+float4_e2m1fn. Sign, exponent and fraction of a code, at the place of a 16-bit float's sign, lowest exponent bits and highest
+fraction bit, are that float times a power of two, subnormal ones included. So a rotation and a mask decode a pair, and one
+product with the scale, which takes the power of two back, finishes it. A code has two significant bits and a scale at most four:
+nothing is rounded, and the result is that of the kernel for 16-bit weights, bit for bit, on what the codes stand for. What all
+scales of a matrix share, and the power of two, scale the sum.
+
+int4. A code in the fraction of 128 (float16: 1024) is a float, from which 136 or 128 and the zero point is subtracted exactly;
+the product with the scale, which was rounded to 16 bits when the weights were prepared, is rounded to 16 bits.
+
+Two blocks are decoded in turn: wgmma reads one while the next is made. Not timed yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from moe_jax import _compat
+from moe_jax.kernels.hopper.matmul_config import Config
+from moe_jax.quantization.prepared import CODE_LINES, LANES, SIDE, Layout, PreparedArray, decoded
+
+
+def supports(weights: PreparedArray, rows: Any) -> str | None:
+    """Why four-bit weights cannot be decoded by the kernel; None if they can."""
+    if weights.row_dtype != jnp.dtype(rows.dtype).name:
+        return f"weights are prepared for rows of {weights.row_dtype}, not {rows.dtype}; prepare the original ones"
+    if weights.shape[2] % SIDE:
+        return f"the contracted size={weights.shape[2]} must be a multiple of {SIDE}, for codes; pad the weights"
+    return None
+
+
+class FourBits:
+    """Prepared weights of a grouped matmul.
+
+    Args:
+        weights: ``[E, N, K]``.
+        config: how the work is tiled.
+        gated: the activation takes gate and up.
+        interpret: the kernel is interpreted: there wgmma takes its operands from shared memory alone.
+    """
+
+    under_way = 1  # products that read registers while the next block is decoded
+
+    def __init__(self, weights: PreparedArray, config: Config, gated: bool, *, interpret: bool):
+        if config.columns != SIDE:
+            raise ValueError(
+                f"config.columns={config.columns} must be {SIDE}: a block of codes has so many rows; use four_bit()"
+            )
+        self._layout, self._gated, self._halves, self._interpret = weights.layout, gated, config.halves, interpret
+        self._dtype, self._factors = jnp.dtype(weights.row_dtype), weights.halves
+        self._blocks = weights.values.shape[1] // weights.halves
+        self._units, self._consumers = config.consumers * config.halves, config.consumers
+        self._deep = config.tile_k // SIDE
+        shape = (config.stages, self._units, self._deep, *self._layout.shape)
+        self.stage = plgpu.SMEM(shape, jnp.int32)
+        decoded_blocks = (self._consumers, 2, SIDE, SIDE)
+        self.scratch = [plgpu.SMEM(decoded_blocks, self._dtype)] if interpret else []
+
+    def references(self, factors: Any, refs: list[Any]) -> tuple[Any, ...]:
+        """Of the factors in GPU memory, and those of `scratch`, which are taken from the beginning of `refs`."""
+        return (factors, *(refs.pop(0) for _ in self.scratch))
+
+    def fetch(self, refs: Any, wg: Any, expert: Any, col: Any) -> None:
+        """Nothing: scales come with codes."""
+
+    @property
+    def copies(self) -> int:
+        """Copies that fill a stage."""
+        return self._units
+
+    def load(self, blocks: Any, target: Any, expert: Any, n: Any, step: Any, full: Any) -> None:
+        """Asks for the blocks of a stage: of each consumer gate and up, or neighbours.
+
+        Args:
+            blocks: in GPU memory.
+            target: the stage.
+            expert: of the tile.
+            n: the tile, of columns.
+            step: of K.
+            full: the stage's barrier.
+        """
+        for unit in range(self._units):
+            if self._gated:
+                wg, half = divmod(unit, self._halves)
+                row = half * self._blocks + n * self._consumers + wg
+            else:
+                row = n * self._units + unit
+            source = blocks.at[expert, row, pl.ds(step * self._deep, self._deep)]
+            plgpu.copy_gmem_to_smem(source, target.at[unit], full)
+
+    def words(self, block: Any) -> tuple[Any, ...]:
+        """What each thread loads of a block, for `decode`: asked for ahead, it has come when it is decoded."""
+        if self._interpret:
+            return (block[...],)
+        layout, types = self._layout, self._words
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=tuple(types))
+        def run(ctx, block):
+            del ctx
+            scale_words = layout.scale_words
+            places = [(0, 4, 1)]
+            places += [(CODE_LINES * LANES + LANES * scale_words * i, scale_words, 4) for i in range(len(types) - 1)]
+            return tuple(_compat.load_words(block, *place) for place in places)
+
+        return run(block)
+
+    def decode(self, words: tuple[Any, ...], refs: Any, wg: Any, turn: int) -> Any:
+        """A block as an operand of wgmma; `turn` counts them."""
+        if self._interpret:
+            refs[-1][wg, turn % 2] = decoded(words[0], self._layout).astype(self._dtype)
+            plgpu.commit_smem()  # it does not know that each thread hands a stage back after its own loads
+            return refs[-1].at[wg, turn % 2]
+        layout, dtype = self._layout, self._dtype
+        result = plgpu.ShapeDtypeStruct((SIDE, SIDE), dtype, layout=plgpu.Layout.WGMMA)
+
+        @plgpu.inline_mgpu(arg_types=tuple(type_.layout for type_ in self._words), return_type=result)
+        def run(ctx, *words):
+            del ctx
+            return _compat.wgmma_fragment(_decode([_compat.words_of(array) for array in words], layout), dtype)
+
+        return run(*words)
+
+    @property
+    def _words(self) -> list[Any]:
+        """Codes, scales and, if there are any, zero points, as many words for each of 128 threads."""
+        counts = [4, *[self._layout.scale_words] * (2 if self._layout.spec.asymmetric else 1)]
+        return [_words_of_threads(count) for count in counts]
+
+    def scale(self, accs: Any, refs: Any, wg: Any, expert: Any) -> list[Any]:
+        """The sums of a tile, times the factor of the matrix."""
+        last = self._factors - 1
+        factors = [refs[0][expert, min(half, last) if self._gated else 0] for half in range(self._halves)]
+        return [acc * factor for acc, factor in zip(accs, factors, strict=True)]
+
+
+def _words_of_threads(count: int) -> Any:
+    shape = (128 * count,)
+    return plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=plgpu.Layout.WG_STRIDED(shape, count))
+
+
+def _decode(arrays: list[list[Any]], layout: Layout) -> list[Any]:
+    """Emits what makes 16 registers of two floats each, in the order of wgmma's operand, for each thread."""
+    words, scales, zeros = (*arrays, None)[:3]
+    per_row = SIDE // layout.scale_columns
+    found = {}
+    for row in range(2):
+        of_group = [_scale(scales, row * per_row + group, layout) for group in range(per_row)]
+        zero_of = [None if zeros is None else _twice(zeros, row * per_row + group, layout) for group in range(per_row)]
+        for part in range(2):  # 32 columns
+            groups = [(32 * part + 16 * sixteen) // layout.scale_columns for sixteen in range(2)]
+            operands = [words[2 * row + part], *(of_group[group] for group in groups)]
+            operands += [zero_of[groups[0]]] if zeros is not None else []
+            pairs = _compat.inline_ptx(_pairs(layout), operands, 4)
+            found |= {(4 * part + pair, row): value for pair, value in enumerate(pairs)}
+    return [found[eight, row] for eight in range(8) for row in range(2)]
+
+
+def _scale(words: list[Any], index: int, layout: Layout) -> Any:
+    """A scale in both halves of a word, a float of the rows' dtype."""
+    if not layout.is_float:
+        return _twice(words, index, layout)
+    # A product moves the byte to both halves: multiplications and bit operations have units of their own.
+    has_small = layout.spec.has_global_scale
+    to = layout.fraction_bits - (3 if has_small else 0)
+    more = 0x70007000 if has_small and layout.dtype == "bfloat16" else 0
+    code = f"{{ .reg .b32 t; prmt.b32 t, $1, 0, {0x4440 + index % 4}; mad.lo.u32 $0, t, {0x10001 << to}, {more}; }}"
+    return _compat.inline_ptx(code, [words[index // 4]], 1)[0]
+
+
+def _twice(words: list[Any], index: int, layout: Layout) -> Any:
+    """The 16-bit number of that index in both halves of a word."""
+    select = 0x3232 if index % 2 else 0x1010
+    return _compat.inline_ptx(f"prmt.b32 $0, $1, 0, {select};", [words[index // 2]], 1)[0]
+
+
+def _pairs(layout: Layout) -> str:
+    """PTX: the four pairs of a word of codes ($4), times the scales of two ($5) and two ($6); int4 less its zero point ($7)."""
+    kind = {"bfloat16": "bf16x2", "float16": "f16x2"}[layout.dtype]
+    code = ["{ .reg .b32 t, u, z;"]
+    if not layout.is_float:
+        magic, zero = (0x4300, 0xC308) if layout.dtype == "bfloat16" else (0x6400, 0xE408)
+        code += ["mov.b32 z, $7;" if layout.spec.asymmetric else f"mov.b32 z, {zero * 0x10001};"]
+    for pair, terms in enumerate(layout.places):
+        for i, term in enumerate(terms):
+            name, mask = "tu"[i], term.mask * 0x10001
+            code += [_rotate(name, term.left, term.mask), f"and.b32 {name}, {name}, {mask};"]
+            code += ["or.b32 t, t, u;"] if i else []
+        if not layout.is_float:
+            code += [f"or.b32 t, t, {magic * 0x10001};", f"add.rn.{kind} t, t, z;"]
+        code += [f"mul.rn.{kind} ${pair}, t, ${5 + pair // 2};"]
+    return " ".join([*code, "}"])
+
+
+def _rotate(target: str, left: int, mask: int) -> str:
+    """PTX: the word of codes rotated; a shift does where the mask sees nothing of what comes round."""
+    if left == 0:
+        return f"mov.b32 {target}, $4;"
+    if mask & -mask >= 1 << left % 16 and left < 16:
+        return f"shl.b32 {target}, $4, {left};"
+    if left > 16 and mask < 1 << (left - 16):
+        return f"shr.u32 {target}, $4, {32 - left};"
+    return f"shf.l.wrap.b32 {target}, $4, $4, {left};"

@@ -1,0 +1,141 @@
+"""Four-bit weights times 16-bit rows, interpreted and lowered for CUDA."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import MoEConfig, _compat
+from moe_jax.kernels.hopper import matmul_bf16 as kernel
+from moe_jax.kernels.hopper.matmul_config import Config, four_bit
+from moe_jax.ops.grouped_matmul import grouped_matmul
+from moe_jax.quantization import prepare, quant_format, quantize
+from moe_jax.tuning.plan import LayerShape, default_plan
+from tests.contracts import groups_with_sizes
+from tests.kernels.test_codes import Rows
+from tests.kernels.test_matmul_fp8 import expected
+from tests.layers import normal
+from tests.lowering import assert_lowers_to_kernels, like, mosaic_code
+from tests.util import assert_discriminates, check_close
+
+FEW = Config((8, 24), consumers=1, tile_k=128, stages=3)
+MANY = Config((48, 128), consumers=2, tile_k=64, stages=3, overlap=False)
+ACT = MoEConfig(1, 1, 8, 8).act
+CASES = {
+    "nvfp4": ("nvfp4", (3, 0, 20), 320, 192, {}),
+    "nvfp4, gated, ragged": ("nvfp4", (3, 30), 192, 160, dict(gated=True, bias="float32")),
+    "nvfp4, many rows": ("nvfp4", (130, 5), 128, 288, dict(gated=True, config=MANY)),
+    "mxfp4": ("mxfp4", (3, 20), 192, 256, dict(gated=True)),
+    "mxfp4, float16": ("mxfp4", (9, 3), 128, 128, dict(dtype="float16")),
+    "int4": ("int4_group128", (3, 9), 192, 128, dict(gated=True)),
+    "int4, zero points": ("int4_group32_zp", (20, 3), 128, 80, dict(config=MANY)),
+}
+
+
+@functools.cache
+def problem(name):
+    form, sizes, k, n, more = CASES[name]
+    gated, config, dtype = more.get("gated", False), more.get("config", FEW), more.get("dtype", "bfloat16")
+    groups = groups_with_sizes(1, sizes, config.tile_rows)
+    x = normal([1, 1], groups.num_rows, k, dtype=dtype)
+    weights = normal([2, 1], len(sizes), n, k, scale=k**-0.5)
+    weights = quantize(weights, quant_format(form).weights, halves=2 if gated else 1)
+    bias = normal(3, len(sizes), n, dtype=more["bias"]) if "bias" in more else None
+    return groups, x, weights, bias, gated, config
+
+
+def run(name, weights):
+    groups, x, _, bias, gated, config = problem(name)
+    act = ACT if gated else None
+    assert kernel.supports(x, weights, bias, act, config.tile_rows) is None
+    schedule = groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
+    interpret = _compat.interpret_params()
+    return kernel.grouped_matmul(x, weights, *schedule, bias, act, config=config, interpret=interpret)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_four_bits(name):
+    groups, x, weights, bias, gated, _ = problem(name)
+    out = run(name, prepare(weights, x.dtype.name))
+    right = expected(Rows(x), weights, groups, bias, gated)
+    assert out.dtype == x.dtype
+    check_close(out, right, 6e-3)
+    assert_discriminates(lambda y: check_close(y, right, 6e-3), out)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "int4"])
+def test_it_is_the_kernel_of_16_bits_on_what_they_stand_for(name):
+    """Where nothing but the products is rounded: scales of a matrix are powers of two."""
+    _, x, weights, *_ = problem(name)
+    prepared = prepare(weights, x.dtype.name)
+    assert np.array_equal(run(name, prepared), run(name, prepared.dequantize(x.dtype)))
+
+
+@pytest.mark.once
+def test_natural_order_is_prepared_by_the_op():
+    groups, x, weights, bias, gated, config = problem("nvfp4")
+    out = grouped_matmul(x, weights, groups, config=config, implementation="mosaic_interpret")
+    assert np.array_equal(out, run("nvfp4", prepare(weights)))
+    plain = grouped_matmul(x, prepare(weights), groups, implementation="xla")
+    check_close(plain, grouped_matmul(x, weights, groups, implementation="xla"), 1e-6)
+
+
+@pytest.mark.parametrize(("form", "tokens"), [("nvfp4", 1), ("int4_group32_zp", 128), ("mxfp4", 4096)])
+def test_lowers_for_cuda(monkeypatch, form, tokens):
+    monkeypatch.undo()
+    experts, hidden, inner = 128, 2880, 2880
+    config = MoEConfig(experts, 4, hidden, inner, quantization=form)
+    plan = default_plan(LayerShape.of(config, tokens))
+    for n, k, act, tiles in ((2 * inner, hidden, ACT, plan.up), (hidden, inner, None, plan.down)):
+        spec, halves = quant_format(form).weights, 2 if act else 1
+        weights = jax.eval_shape(
+            lambda w, spec=spec, halves=halves: prepare(quantize(w, spec, halves=halves)),
+            like("bfloat16", experts, n, k),
+        )
+        rows = like("bfloat16", 4096, k)
+        assert kernel.supports(rows, weights, None, act, tiles.tile_rows) is None
+
+        def multiply(rows, weights, *schedule, act=act, tiles=tiles):
+            return kernel.grouped_matmul(rows, weights, *schedule, None, act, config=tiles)
+
+        assert_lowers_to_kernels(multiply, rows, weights, *[like("int32", 64)] * 3, like("int32", 1))
+
+
+def test_a_pair_is_decoded_by_few_instructions(monkeypatch):
+    monkeypatch.undo()
+    weights = jax.eval_shape(
+        lambda w: prepare(quantize(w, quant_format("nvfp4").weights)), like("bfloat16", 2, 64, 128)
+    )
+    config = Config((8,), consumers=1, halves=1, tile_k=64, stages=2)
+
+    def multiply(rows, weights, *schedule):
+        return kernel.grouped_matmul(rows, weights, *schedule, None, None, config=config)
+
+    code = mosaic_code(multiply, like("bfloat16", 64, 128), weights, *[like("int32", 8)] * 3, like("int32", 1))
+    assert code.count("mul.rn.bf16x2") == 16  # one for each pair of a thread
+    assert code.count("mad.lo.u32") == 8  # and one for each scale
+
+
+def test_what_it_does_not_run():
+    def reason(k=256, dtype="bfloat16", tile_rows=64):
+        weights = jax.eval_shape(
+            lambda w: prepare(quantize(w, quant_format("nvfp4").weights)), like("bfloat16", 2, 64, k)
+        )
+        return kernel.supports(like(dtype, 64, k), weights, None, None, tile_rows)
+
+    assert reason() is None
+    assert "size=96" in reason(k=96)
+    assert "float16" in reason(dtype="float16")
+    weights = prepare(problem("nvfp4")[2])
+    with pytest.raises(ValueError, match=r"columns=32 must be 64"):
+        groups, x, *_ = problem("nvfp4")
+        schedule = groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
+        kernel.grouped_matmul(x, weights, *schedule, None, None, config=Config((8, 24), consumers=1, columns=32))
+
+
+def test_tiles():
+    few = four_bit(Config((8, 64), consumers=1, columns=32, tile_k=256, stages=4))
+    assert (few.columns, few.tile_k, few.tile_rows) == (64, 256, 64)
+    many = four_bit(Config((128, 160), cluster=2, gather=True))
+    assert (many.cluster, many.gather, many.tile_rows) == (1, False, 160)
