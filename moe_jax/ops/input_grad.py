@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from moe_jax.activations import Activation
 from moe_jax.ops import implementation as impl
 from moe_jax.ops.group_tokens import Groups
 
@@ -46,11 +49,93 @@ def input_grad(
     if rows.size == 0 or weights.size == 0:
         return jnp.zeros((rows.shape[0], weights.shape[2]), rows.dtype)
     chosen = impl.choose("input_grad", implementation, kernel.supports(rows, weights, groups.tile_rows))
-    schedule = groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
-    if chosen == "xla":
-        return plain_input_grad(rows, weights, groups)
-    config = kernel.config_for(groups.tile_rows)
-    return kernel.input_grad(rows, weights, *schedule, config=config, interpret=impl.interpret_params(chosen))
+
+    def run(rows, weights, groups):
+        if chosen == "xla":
+            return plain_input_grad(rows, weights, groups)
+        config, interpret = kernel.config_for(groups.tile_rows), impl.interpret_params(chosen)
+        return kernel.input_grad(rows, weights, *_schedule(groups), config=config, interpret=interpret)
+
+    return impl.without_gradient("input_grad", run)(rows, weights, groups)
+
+
+class ActivationGradients(NamedTuple):
+    """What the down-projection's cotangents become before its activation. Rows of no group are undefined.
+
+    Attributes:
+        pre_activation: ``[R, N]``, the cotangents of the up-projection, of gate and up if the activation has a gate.
+        activated: ``[R, I]``, the activations times the router weights of their rows: what `weight_grad` of the down-projection
+            takes.
+        row_weights: float32 ``[R]``, the cotangents of the router weights.
+    """
+
+    pre_activation: Float[Array, "R N"]
+    activated: Float[Array, "R I"]
+    row_weights: Float[Array, " R"]
+
+
+def activation_input_grad(
+    rows: Float[Array, "R H"],
+    weights: Float[Array, "E H I"],
+    groups: Groups,
+    pre_activation: Float[Array, "R N"],
+    row_weights: Float[Array, " R"],
+    activation: Activation,
+    *,
+    implementation: str = "auto",
+) -> ActivationGradients:
+    """`input_grad` of a down-projection, and back through the activation before it and the router weights after it.
+
+    With h the pre-activation, s a row's router weight and ``d = rows @ weights[group]``, all in float32:
+    ``s * d * activation'(h)``, ``s * activation(h)`` and ``sum(d * activation(h))``.
+
+    Args:
+        rows: ``[R, H]``, the cotangents of each row's token, grouped as `groups` says.
+        weights: ``[E, H, I]``, of the down-projection.
+        groups: from `moe_jax.ops.group_tokens.group_tokens`.
+        pre_activation: ``[R, 2I]``, gate first, or ``[R, I]``: the up-projection without its activation.
+        row_weights: float32 ``[R]``, the router weight of each row.
+        activation: between the projections.
+        implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
+
+    Example:
+        >>> from moe_jax.activations import get_activation
+        >>> from moe_jax.ops.group_tokens import group_tokens
+        >>> groups = group_tokens(jnp.array([[0]], jnp.int32), num_experts=1, tile_rows=1)
+        >>> h, s, relu2 = jnp.array([[3.0]]), jnp.array([0.5]), get_activation("relu2_no_mul")
+        >>> found = activation_input_grad(jnp.ones((1, 1)), jnp.full((1, 1, 1), 2.0), groups, h, s, relu2)
+        >>> [leaf.tolist() for leaf in found]
+        [[[6.0]], [[4.5]], [18.0]]
+    """
+    impl.check_name(implementation)
+
+    def run(rows, weights, groups, pre_activation, row_weights):
+        product = input_grad(rows, weights, groups, implementation=implementation)
+        return through_activation(product, pre_activation, row_weights, activation)
+
+    return impl.without_gradient("activation_input_grad", run)(rows, weights, groups, pre_activation, row_weights)
+
+
+def through_activation(
+    product: Float[Array, "R I"],
+    pre_activation: Float[Array, "R N"],
+    row_weights: Float[Array, " R"],
+    activation: Activation,
+) -> ActivationGradients:
+    """`activation_input_grad` after its product, in plain JAX."""
+    h, d, dtype = pre_activation.astype(jnp.float32), product.astype(jnp.float32), pre_activation.dtype
+    scaled, s = d * row_weights[:, None], row_weights[:, None]
+    if activation.is_gated:
+        value, *slopes = activation.slopes_gated(*jnp.split(h, 2, axis=1))
+        back = jnp.concatenate([scaled * slope for slope in slopes], axis=1)
+    else:
+        value, slope = activation.slope(h)
+        back = scaled * slope
+    return ActivationGradients(back.astype(dtype), (value * s).astype(dtype), jnp.sum(d * value, axis=1))
+
+
+def _schedule(groups: Groups) -> tuple[Array, ...]:
+    return groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
 
 
 def plain_input_grad(rows: Float[Array, "R N"], weights: Float[Array, "E N K"], groups: Groups) -> Float[Array, "R K"]:
