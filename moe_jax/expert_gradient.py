@@ -74,7 +74,12 @@ def with_gradient(
         return x, experts, None, weights
 
     run.defvjp(forward, backward)
-    return run
+
+    def call(x, experts, groups, weights):
+        # What is given to `run` is computed even if nobody reads it. The sizes of groups follow from those of tiles.
+        return run(x, experts, dataclasses.replace(groups, group_sizes=None, total_rows=groups.num_rows), weights)
+
+    return call
 
 
 def _gradient(
@@ -91,7 +96,9 @@ def _gradient(
     # Slots of a token share a row only where tiles take all tokens.
     once = groups.positions if groups.tile_tokens is None else _first_slots(groups.positions)
     # That an up-projection may fetch its rows by token is of no use here.
-    groups = dataclasses.replace(groups, tile_tokens=None, row_tokens=None)
+    groups = dataclasses.replace(
+        groups, group_sizes=_group_sizes(groups, experts.num_local_experts), tile_tokens=None, row_tokens=None
+    )
     rows = gather(g, groups, **options)
     of_rows = activation_input_grad(rows, experts.w2, groups, h, _of_rows(weights, groups), config.act, **options)
     d_rows = input_grad(of_rows.pre_activation, experts.w13, groups, **options)
@@ -127,6 +134,12 @@ def _of_rows(weights: Float[Array, "T k"] | None, groups: Groups) -> Float[Array
     positions, num_rows = groups.positions.reshape(-1), groups.num_rows
     of_slots = jnp.ones(positions.shape) if weights is None else weights.astype(jnp.float32).reshape(-1)
     return jnp.zeros(num_rows).at[jnp.where(positions < 0, num_rows, positions)].add(of_slots, mode="drop")
+
+
+def _group_sizes(groups: Groups, experts: int) -> Int[Array, " E"]:
+    return jnp.sum(
+        jax.nn.one_hot(groups.tile_group, experts, dtype=jnp.int32, axis=0) * groups.tile_sizes[None], axis=1
+    )
 
 
 def _first_slots(positions: Int[Array, "T k"]) -> Int[Array, "T k"]:

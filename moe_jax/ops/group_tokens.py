@@ -69,8 +69,9 @@ class Groups:
     @property
     def num_rows(self) -> int:
         """R."""
-        padded = padded_rows(self.positions.size, self.group_sizes.shape[0], self.row_multiple)
-        return padded if self.total_rows is None else self.total_rows
+        if self.total_rows is not None:
+            return self.total_rows
+        return padded_rows(self.positions.size, self.group_sizes.shape[0], self.row_multiple)
 
 
 def padded_rows(num_pairs: int, num_local_experts: int, row_multiple: int) -> int:
