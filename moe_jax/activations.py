@@ -72,8 +72,50 @@ def _relu2(x: Array, divide: Divide = jnp.divide) -> Array:
 _POINTWISE = {"silu": _silu, "gelu": _gelu, "gelu_tanh": _gelu_tanh, "relu2": _relu2}
 
 
+def _silu_slope(x: Array, divide: Divide = jnp.divide, scale: float = 1.0) -> tuple[Array, Array]:
+    sigmoid = divide(jnp.ones_like(x), _sigmoid_denominator(x, scale))
+    value = x * sigmoid
+    return value, sigmoid + scale * value * (1.0 - sigmoid)
+
+
+def _gelu_slope(x: Array, divide: Divide = jnp.divide) -> tuple[Array, Array]:
+    del divide
+    below = 0.5 * (1.0 + lax.erf(x * math.sqrt(0.5)))
+    return x * below, below + x * (jnp.exp(-0.5 * x * x) * math.sqrt(0.5 / math.pi))
+
+
+def _gelu_tanh_slope(x: Array, divide: Divide = jnp.divide) -> tuple[Array, Array]:
+    del divide
+    inner, cube = math.sqrt(2.0 / math.pi), 0.044715
+    t = jnp.tanh(inner * (x + cube * x * x * x))
+    half = 0.5 * (1.0 + t)
+    return x * half, half + x * half * (1.0 - t) * inner * (1.0 + 3.0 * cube * x * x)
+
+
+def _relu2_slope(x: Array, divide: Divide = jnp.divide) -> tuple[Array, Array]:
+    del divide
+    r = jnp.maximum(x, 0.0)
+    return r * r, 2.0 * r
+
+
+# The value and the slope.
+_SLOPES = {"silu": _silu_slope, "gelu": _gelu_slope, "gelu_tanh": _gelu_tanh_slope, "relu2": _relu2_slope}
+
+
 def _clamp(x: Array, limit: float | None) -> Array:
     return x if limit is None else jnp.minimum(jnp.maximum(x, -limit), limit)
+
+
+def _where_below(x: Array, limit: float | None, slope: Array) -> Array:
+    """The slope of a function of ``minimum(x, limit)``: half of it where both are equal, as in JAX."""
+    if limit is None:
+        return slope
+    return jnp.where(x < limit, slope, jnp.where(x > limit, 0.0, 0.5) * slope)
+
+
+def _where_within(x: Array, limit: float | None, slope: Array) -> Array:
+    """The slope of a function of ``_clamp(x, limit)``."""
+    return slope if limit is None else _where_below(-x, limit, _where_below(x, limit, slope))
 
 
 def canonical_name(name: str) -> str:
@@ -162,6 +204,51 @@ class Activation:
         if self.is_gated:
             raise ValueError(f"activation {self.name!r} is gated; use apply_gated(gate, up)")
         return _POINTWISE[self.name.removesuffix("_no_mul")](x, divide)
+
+    def slopes_gated(
+        self, gate: Float[Array, "*B"], up: Float[Array, "*B"], divide: Divide = jnp.divide
+    ) -> tuple[Float[Array, "*B"], Float[Array, "*B"], Float[Array, "*B"]]:
+        """`apply_gated`, and its derivatives with respect to gate and up.
+
+        Raises:
+            ValueError: the activation is un-gated.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> [float(x) for x in get_activation("relu2").slopes_gated(jnp.float32(2.0), jnp.float32(10.0))]
+            [40.0, 40.0, 4.0]
+        """
+        if not self.is_gated:
+            raise ValueError(f"activation {self.name!r} has no gate; use slope(x)")
+        limit = self.limit
+        if self.name in ("silu", "swigluoai"):
+            cut = gate if limit is None else jnp.minimum(gate, limit)
+            value, slope = _silu_slope(cut, divide, 1.0 if self.alpha is None else self.alpha)
+            factor = _clamp(up, limit) if self.beta is None else _clamp(up, limit) + self.beta
+            return value * factor, _where_below(gate, limit, slope * factor), _where_within(up, limit, value)
+        if self.name == "swiglustep":
+            value, slope = _silu_slope(gate, divide)
+            cut, factor = value if limit is None else jnp.minimum(value, limit), _clamp(up, limit)
+            return cut * factor, _where_below(value, limit, slope * factor), _where_within(up, limit, cut)
+        value, slope = _SLOPES[self.name](gate, divide)
+        return value * up, slope * up, value
+
+    def slope(
+        self, x: Float[Array, "*B"], divide: Divide = jnp.divide
+    ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+        """`apply`, and its derivative.
+
+        Raises:
+            ValueError: the activation is gated.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> [float(x) for x in get_activation("relu2_no_mul").slope(jnp.float32(2.0))]
+            [4.0, 4.0]
+        """
+        if self.is_gated:
+            raise ValueError(f"activation {self.name!r} is gated; use slopes_gated(gate, up)")
+        return _SLOPES[self.name.removesuffix("_no_mul")](x, divide)
 
     def __call__(self, h: Float[Array, "*B N"]) -> Float[Array, "*B I"]:
         """Applies to whole rows of the up-projection, in float32, and returns the dtype of ``h``.

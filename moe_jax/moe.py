@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import checks
 from moe_jax.config import MoEConfig
+from moe_jax.expert_gradient import with_gradient
 from moe_jax.experts import expert_mlp, gather_rows, row_multiple
 from moe_jax.ops.combine import combine
 from moe_jax.ops.group_tokens import Groups, group_tokens
@@ -152,8 +153,14 @@ def _run_experts(
         x = combine(x, jnp.arange(x.shape[0], dtype=jnp.int32)[:, None], weights, implementation=implementation)
         weights = None
     plan = plan if plan is None else plan.for_tile_rows(groups.tile_rows)
-    rows = gather_rows(x, experts, groups, config, implementation=implementation)
-    return expert_mlp(rows, experts, groups, weights, config, plan=plan, implementation=implementation)
+
+    def layer(x: Array, experts: ExpertWeights, groups: Groups, weights: Array | None) -> Array:
+        rows = gather_rows(x, experts, groups, config, implementation=implementation)
+        return expert_mlp(rows, experts, groups, weights, config, plan=plan, implementation=implementation)
+
+    if config.quantization is None:
+        layer = with_gradient(layer, config, implementation=implementation)
+    return layer(x, experts, groups, weights)
 
 
 def shared_expert(x: Float[Array, "T H"], shared: SharedExpertWeights, config: MoEConfig) -> Float[Array, "T H"]:

@@ -180,3 +180,43 @@ def test_parameters_that_do_not_belong_are_refused():
         get_activation("silu", limit=0.0)
     with pytest.raises(ValueError, match="swiglu_limit=nan"):
         get_activation("silu", limit=math.nan)
+
+
+LIMITED = [
+    ("silu", {}),
+    ("silu", {"limit": 2.0, "alpha": 1.5, "beta": 0.5}),
+    ("swigluoai", {}),
+    ("swiglustep", {"limit": 2.0}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), LIMITED + [(name, {}) for name in GATED if "gelu" in name or "relu" in name]
+)
+def test_slopes_of_gate_and_up(name, parameters):
+    """Those that JAX finds, where the clamps meet their limits too."""
+    act = get_activation(name, **parameters)
+    special = np.array([0.0, -2.0, 2.0, 7.0, -7.0, 60.0, -60.0, 1e-3], np.float32)
+    gate, up = (jnp.asarray(np.concatenate([rows(seed, (500,)), special])) for seed in (1, 2))
+    up = up.at[-8:].set(up[-8:][::-1])
+    value, *slopes = act.slopes_gated(gate, up)
+    check_close(value, act.apply_gated(gate, up), 1e-6)
+    expected = jax.vmap(jax.grad(act.apply_gated, argnums=(0, 1)))(gate, up)
+    for mine, right in zip(slopes, expected, strict=True):
+        assert_discriminates(lambda out, right=right: check_close(out, right, 1e-6), mine)
+
+
+@pytest.mark.parametrize("name", UNGATED)
+def test_slope(name):
+    act, x = get_activation(name), jnp.asarray(np.concatenate([rows(3, (500,)), [0.0, 60.0, -60.0]]), jnp.float32)
+    value, slope = act.slope(x)
+    check_close(value, act.apply(x), 1e-6)
+    expected = jax.vmap(jax.grad(act.apply))(x)
+    assert_discriminates(lambda out: check_close(out, expected, 1e-6), slope)
+
+
+def test_slopes_are_of_the_right_kind():
+    with pytest.raises(ValueError, match="is gated; use slopes_gated"):
+        get_activation("silu").slope(jnp.float32(1.0))
+    with pytest.raises(ValueError, match="has no gate; use slope"):
+        get_activation("silu_no_mul").slopes_gated(jnp.float32(1.0), jnp.float32(1.0))

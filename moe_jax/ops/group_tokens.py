@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ class Groups:
     multiple of 8 rows: no tile is left with a few rows for which all weights would be read again. Rows of a group keep token
     order.
 
+    Its arrays are also `Any`, because JAX puts other things in their places.
+
     Attributes:
         positions: int32 ``[T, k]``, the row of each pair; -1 for a pair without a local expert.
         tile_group: int32 ``[tiles]``, the local expert of each tile; -1 for the tiles after the last.
@@ -40,15 +43,15 @@ class Groups:
             then fetches its rows from the hidden states itself.
     """
 
-    positions: Int[Array, "T k"]
-    tile_group: Int[Array, " tiles"]
-    tile_starts: Int[Array, " tiles"]
-    tile_sizes: Int[Array, " tiles"]
-    group_sizes: Int[Array, " E_local"]
-    num_tiles: Int[Array, "1"]
+    positions: Int[Array, "T k"] | Any
+    tile_group: Int[Array, " tiles"] | Any
+    tile_starts: Int[Array, " tiles"] | Any
+    tile_sizes: Int[Array, " tiles"] | Any
+    group_sizes: Int[Array, " E_local"] | Any
+    num_tiles: Int[Array, "1"] | Any
     tile_rows: int = field(metadata={"static": True})
-    tile_tokens: Int[Array, " tiles"] | None = None
-    row_tokens: Int[Array, " padded_rows"] | None = None
+    tile_tokens: Int[Array, " tiles"] | Any | None = None
+    row_tokens: Int[Array, " padded_rows"] | Any | None = None
     row_multiple: int = field(default=1, metadata={"static": True})
     total_rows: int | None = field(default=None, metadata={"static": True})
 
@@ -66,8 +69,9 @@ class Groups:
     @property
     def num_rows(self) -> int:
         """R."""
-        padded = padded_rows(self.positions.size, self.group_sizes.shape[0], self.row_multiple)
-        return padded if self.total_rows is None else self.total_rows
+        if self.total_rows is not None:
+            return self.total_rows
+        return padded_rows(self.positions.size, self.group_sizes.shape[0], self.row_multiple)
 
 
 def padded_rows(num_pairs: int, num_local_experts: int, row_multiple: int) -> int:

@@ -37,6 +37,39 @@ def supports(weights: PreparedArray, rows: Any) -> str | None:
     return None
 
 
+class Blocks:
+    """How a stage of the ring holds prepared weights: as `weight_tiles.KMajor` does others, in whole blocks.
+
+    Args:
+        weights: ``[E, N, K]``.
+        config: how the work is tiled.
+        gated: the activation takes gate and up.
+    """
+
+    def __init__(self, weights: PreparedArray, config: Config, gated: bool):
+        self._gated, self._halves, self._consumers = gated, config.halves, config.consumers
+        self._blocks = weights.values.shape[1] // weights.halves
+        self._deep = config.tile_k // SIDE
+        self.copies = config.consumers * config.halves
+        self.scratch = plgpu.SMEM((config.stages, self.copies, self._deep, *weights.layout.shape), jnp.int32)
+
+    def fetch(self, source: Any, target: Any, expert: Any, n: Any, step: Any, slot: Any, full: Any) -> None:
+        """Asks for the blocks of a step of tile column `n`: of each consumer gate and up, or neighbours."""
+        for unit in range(self.copies):
+            if self._gated:
+                wg, half = divmod(unit, self._halves)
+                row = half * self._blocks + n * self._consumers + wg
+            else:
+                row = n * self.copies + unit
+            part = source.at[expert, row, pl.ds(step * self._deep, self._deep)]
+            plgpu.copy_gmem_to_smem(part, target.at[slot, unit], full.at[slot])
+
+    def block(self, ref: Any, slot: Any, wg: Any, half: int, column: int, columns: int) -> Any:
+        """The one of a stage from `column` of its K on."""
+        assert columns == SIDE, columns
+        return ref.at[slot, wg * self._halves + half, column // SIDE]
+
+
 class FourBits:
     """Prepared weights of a grouped matmul.
 
@@ -56,12 +89,7 @@ class FourBits:
             )
         self._layout, self._gated, self._halves, self._interpret = weights.layout, gated, config.halves, interpret
         self._dtype, self._factors = jnp.dtype(weights.row_dtype), weights.halves
-        self._blocks = weights.values.shape[1] // weights.halves
-        self._units, self._consumers = config.consumers * config.halves, config.consumers
-        self._deep = config.tile_k // SIDE
-        shape = (config.stages, self._units, self._deep, *self._layout.shape)
-        self.stage = plgpu.SMEM(shape, jnp.int32)
-        decoded_blocks = (self._consumers, 2, SIDE, SIDE)
+        decoded_blocks = (config.consumers, 2, SIDE, SIDE)
         self.scratch = [plgpu.SMEM(decoded_blocks, self._dtype)] if interpret else []
 
     def references(self, factors: Any, refs: list[Any]) -> tuple[Any, ...]:
@@ -70,31 +98,6 @@ class FourBits:
 
     def fetch(self, refs: Any, wg: Any, expert: Any, col: Any) -> None:
         """Nothing: scales come with codes."""
-
-    @property
-    def copies(self) -> int:
-        """Copies that fill a stage."""
-        return self._units
-
-    def load(self, blocks: Any, target: Any, expert: Any, n: Any, step: Any, full: Any) -> None:
-        """Asks for the blocks of a stage: of each consumer gate and up, or neighbours.
-
-        Args:
-            blocks: in GPU memory.
-            target: the stage.
-            expert: of the tile.
-            n: the tile, of columns.
-            step: of K.
-            full: the stage's barrier.
-        """
-        for unit in range(self._units):
-            if self._gated:
-                wg, half = divmod(unit, self._halves)
-                row = half * self._blocks + n * self._consumers + wg
-            else:
-                row = n * self._units + unit
-            source = blocks.at[expert, row, pl.ds(step * self._deep, self._deep)]
-            plgpu.copy_gmem_to_smem(source, target.at[unit], full)
 
     def words(self, block: Any) -> tuple[Any, ...]:
         """What each thread loads of a block, for `decode`: asked for ahead, it has come when it is decoded."""

@@ -61,6 +61,7 @@ Learned on an H200 (benchmarks/results/2026-11-22-h200-matmul-variants.txt; qwen
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -75,9 +76,10 @@ from moe_jax.activations import Activation
 from moe_jax.kernels.hopper import codes, four_bits, rows_by_token, tiles, views
 from moe_jax.kernels.hopper.epilogue import Epilogue
 from moe_jax.kernels.hopper.matmul_config import MOST_ROWS, WGMMA_ROWS, Config
+from moe_jax.kernels.hopper.weight_tiles import KMajor, MMajor
 from moe_jax.quantization.prepared import PreparedArray
 
-_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
 def supports(
@@ -93,7 +95,7 @@ def supports(
     k = weights.shape[2]
     out = weights.shape[1] // (2 if activation is not None and activation.is_gated else 1)
     prepared = isinstance(weights, PreparedArray)
-    if rows.dtype not in _DTYPES or (weights.dtype != rows.dtype and weight_scales is None and not prepared):
+    if rows.dtype not in DTYPES or (weights.dtype != rows.dtype and weight_scales is None and not prepared):
         return f"rows {rows.dtype} and weights {weights.dtype} must both be bfloat16 or both float16"
     if weight_scales is not None:
         reason = codes.supports(weights, weight_scales, out)
@@ -116,7 +118,7 @@ def supports(
             f"rows fetched by their tokens: the contracted size={k} must be a multiple of {rows_by_token.PIECE} and "
             f"tile_rows={tile_rows} of {rows_by_token.ROWS}; gather them first (Config.gather False)"
         )
-    if bias is not None and bias.dtype not in (*_DTYPES, jnp.dtype(jnp.float32)):
+    if bias is not None and bias.dtype not in (*DTYPES, jnp.dtype(jnp.float32)):
         return f"bias {bias.dtype} must be bfloat16, float16 or float32"
     if 0 in rows.shape or 0 in weights.shape:
         return f"an empty operand (rows {rows.shape}, weights {weights.shape}) needs no kernel"
@@ -125,7 +127,7 @@ def supports(
 
 def grouped_matmul(
     rows: Float[Array, "rows K"],
-    weights: Shaped[Array, "E N K"] | PreparedArray,
+    weights: Shaped[Array, "E N K"] | Shaped[Array, "E K N"] | PreparedArray,
     tile_group: Int[Array, "tiles"],
     tile_starts: Int[Array, "tiles"],
     tile_sizes: Int[Array, "tiles"],
@@ -137,6 +139,7 @@ def grouped_matmul(
     tile_tokens: Int[Array, "tiles"] | None = None,
     row_tokens: Int[Array, "padded_rows"] | None = None,
     weight_scales: Float[Array, "E ..."] | None = None,
+    transposed: bool = False,
     total_rows: int | None = None,
     interpret: Any = None,
     multiprocessors: int | None = None,
@@ -156,12 +159,13 @@ def grouped_matmul(
         tile_tokens: the tokens that have a row in each tile, a bit each.
         row_tokens: the token of each row, and a tile more; rows are then fetched from those of all tokens.
         weight_scales: float32, where weights are codes of a byte: see `codes`.
+        transposed: weights are ``[E, K, N]``, and read as they lie: `input_grad`. Neither codes nor narrow tiles.
         total_rows: R, with `tile_tokens` or `row_tokens`.
         interpret: for the interpreter.
         multiprocessors: of the device, by default.
     """
     k = rows.shape[1]
-    n_weights = weights.shape[1]
+    n_weights = weights.shape[2 if transposed else 1]
     shared = tile_tokens is not None
     gated = activation is not None and activation.is_gated
     n_out = n_weights // 2 if gated else n_weights
@@ -169,7 +173,7 @@ def grouped_matmul(
     tile_rows, tk, stages = config.tile_rows, config.tile_k, config.stages
     gathered = row_tokens is not None
     total_rows = total_rows if shared or gathered else rows.shape[0]
-    consumers, halves, depth, block_cols = config.consumers, config.halves, config.depth, config.columns
+    consumers, halves, block_cols = config.consumers, config.halves, config.columns
     wg_cols = block_cols if gated else halves * block_cols  # columns of the output that one consumer makes
     tile_cols = consumers * wg_cols
     n_tiles = pl.cdiv(n_out, tile_cols)
@@ -177,36 +181,26 @@ def grouped_matmul(
     cluster = config.cluster
     workers = (multiprocessors or _compat.num_multiprocessors()) // cluster
     n_steps = pl.cdiv(n_tiles, cluster)  # past the last columns TMA reads zeros and stores nothing
-    swizzled = tiles.swizzle_bytes(k, dtype) // dtype.itemsize
+    swizzled_axis = math.gcd(k, n_weights) if transposed else k  # both operands of wgmma have one swizzle
+    transforms = tiles.transforms(swizzled_axis, dtype)
+    swizzled = tiles.swizzle_bytes(swizzled_axis, dtype) // dtype.itemsize
     operand = views.Operand(stages, tile_rows, tk, swizzled, dtype, interpret is not None or gathered)
     coded = None
     four_bit = isinstance(weights, PreparedArray)
     if four_bit:
-        coded = four_bits.FourBits(weights, config, gated, interpret=interpret is not None)
-        weights, weight_scales = weights.values, weights.scales
+        prepared, weights, weight_scales = weights, weights.values, weights.scales
+        coded = four_bits.FourBits(prepared, config, gated, interpret=interpret is not None)
     elif weight_scales is not None:
-        of_codes = weights, weight_scales, config, n_out, gated, dtype
-        coded = codes.Codes(*of_codes, interpret=interpret is not None)
+        to_decode = weights, weight_scales, config, n_out, gated, dtype
+        coded = codes.Codes(*to_decode, interpret=interpret is not None)
     bias_dtype = None if bias is None else bias.dtype
     epilogue = Epilogue(config, n_out, dtype, activation, bias_dtype, marked=shared, interpret=interpret is not None)
-    # A stage holds the weights of one consumer after the other, of each the pieces of K, of each gate then up, or a block of
-    # columns then the next.
-    pieces = [  # (row of the stage, row of the expert's matrix, first column of K)
-        (
-            ((wg * depth + piece) * halves + half) * block_cols,
-            half * n_out + wg * wg_cols if gated else (wg * halves + half) * block_cols,
-            piece * (tk // depth),
-        )
-        for wg in range(consumers)
-        for piece in range(depth)
-        for half in range(halves)
-    ]
-    rows_a_copy = block_cols
-    if not gated and depth == 1:  # neighbours: one copy for as many as TMA takes
-        rows_a_copy = min(256, tile_cols)
-        pieces = [(start, start, 0) for start in range(0, tile_cols, rows_a_copy)]
-
-    copies = coded.copies if four_bit else len(pieces)
+    if four_bit:
+        of_weights = four_bits.Blocks(prepared, config, gated)
+    elif transposed:
+        of_weights = MMajor(config, dtype, transforms)
+    else:
+        of_weights = KMajor(config, n_out, gated, weights.dtype, coded.transforms if coded else transforms)
 
     def body(rows_g, weights_g, group_g, starts_g, sizes_g, count_g, *refs):
         refs = list(refs)
@@ -245,18 +239,18 @@ def grouped_matmul(
                     plgpu.barrier_wait(full.at[slot])
                     if four_bit:
                         places = [(piece, half) for piece in range(operand.pieces) for half in range(halves)]
-                        words = [coded.words(weights_s.at[slot, wg * halves + half, piece]) for piece, half in places]
+                        blocks = [
+                            of_weights.block(weights_s, slot, wg, half, p * swizzled, swizzled) for p, half in places
+                        ]
+                        words = [coded.words(block) for block in blocks]
                     for piece in range(operand.pieces):
                         b = operand.eights(rows_s).at[slot, piece, pl.ds(0, count)]
-                        side, at = divmod(piece * swizzled, tk // depth)
                         for half, acc in enumerate(accs):
+                            a = of_weights.block(weights_s, slot, wg, half, piece * swizzled, swizzled)
                             if four_bit:
                                 turn = piece * halves + half
                                 a = coded.decode(words[turn], of_codes, wg, turn)
-                            else:
-                                weight_rows = pl.ds(((wg * depth + side) * halves + half) * block_cols, WGMMA_ROWS)
-                                a = weights_s.at[slot, weight_rows, pl.ds(at, swizzled)]
-                            if coded and not four_bit:
+                            elif coded:
                                 k_at = step * tk + piece * swizzled
                                 a = coded.decode(a, of_codes, wg, group_g[m], col, half, k_at)
                             plgpu.wgmma(acc, a, b.T)
@@ -301,12 +295,7 @@ def grouped_matmul(
 
                     pl.when(turn >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
 
-                    if four_bit:
-                        coded.load(weights_g, weights_s.at[slot], expert, n, step, full.at[slot])
-                    for at, row, column in pieces if not four_bit else ():
-                        ks = pl.ds(step * tk + column, tk // depth)
-                        source = weights_g.at[expert, pl.ds(n * tile_cols + row, rows_a_copy), ks]
-                        plgpu.copy_gmem_to_smem(source, weights_s.at[slot, pl.ds(at, rows_a_copy)], full.at[slot])
+                    of_weights.fetch(weights_g, weights_s, expert, n, step, slot, full)
 
                     if gathered:
                         tile = [operand.eights(rows_s).at[slot, piece] for piece in range(operand.pieces)]
@@ -348,7 +337,7 @@ def grouped_matmul(
             else:
                 plgpu.warp_map(lambda warp: pl.when(warp == 0)(produce))
 
-    body.__name__ = f"grouped_matmul_{'up' if activation is not None else 'down'}"
+    body.__name__ = "input_grad" if transposed else f"grouped_matmul_{'up' if activation is not None else 'down'}"
     operands = [rows, weights, tile_group, tile_starts, tile_sizes, num_tiles]
     operands += [tile_tokens] if shared else []
     operands += [row_tokens] if gathered else []
@@ -356,14 +345,8 @@ def grouped_matmul(
     operands += [bias] if bias is not None else []
     scratch = [
         operand.scratch,
-        coded.stage
-        if four_bit
-        else plgpu.SMEM(
-            (stages, config.stage_rows, tk // depth),
-            weights.dtype,
-            transforms=coded.transforms if coded else tiles.transforms(k, dtype),
-        ),
-        plgpu.Barrier(num_arrivals=(1 if gathered else operand.pieces) + copies, num_barriers=stages),
+        of_weights.scratch,
+        plgpu.Barrier(num_arrivals=(1 if gathered else operand.pieces) + of_weights.copies, num_barriers=stages),
         plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
         if cluster == 1
         else plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=consumers, num_barriers=stages),

@@ -1,0 +1,74 @@
+"""The gradient of a grouped matmul's input on Hopper: cotangents of the rows of a group times the weights of its expert.
+
+It is the grouped matmul of `matmul_bf16` with another operand: the weights ``[E, N, K]`` are contracted over N, their rows, and
+wgmma reads them transposed from shared memory (`weight_tiles.MMajor`). Schedule, row counts, ring and ragged stores are the same,
+and so is what holds of them: any number of rows a group, no work for experts without rows, sums over N in order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Array, Float, Int
+
+from moe_jax.kernels.hopper import matmul_bf16, tiles
+from moe_jax.kernels.hopper.matmul_config import MOST_ROWS, Config, default_config
+
+
+def supports(rows: Any, weights: Any, tile_rows: int) -> str | None:
+    """Why this kernel cannot run the problem; None if it can. Shapes as in `input_grad`."""
+    _, n, k = weights.shape
+    if rows.dtype not in matmul_bf16.DTYPES or weights.dtype != rows.dtype:
+        return f"rows {rows.dtype} and weights {weights.dtype} must both be bfloat16 or both float16"
+    for name, size in (("the contracted size", n), ("the output size", k)):
+        if tiles.swizzle_bytes(size, rows.dtype) is None:
+            return (
+                f"{name}={size} must be a multiple of 16 (TMA and wgmma rows of 32 bytes); pad the weights, "
+                "or use implementation='xla'"
+            )
+    if tile_rows % 8 or not 8 <= tile_rows <= MOST_ROWS:
+        return f"tile_rows={tile_rows} must be a multiple of 8 and at most {MOST_ROWS}"
+    if 0 in rows.shape or 0 in weights.shape:
+        return f"an empty operand (rows {rows.shape}, weights {weights.shape}) needs no kernel"
+    return None
+
+
+def config_for(tile_rows: int) -> Config:
+    """The tiles for groups that were cut into tiles of so many rows: those of a projection with many experts.
+
+    Example:
+        >>> config_for(160).row_counts[-1], config_for(8).columns
+        (160, 64)
+    """
+    many = 1 << 20  # tiles enough for all multiprocessors: columns stay whole
+    return default_config(tile_rows, False, many, many)
+
+
+def input_grad(
+    rows: Float[Array, "R N"],
+    weights: Float[Array, "E N K"],
+    tile_group: Int[Array, "tiles"],
+    tile_starts: Int[Array, "tiles"],
+    tile_sizes: Int[Array, "tiles"],
+    num_tiles: Int[Array, "1"],
+    *,
+    config: Config,
+    interpret: Any = None,
+    multiprocessors: int | None = None,
+) -> Float[Array, "R K"]:
+    """``rows @ weights[group]`` for the rows of the tiles; the others are undefined.
+
+    Args:
+        rows: of all groups.
+        weights: of the experts.
+        tile_group: the expert of each tile.
+        tile_starts: its first row.
+        tile_sizes: its rows.
+        num_tiles: tiles that hold rows.
+        config: how the work is tiled.
+        interpret: for the interpreter.
+        multiprocessors: of the device, by default.
+    """
+    schedule = tile_group, tile_starts, tile_sizes, num_tiles
+    more = {"config": config, "interpret": interpret, "multiprocessors": multiprocessors}
+    return matmul_bf16.grouped_matmul(rows, weights, *schedule, None, None, transposed=True, **more)
