@@ -159,7 +159,7 @@ def test_four_bits_have_the_bits_of_their_16(name, dtype, rows_each):
     prepared = prepare(weights, dtype)
     tile_rows = next(size for size in (8, 64, 128, 160) if size >= min(rows_each, 160))
     ids = jnp.repeat(jnp.arange(experts, dtype=jnp.int32), rows_each)[:, None]
-    groups = group_tokens(ids, experts, tile_rows)
+    groups = group_tokens(ids, num_experts=experts, tile_rows=tile_rows)
     x = jax.random.normal(jax.random.key(2), (groups.num_rows, k), dtype)
     run = jax.jit(functools.partial(grouped_matmul, implementation="mosaic"))
     found, right = run(x, prepared, groups), run(x, prepared.dequantize(dtype), groups)
