@@ -187,13 +187,20 @@ def _quantized(rule, changes: dict[str, int], activation, k: int, n: int, quanti
 
     from moe_jax.kernels.hopper import matmul_bf16, matmul_fp8, matmul_rows_first
     from moe_jax.kernels.hopper.gather_quantize import scales_shape
-    from moe_jax.kernels.hopper.matmul_config import eight_bit, few_counts
-    from moe_jax.quantization import quant_format, quantize
+    from moe_jax.kernels.hopper.matmul_config import eight_bit, few_counts, four_bit
+    from moe_jax.quantization import prepare, quant_format, quantize
 
     form = quant_format(quantization)
     weights = jax.eval_shape(
         lambda w: quantize(w, form.weights, halves=2 if activation else 1), _like(EXPERTS, n, k, dtype="bfloat16")
     )
+    if weights.spec.codes_per_value == 2:
+        config = dataclasses.replace(four_bit(rule), **changes)
+
+        def decode_four_bits(rows, weights, *schedule):
+            return matmul_bf16.grouped_matmul(rows, weights, *schedule, None, activation, config=config)
+
+        return config, decode_four_bits, [_like(ROWS, k, dtype="bfloat16"), jax.eval_shape(prepare, weights)]
     scales = weights.scales.shape if weights.scales.ndim > 1 else (EXPERTS, 1)
     operands = [weights.values, _like(*scales, dtype="float32")]
     if form.is_weight_only:

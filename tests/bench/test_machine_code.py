@@ -35,7 +35,7 @@ def test_the_innermost_loops_are_counted(machine_code):
     assert machine_code.loops(SASS.replace("HGMMA", "FFMA")) == []
 
 
-@pytest.mark.parametrize(("name", "tile_rows"), [("fp8_channel", 144), ("fp8_weight_block", 64)])
+@pytest.mark.parametrize(("name", "tile_rows"), [("fp8_channel", 144), ("fp8_weight_block", 64), ("nvfp4", 8)])
 def test_the_kernel_of_a_number_format(machine_code, name, tile_rows):
     module, config = machine_code.kernel_of("up", tile_rows, 256, 256, {"stages": 2}, name)
     assert isinstance(module, bytes) and (config.tile_rows, config.stages) == (tile_rows, 2)

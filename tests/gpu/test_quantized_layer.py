@@ -19,7 +19,7 @@ from moe_jax.experts import row_multiple
 from moe_jax.ops.group_tokens import group_tokens
 from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.ops.quantize_rows import quantize_rows, quantize_tokens
-from moe_jax.quantization import reference
+from moe_jax.quantization import prepare, prepare_experts, quant_format, quantize, reference
 from moe_jax.routing import route
 from moe_jax.tuning.plan import LayerPlan, LayerShape, default_plan
 from tests.gpu.test_layer import inputs, make_weights, poison_memory, rows, same_bits
@@ -41,6 +41,9 @@ FORMATS = (
     "fp8_weight_block",
     "int8_weight",
     "int4_group128",
+    "int4_group32_zp",
+    "nvfp4",
+    "mxfp4",
 )
 SHAPES = {"qwen3": (32, 4, 2048, 768), "gpt-oss": (16, 4, 2880, 2880)}
 
@@ -49,7 +52,7 @@ SHAPES = {"qwen3": (32, 4, 2048, 768), "gpt-oss": (16, 4, 2880, 2880)}
 def layer_of(shape, name):
     """Config, quantized weights, the layer and its oracle."""
     config = MoEConfig(*SHAPES[shape], has_bias=shape == "gpt-oss", quantization=name)
-    experts = jax.block_until_ready(quantize_experts(make_weights(config, jax.random.key(0)), name))
+    experts = jax.block_until_ready(prepare_experts(quantize_experts(make_weights(config, jax.random.key(0)), name)))
 
     def oracle(x, experts, logits, expert_map=None):
         topk = route(logits, config)
@@ -58,7 +61,6 @@ def layer_of(shape, name):
     return config, experts, jax.jit(functools.partial(moe, config=config)), jax.jit(oracle)
 
 
-@pytest.mark.filterwarnings("ignore:decode runs its plain-JAX form")  # int4
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_format(shape, name):
@@ -135,3 +137,31 @@ def test_ranks_of_a_split(name):
         total = total + part
     # A scale that a rank's rows share is not that of all rows: codes differ, by as much as the format's own error.
     check_close(total, oracle(x, experts, logits), 7e-2 if name == "fp8_tensor" else 3e-2)
+
+
+@pytest.mark.parametrize("rows_each", [1, 7, 40, 100, 300])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("nvfp4", "bfloat16"),
+        ("mxfp4", "bfloat16"),
+        ("nvfp4", "float16"),
+        ("int4_group128", "bfloat16"),
+        ("int4_group32_zp", "float16"),
+    ],
+)
+def test_four_bits_have_the_bits_of_their_16(name, dtype, rows_each):
+    """Products of decoded codes are those of the kernel for 16 bits, where a matrix is scaled by a power of two."""
+    experts, n, k = 8, 1536, 2880
+    weights = quantize(jax.random.normal(jax.random.key(1), (experts, n, k)) * 0.02, quant_format(name).weights)
+    if weights.global_scale is not None:
+        weights = dataclasses.replace(weights, global_scale=jnp.full_like(weights.global_scale, 2.0**-12))
+    prepared = prepare(weights, dtype)
+    tile_rows = next(size for size in (8, 64, 128, 160) if size >= min(rows_each, 160))
+    ids = jnp.repeat(jnp.arange(experts, dtype=jnp.int32), rows_each)[:, None]
+    groups = group_tokens(ids, num_experts=experts, tile_rows=tile_rows)
+    x = jax.random.normal(jax.random.key(2), (groups.num_rows, k), dtype)
+    run = jax.jit(functools.partial(grouped_matmul, implementation="mosaic"))
+    found, right = run(x, prepared, groups), run(x, prepared.dequantize(dtype), groups)
+    held = occupied_rows(groups)
+    assert same_bits(found[held], right[held])
