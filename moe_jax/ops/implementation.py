@@ -99,3 +99,27 @@ def with_plain_gradient(kernel: Callable[..., Any], plain: Callable[..., Any]) -
 
     run.defvjp(forward, backward)
     return run
+
+
+def without_gradient(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of arrays, part of a gradient, which has no derivative itself: asked for one it says so.
+
+    Example:
+        >>> jax.grad(without_gradient("input_grad", lambda x: x))(1.0)
+        Traceback (most recent call last):
+        NotImplementedError: input_grad is part of a gradient and has no derivative of its own: kernels are written for the ...
+    """
+
+    @jax.custom_jvp
+    def run(*args: Any) -> Any:
+        return function(*args)
+
+    @run.defjvp
+    def derivative(primals: Any, tangents: Any) -> Any:
+        del primals, tangents
+        raise NotImplementedError(
+            f"{name} is part of a gradient and has no derivative of its own: kernels are written for the first derivatives of a "
+            "layer only; use moe_jax.reference, which is plain JAX and slow, where second derivatives are needed"
+        )
+
+    return run
