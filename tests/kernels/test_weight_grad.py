@@ -69,8 +69,7 @@ def test_configurations(name):
     check_close(out.astype(np.float64), expected, 4e-4)
 
 
-@pytest.mark.parametrize("columns", [(64, 128), (80, 272)])
-@pytest.mark.parametrize("buffers", [2, 5])
+@pytest.mark.parametrize("columns, buffers", [((80, 272), 5), ((64, 128), 2)])
 def test_sums_are_added_to(columns, buffers):
     operands, expected = problem([70, 0, 3], 7, *columns)
     before = normal(2, *expected.shape)
