@@ -1,8 +1,10 @@
-"""What ptxas makes of a grouped matmul: registers, spills, and the instructions of each loop of products. Needs no GPU.
+"""What ptxas makes of a grouped matmul, or of its weights' gradient: registers, spills, and the instructions of each loop of
+products. Needs no GPU.
 
 python benchmarks/machine_code.py up --tile-rows 160 --k 2048 --n 1536
 python benchmarks/machine_code.py down --tile-rows 192 --k 768 --n 2048 --config stages=3,cluster=1
 python benchmarks/machine_code.py up --tile-rows 128 --k 2048 --n 1536 --quantization fp8_block --config quantizes=1
+python benchmarks/machine_code.py weight_grad --k 1536 --n 2048 --config stages=4,buffers=2
 
 Needs `jax[cuda13]` and nvdisasm (of a CUDA toolkit, or of the triton package). Without a driver a C compiler makes a stand-in for
 libcuda, which says that there is a Hopper GPU and launches nothing.
@@ -132,11 +134,10 @@ def kernel_of(
     projection: str, tile_rows: int, k: int, n: int, changes: dict[str, int], quantization: str | None = None
 ) -> tuple[bytes, object]:
     """The serialized grouped matmul of a projection, and its configuration."""
-    import jax
-    from jaxlib.mlir import ir
-
     from moe_jax.kernels.hopper.matmul_config import default_config
 
+    if projection == "weight_grad":
+        return _weight_grad(changes, k, n)
     activation = _activation(projection)
     rule = default_config(tile_rows, activation is not None, n // 2 if activation else n, EXPERTS)
     if quantization is None:
@@ -146,7 +147,15 @@ def kernel_of(
         config, run, operands = _quantized(rule, changes, activation, k, n, quantization)
     schedule = [_like(2 * EXPERTS + ROWS // tile_rows)] * 3 + [_like(1)]
     schedule += [_like(ROWS + tile_rows)] if config.gather else []
-    module = jax.jit(run).trace(*operands, *schedule).lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+    return _module(run, *operands, *schedule), config
+
+
+def _module(run, *operands) -> bytes:
+    """The only Mosaic kernel of a function, lowered for CUDA."""
+    import jax
+    from jaxlib.mlir import ir
+
+    module = jax.jit(run).trace(*operands).lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
     found: list[bytes] = []
 
     def visit(op):
@@ -155,7 +164,20 @@ def kernel_of(
         return ir.WalkResult.ADVANCE
 
     module.operation.walk(visit)
-    return found[0], config
+    return found[0]
+
+
+def _weight_grad(changes: dict[str, int], m: int, n: int) -> tuple[bytes, object]:
+    """The kernel of a gradient ``[E, m, n]``, and its configuration."""
+    from moe_jax.kernels.hopper import weight_grad as kernel
+
+    config = dataclasses.replace(kernel.default_config(m, n), **changes)
+
+    def run(left, right, starts, sizes):
+        return kernel.weight_grad(left, right, starts, sizes, None, out_dtype="bfloat16", config=config)
+
+    operands = [_like(ROWS, columns, dtype="bfloat16") for columns in (m, n)]
+    return _module(run, *operands, _like(EXPERTS), _like(EXPERTS)), config
 
 
 def _activation(projection: str):
@@ -227,7 +249,7 @@ def _quantized(rule, changes: dict[str, int], activation, k: int, n: int, quanti
 
 
 def main(
-    projection: Annotated[str, typer.Argument(help="up (gated) or down")],
+    projection: Annotated[str, typer.Argument(help="up (gated), down, or weight_grad [k, n]")],
     tile_rows: int = 160,
     k: int = 2048,
     n: int = 1536,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -32,6 +33,9 @@ def weight_grad(
         out_dtype: of the result; that of `left` by default.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
+    Returns:
+        ``[E, M, N]``. It has no derivative of its own.
+
     Raises:
         TypeError: something to accumulate that is not float32, or another `out_dtype` with it.
         ValueError: a kernel asked for by name that does not support the problem.
@@ -54,36 +58,43 @@ def weight_grad(
     shape = (groups.group_sizes.shape[0], left.shape[1], right.shape[1])
     if 0 in (*left.shape, *right.shape, *shape):
         return jnp.zeros(shape, dtype) if accumulate is None else accumulate
-    padded = -left.shape[0] % kernel.ALIGNED_ROWS
     chosen = impl.choose("weight_grad", implementation, kernel.supports(left, right, dtype))
-    if chosen == "xla":
-        return _plain(left, right, groups, accumulate).astype(dtype)
-    if padded:
-        left, right = (jnp.pad(rows, ((0, padded), (0, 0))) for rows in (left, right))
-    return kernel.weight_grad(
-        left,
-        right,
-        group_starts(groups),
-        groups.group_sizes,
-        accumulate,
-        out_dtype=dtype,
-        config=kernel.default_config(right.shape[1], dtype),
-        interpret=impl.interpret_params(chosen),
-    )
+
+    leaves, tree = jax.tree.flatten(groups)
+
+    def run(left, right, accumulate, *leaves):
+        groups = jax.tree.unflatten(tree, leaves)
+        if chosen == "xla":
+            return _plain(left, right, groups, accumulate).astype(dtype)
+        padded = -left.shape[0] % kernel.ALIGNED_ROWS
+        if padded:
+            left, right = (jnp.pad(rows, ((0, padded), (0, 0))) for rows in (left, right))
+        return kernel.weight_grad(
+            left,
+            right,
+            group_starts(groups),
+            groups.group_sizes,
+            accumulate,
+            out_dtype=dtype,
+            config=kernel.default_config(*shape[1:]),
+            interpret=impl.interpret_params(chosen),
+        )
+
+    return impl.without_gradient("weight_grad", run)(left, right, accumulate, *leaves)
 
 
 def group_starts(groups: Groups) -> Int[Array, " E_local"]:
-    """The first row of each local expert.
+    """The first row of each local expert; R for one without rows.
 
     Example:
         >>> from moe_jax.ops.group_tokens import group_tokens
         >>> ids = jnp.array([[0], [2], [2]], jnp.int32)
         >>> group_starts(group_tokens(ids, num_experts=3, tile_rows=2)).tolist()
-        [0, 1, 1]
+        [0, 3, 1]
     """
-    multiple = groups.row_multiple
-    taken = (groups.group_sizes + (multiple - 1)) // multiple * multiple
-    return (jnp.cumsum(taken) - taken).astype(jnp.int32)
+    # From the tiles: groups need not follow one another (`moe_jax.parallel.batched`).
+    mine = groups.tile_group[None, :] == jnp.arange(groups.group_sizes.shape[0])[:, None]
+    return jnp.min(jnp.where(mine, groups.tile_starts[None, :], groups.num_rows), axis=1, initial=groups.num_rows)
 
 
 def _plain(left: Array, right: Array, groups: Groups, accumulate: Array | None) -> Array:

@@ -39,3 +39,8 @@ def test_the_innermost_loops_are_counted(machine_code):
 def test_the_kernel_of_a_number_format(machine_code, name, tile_rows):
     module, config = machine_code.kernel_of("up", tile_rows, 256, 256, {"stages": 2}, name)
     assert isinstance(module, bytes) and (config.tile_rows, config.stages) == (tile_rows, 2)
+
+
+def test_the_kernel_of_a_weight_gradient(machine_code):
+    module, config = machine_code.kernel_of("weight_grad", 160, 256, 512, {"stages": 2})
+    assert isinstance(module, bytes) and (config.tile, config.stages) == ((128, 256), 2)

@@ -1,16 +1,21 @@
 """The gradient of grouped weights on Hopper: for each expert the product of two sets of its rows, contracted over the rows.
 
-``out[e] = left[rows of e].T @ right[rows of e]``. Both operands lie with the contracted axis, the rows, as the slow one. wgmma
-reads 16-bit operands from shared memory either way, so they are brought as they lie; nothing is transposed in memory.
+``out[e] = left[rows of e].T @ right[rows of e]``.
 
-A persistent, warp-specialised kernel. One producer warp brings 64 rows of both operands into a ring of stages with TMA; two
-consumer warpgroups have 64 columns of `left` each and share those of `right`. Tiles are walked expert by expert: those that are
-at work at one time share an expert's rows in L2. How many steps a tile takes is read on the GPU; an expert without rows takes
-none, and its gradient is zero.
+A persistent, warp-specialised kernel. One producer warp brings steps of 64 rows of both operands into a ring of stages with TMA;
+two consumer warpgroups have columns of `left` each and share those of `right`. Both operands lie with the contracted axis, the
+rows, as the slow one. wgmma reads 16-bit operands from shared memory that way too: nothing is transposed in memory.
+
+Tiles are walked expert by expert: those that are at work at one time share the rows of one or two experts, which stay in L2. How
+many steps a tile takes is read on the GPU; an expert without rows takes none, and its gradient is zero. A tile leaves through
+`Config.buffers` blocks of shared memory, and the producer fetches for the next one meanwhile. With few rows an expert a tile has
+few steps and its way out counts: with a buffer for each block the consumers wait for none.
 
 Edges. Swizzled tiles begin at a multiple of eight rows, groups anywhere. A group's steps begin at the multiple before its first
 row; in the first and the last step the consumers overwrite what is not the group's with zeros, in both operands: the rows of
 other groups, and those of no group, which may be NaN. Columns past a matrix are read as zeros and not stored.
+
+Sums of earlier gradients (`accumulate`) come by TMA through the same buffers, asked for before the first product.
 
 Every element is summed over the rows in order, in one accumulator: the same bits run after run. No atomics.
 """
@@ -29,37 +34,93 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import _compat
 from moe_jax.kernels.hopper import tiles
+from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS
 
 DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-STEP_ROWS, ALIGNED_ROWS = 64, 8  # rows of a step; where a swizzled tile may begin
-_COLUMNS, _CONSUMERS = 64, 2  # of a swizzled tile and of a consumer
-_MEMORY = 227 * 1024 - 2048  # bytes of shared memory, but for barriers
+CONSUMERS = 2
+ALIGNED_ROWS = 8  # where a swizzled tile may begin
+_LINE = 128  # bytes of a row of a staged block
+_SHARED_BYTES = 227 * 1024  # that a block of threads can have
+_OTHER_BYTES = 2048  # of those, for barriers and alignment
+MOST_COLUMNS = 256  # of a consumer's sums, in blocks of 64 rows: 128 registers a thread
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Tile of the kernel: 128 columns of `left` by `tile_n` of `right`."""
+    """Tile of the kernel: two consumers x `blocks` x 64 columns of left by `tile_n` of right.
 
-    tile_n: int = 256  # a multiple of 64, up to 256
-    stages: int = 4
-    band: int = 8  # tiles of columns of `left` that are walked together
+    Attributes:
+        blocks: of 64 columns of left that a consumer multiplies.
+        tile_n: columns of right, multiplied by both consumers.
+        stages: of the ring.
+        step_rows: rows that a stage holds.
+        band: tiles of left walked together before the next columns of right: what L2 holds at a time.
+        buffers: the most blocks of 64 rows x 128 bytes of a consumer that are on their way to memory.
+        overlap: products of a step run while the next are issued; its stage is handed back after that.
+    """
 
-    def memory(self, out_dtype: Any) -> int:
-        """Bytes of shared memory: the ring, and two blocks a consumer on their way out."""
-        ring = self.stages * STEP_ROWS * (_CONSUMERS * _COLUMNS + self.tile_n) * 2
-        return ring + _CONSUMERS * 2 * _COLUMNS * _COLUMNS * jnp.dtype(out_dtype).itemsize
+    blocks: int = 1
+    tile_n: int = 256
+    stages: int = 3
+    step_rows: int = 64
+    band: int = 8
+    buffers: int = 5
+    overlap: bool = True
+
+    @property
+    def consumer_rows(self) -> int:
+        """Rows of the output that a consumer makes."""
+        return self.blocks * WGMMA_ROWS
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of an output tile."""
+        return CONSUMERS * self.consumer_rows, self.tile_n
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of the ring and of the blocks on their way."""
+        ring = self.stages * self.step_rows * sum(self.tile) * 2
+        return ring + CONSUMERS * self.buffers * WGMMA_ROWS * _LINE
 
 
-def default_config(n: int, out_dtype: Any) -> Config:
-    """The configuration for that many columns of `right`.
+def config_misfit(config: Config) -> str | None:
+    """Why no kernel has this configuration; None if it can.
 
     Example:
-        >>> default_config(768, "bfloat16"), default_config(64, "float32").tile_n
-        (Config(tile_n=256, stages=4, band=8), 64)
+        >>> config_misfit(Config()), config_misfit(Config(blocks=2))
+        (None, 'blocks=2 x tile_n=256 must be at most 256, for the registers')
     """
-    tile_n = min(256, n)
-    stages = next(stages for stages in (4, 3) if Config(tile_n, stages).memory(out_dtype) <= _MEMORY)
-    return Config(tile_n, stages)
+    if config.tile_n % WGMMA_ROWS or not WGMMA_ROWS <= config.tile_n <= MOST_COLUMNS:
+        return f"tile_n={config.tile_n} must be 64, 128, 192 or 256"
+    if config.blocks < 1 or config.blocks * config.tile_n > MOST_COLUMNS:
+        return f"blocks={config.blocks} x tile_n={config.tile_n} must be at most {MOST_COLUMNS}, for the registers"
+    if config.step_rows % WGMMA_ROWS or not WGMMA_ROWS <= config.step_rows <= 256:
+        return f"step_rows={config.step_rows} must be 64, 128, 192 or 256"
+    if config.stages < 2 or config.buffers < 2 or config.band < 1:
+        return f"stages={config.stages} and buffers={config.buffers} must be at least 2, band={config.band} at least 1"
+    if config.shared_bytes > _SHARED_BYTES - _OTHER_BYTES:
+        return f"{config.shared_bytes} bytes of shared memory are more than {_SHARED_BYTES - _OTHER_BYTES}"
+    return None
+
+
+def default_config(m: int, n: int) -> Config:
+    """The configuration for gradients ``[E, m, n]``: the tile that computes least outside of them.
+
+    Args:
+        m: columns of left.
+        n: columns of right.
+
+    Example:
+        >>> default_config(1536, 2048).tile, default_config(256, 128).tile, default_config(2048, 960).tile
+        ((128, 256), (256, 128), (128, 192))
+    """
+
+    def area(config: Config) -> int:
+        rows, columns = config.tile
+        return pl.cdiv(m, rows) * rows * pl.cdiv(n, columns) * columns
+
+    return min(Config(1, 256), Config(2, 128), Config(1, 192), key=area)  # the first of equal ones
 
 
 def supports(left: Any, right: Any, out_dtype: Any) -> str | None:
@@ -69,18 +130,19 @@ def supports(left: Any, right: Any, out_dtype: Any) -> str | None:
     if jnp.dtype(out_dtype) not in (*DTYPES, jnp.dtype(jnp.float32)):
         return f"out_dtype={out_dtype} must be bfloat16, float16 or float32"
     for name, size in (("left", left.shape[1]), ("right", right.shape[1])):
-        if size % _COLUMNS or size == 0:
-            return f"the {size} columns of {name} must be a multiple of {_COLUMNS} (swizzled tiles); pad the weights"
-    if left.shape[0] == 0:
-        return "no rows need no kernel"
-    return None
+        if size == 0 or tiles.swizzle_bytes(size, left.dtype) is None:
+            return (
+                f"the {size} columns of {name} must be a multiple of 16 (TMA and wgmma rows of 32 bytes); pad the weights, "
+                "or use implementation='xla'"
+            )
+    return None if left.shape[0] else "no rows need no kernel"
 
 
 def weight_grad(
     left: Float[Array, "R M"],
     right: Float[Array, "R N"],
-    starts: Int[Array, " E"],
-    sizes: Int[Array, " E"],
+    starts: Int[Array, "E"],
+    sizes: Int[Array, "E"],
     accumulate: Float[Array, "E M N"] | None,
     *,
     out_dtype: Any,
@@ -88,166 +150,197 @@ def weight_grad(
     interpret: Any = None,
     multiprocessors: int | None = None,
 ) -> Float[Array, "E M N"]:
-    """``left[rows of e].T @ right[rows of e]`` for each expert, zero for one without rows.
+    """``left[rows of e].T @ right[rows of e]`` for each group e, on top of `accumulate`.
 
     Args:
-        left: of all groups; R is a multiple of 8.
-        right: the same rows.
-        starts: the first row of each expert.
-        sizes: its rows.
-        accumulate: float32, added before rounding.
-        out_dtype: of the result.
+        left: rows of all groups; R is a multiple of 8.
+        right: the same rows of the other matrix.
+        starts: the first row of each group.
+        sizes: its rows; their start and the size add up to at most R.
+        accumulate: float32, added to the sums.
+        out_dtype: of the result; float32 with `accumulate`.
         config: how the work is tiled.
         interpret: for the interpreter.
         multiprocessors: of the device, by default.
+
+    Raises:
+        ValueError: a `config` that no kernel can have.
     """
-    experts, m, n = sizes.shape[0], left.shape[1], right.shape[1]
-    tile_m, tile_n, stages = _CONSUMERS * _COLUMNS, config.tile_n, config.stages
+    misfit = config_misfit(config)
+    if misfit is not None:
+        raise ValueError(f"config={config} cannot run: {misfit}")
+    (m, n), dtype, experts = (left.shape[1], right.shape[1]), left.dtype, starts.shape[0]
+    stages, rows = config.stages, config.step_rows
+    tile_m, tile_n = config.tile
     m_tiles, n_tiles = pl.cdiv(m, tile_m), pl.cdiv(n, tile_n)
-    a_matrix = m_tiles * n_tiles
-    workers = min(multiprocessors or _compat.num_multiprocessors(), experts * a_matrix)
+    total = experts * m_tiles * n_tiles
+    workers = min(multiprocessors or _compat.num_multiprocessors(), total)
+    # One swizzle for both: wgmma knows no two.
+    narrow = min((m, n), key=lambda size: tiles.swizzle_bytes(size, dtype))
+    out_dtype = jnp.dtype(out_dtype)
+    transforms, stored = tiles.transforms(narrow, dtype), tiles.transforms(n, out_dtype)
+    block_columns = _LINE // out_dtype.itemsize
+    blocks = [(b, c) for b in range(config.blocks) for c in range(0, tile_n, block_columns)]
+    buffers = min(config.buffers, len(blocks))
+
+    def younger(block):
+        """Blocks that a consumer stored after the one which was in this one's buffer: that of a tile before at first."""
+        if block >= buffers:
+            return buffers - 1
+        return block + (len(blocks) - 1 - block) % buffers
 
     def body(left_g, right_g, starts_g, sizes_g, *refs):
         refs = list(refs)
-        sum_g = refs.pop(0) if accumulate is not None else None
-        out_g, left_s, right_s, out_s, full, empty, cleared = refs
+        sums_g = refs.pop(0) if accumulate is not None else None
+        out_g, left_s, right_s, out_s, full, empty, cleared = refs[:7]
+        fetched = refs[7] if accumulate is not None else None
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
-        my_tiles = tiles.share(experts * a_matrix, worker, workers)
+        my_tiles = tiles.share(total, worker, workers)
 
         def tile_at(i):
-            """Expert, tile of rows and of columns of its matrix."""
+            """A tile's expert, its first row and column of the output, the row that its first step begins with, how many rows
+            before the group's that are, and how many with the group's.
+            """
             index = worker + i * workers
-            expert = lax.div(index, jnp.int32(a_matrix))
-            at, across = tiles.visit(index - expert * a_matrix, jnp.int32(m_tiles), n_tiles, config.band)
-            return expert, at * tile_m, across * tile_n
-
-        def run_of(expert):
-            """The first row that is fetched, those before the group's own, those up to its end, and the steps."""
+            expert = lax.div(index, jnp.int32(m_tiles * n_tiles))
+            of_expert = index - expert * (m_tiles * n_tiles)
+            at_m, at_n = tiles.visit(of_expert, jnp.int32(m_tiles), n_tiles, config.band)
             start, size = starts_g[expert], sizes_g[expert]
-            first = lax.div(start, ALIGNED_ROWS) * ALIGNED_ROWS
-            end = start - first + size
-            return first, start - first, end, jnp.where(size > 0, lax.div(end + (STEP_ROWS - 1), STEP_ROWS), 0)
+            before = lax.rem(start, ALIGNED_ROWS)
+            return expert, at_m * tile_m, at_n * tile_n, start - before, before, jnp.where(size > 0, before + size, 0)
 
-        def keep(ref, before, end):
-            """Rows of a block of a stage that are not `before` and not past `end` stay, the others become zero."""
-            held = plgpu.load(ref, layout=plgpu.Layout.WGMMA)
-            row = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, held.shape, 0), plgpu.Layout.WGMMA)
-            ref[...] = jnp.where((row >= before) & (row < end), held, jnp.zeros_like(held))
+        def steps_of(end):
+            return lax.div(end + (rows - 1), rows)
+
+        def clear(part, first, end):
+            """Zeros in the rows of 64 columns of a stage that are not the group's."""
+            for row in range(0, rows, WGMMA_ROWS):
+                piece = part.at[pl.ds(row, WGMMA_ROWS)]
+                held = plgpu.load(piece, layout=plgpu.Layout.WGMMA)
+                at = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, held.shape, 0), plgpu.Layout.WGMMA) + row
+                piece[...] = jnp.where((at >= first) & (at < end), held, jnp.zeros_like(held))
 
         def consume(i, slot):
-            expert, row, col = tile_at(i)
-            _, before, end, steps = run_of(expert)
+            expert, row, col, _, before, end = tile_at(i)
+            own = wg * config.consumer_rows  # the first of the consumer's columns of left
+            row = row + own
 
-            def accumulate_steps(acc):
-                def one(step, slot):
+            def place(block):
+                b, c = blocks[block]
+                return expert, pl.ds(row + b * WGMMA_ROWS, WGMMA_ROWS), pl.ds(col + c, block_columns)
+
+            def fetch(block):
+                to = block % buffers
+                plgpu.copy_gmem_to_smem(sums_g.at[place(block)], out_s.at[wg, to], fetched.at[wg * buffers + to])
+
+            if accumulate is not None:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for block in range(buffers):
+                    fetch(block)
+            steps = steps_of(end)
+
+            def multiply(*accs):
+                def step(step, slot):
                     plgpu.barrier_wait(full.at[slot])
-                    at_edge = ((step == 0) & (before > 0)) | ((step + 1) * STEP_ROWS > end)
+                    first = jnp.where(step == 0, before, 0)
+                    left_over = end - step * rows
 
-                    @pl.when(at_edge)
+                    @pl.when((first > 0) | (left_over < rows))
                     def _():
-                        mine = before - step * STEP_ROWS, end - step * STEP_ROWS
-                        keep(left_s.at[slot, :, pl.ds(wg * _COLUMNS, _COLUMNS)], *mine)
-                        for block in range(0, tile_n // _COLUMNS, _CONSUMERS):
-                            part = block + wg
+                        for b in range(config.blocks):
+                            clear(left_s.at[slot, :, pl.ds(own + b * WGMMA_ROWS, WGMMA_ROWS)], first, left_over)
+                        for block in range(0, tile_n, CONSUMERS * WGMMA_ROWS):
+                            column = block + wg * WGMMA_ROWS
 
-                            def clear(part=part):
-                                keep(right_s.at[slot, :, pl.ds(part * _COLUMNS, _COLUMNS)], *mine)
+                            def clear_shared(column=column):
+                                clear(right_s.at[slot, :, pl.ds(column, WGMMA_ROWS)], first, left_over)
 
-                            if block + _CONSUMERS <= tile_n // _COLUMNS:
-                                clear()
+                            if block + CONSUMERS * WGMMA_ROWS <= tile_n:
+                                clear_shared()
                             else:
-                                pl.when(part < tile_n // _COLUMNS)(clear)
+                                pl.when(column < tile_n)(clear_shared)
                         plgpu.commit_smem()
                         plgpu.barrier_arrive(cleared)
                         plgpu.barrier_wait(cleared)
 
-                    a = left_s.at[slot, :, pl.ds(wg * _COLUMNS, _COLUMNS)]
-                    plgpu.wgmma(acc, a.T, right_s.at[slot])
-                    tiles.hand_back(empty, step, slot, stages, 1)
+                    for b, acc in enumerate(accs):
+                        a = left_s.at[slot, :, pl.ds(own + b * WGMMA_ROWS, WGMMA_ROWS)]
+                        plgpu.wgmma(acc, a.T, right_s.at[slot])
+                    tiles.hand_back(empty, step, slot, stages, config.blocks if config.overlap else None)
                     return tiles.next_slot(slot, stages)
 
-                slot_after = lax.fori_loop(0, steps, one, slot)
-                plgpu.wgmma_wait(0)
-                last = jnp.where(slot_after > 0, slot_after, stages) - 1
-                pl.when(steps > 0)(lambda: plgpu.barrier_arrive(empty.at[last]))
-                return acc[...], slot_after
+                after = lax.fori_loop(0, steps, step, slot)
+                if config.overlap:
+                    plgpu.wgmma_wait(0)
+                    last = jnp.where(after > 0, after, stages) - 1
+                    pl.when(steps > 0)(lambda: plgpu.barrier_arrive(empty.at[last]))
+                return tuple(acc[...] for acc in accs), after
 
-            acc, slot = pl.run_scoped(accumulate_steps, plgpu.ACC((_COLUMNS, tile_n)))
-            store(acc, expert, row + wg * _COLUMNS, col)
+            accs, slot = pl.run_scoped(multiply, *[plgpu.ACC((WGMMA_ROWS, tile_n)) for _ in range(config.blocks)])
+            for block, (b, c) in enumerate(blocks):
+                buffer = out_s.at[wg, block % buffers]
+                values = accs[b][:, c : c + block_columns]
+                if accumulate is not None:
+                    plgpu.barrier_wait(fetched.at[wg * buffers + block % buffers])
+                    buffer[...] = values + plgpu.load(buffer, layout=plgpu.Layout.WGMMA)
+                else:
+                    plgpu.wait_smem_to_gmem(younger(block), wait_read_only=True)  # what was in the buffer has left
+                    buffer[...] = values.astype(out_dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(buffer, out_g.at[place(block)])
+                if accumulate is not None and block > 0 and block - 1 + buffers < len(blocks):
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    fetch(block - 1 + buffers)
             return slot
 
-        def store(acc, expert, row, col):
-            for i in range(tile_n // _COLUMNS):
-                block = acc[:, i * _COLUMNS : (i + 1) * _COLUMNS]
-                place = expert, pl.ds(row, _COLUMNS), pl.ds(col + i * _COLUMNS, _COLUMNS)
-
-                @pl.when((row < m) & (col + i * _COLUMNS < n))
-                def _(block=block, place=place, i=i):
-                    if sum_g is not None:
-                        block = block + plgpu.load(sum_g.at[place], layout=plgpu.Layout.WGMMA, optimized=False)
-                    plgpu.wait_smem_to_gmem(0 if interpret is not None else 1, wait_read_only=True)
-                    out_s[wg, i % 2] = block.astype(out_dtype)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(out_s.at[wg, i % 2], out_g.at[place], commit_group=False)
-
-                plgpu.commit_smem_to_gmem_group()
-            if (tile_n // _COLUMNS) % 2:  # the next tile begins with the first buffer again
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
         def produce():
-            def fetch_tile(i, turn):
-                expert, row, col = tile_at(i)
-                first, _, _, steps = run_of(expert)
+            def one(i, turn):
+                _, row, col, first_row, _, end = tile_at(i)
 
-                def fetch(step, turn):
+                def step(step, turn):
                     slot = lax.rem(turn, stages)
                     pl.when(turn >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
-                    rows = pl.ds(first + step * STEP_ROWS, STEP_ROWS)
-                    for source, target, at, width in ((left_g, left_s, row, tile_m), (right_g, right_s, col, tile_n)):
-                        columns = pl.ds(at, width)
-                        plgpu.copy_gmem_to_smem(source.at[rows, columns], target.at[slot], full.at[slot])
+                    source = pl.ds(first_row + step * rows, rows)
+                    plgpu.copy_gmem_to_smem(left_g.at[source, pl.ds(row, tile_m)], left_s.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(right_g.at[source, pl.ds(col, tile_n)], right_s.at[slot], full.at[slot])
                     return turn + 1
 
-                return lax.fori_loop(0, steps, fetch, turn)
+                return lax.fori_loop(0, steps_of(end), step, turn)
 
-            turns = lax.fori_loop(0, my_tiles, fetch_tile, jnp.int32(0))
+            turns = lax.fori_loop(0, my_tiles, one, jnp.int32(0))
             tiles.observe_all(empty, turns, stages)
 
-        @pl.when(wg < _CONSUMERS)
+        @pl.when(wg < CONSUMERS)
         def _():
             plgpu.set_max_registers(240, action="increase")
             lax.fori_loop(0, my_tiles, consume, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == _CONSUMERS)
+        @pl.when(wg == CONSUMERS)
         def _():
             plgpu.set_max_registers(24, action="decrease")
             plgpu.warp_map(lambda warp: pl.when(warp == 0)(produce))
 
     body.__name__ = "weight_grad"
-    dtype = left.dtype
+    operands = [left, right, starts, sizes, *([accumulate] if accumulate is not None else [])]
     scratch = [
-        plgpu.SMEM((stages, STEP_ROWS, tile_m), dtype, transforms=_swizzled(dtype)),
-        plgpu.SMEM((stages, STEP_ROWS, tile_n), dtype, transforms=_swizzled(dtype)),
-        plgpu.SMEM((_CONSUMERS, 2, _COLUMNS, _COLUMNS), out_dtype, transforms=_swizzled(out_dtype)),
+        plgpu.SMEM((stages, rows, tile_m), dtype, transforms=transforms),
+        plgpu.SMEM((stages, rows, tile_n), dtype, transforms=transforms),
+        plgpu.SMEM((CONSUMERS, buffers, WGMMA_ROWS, block_columns), out_dtype, transforms=stored),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=_CONSUMERS),
+        plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=CONSUMERS),
     ]
-    operands = [left, right, starts, sizes, *([] if accumulate is None else [accumulate])]
+    if accumulate is not None:
+        scratch += [plgpu.Barrier(num_barriers=CONSUMERS * buffers)]
     return _compat.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((experts, m, n), out_dtype),
         grid=(workers,),
         grid_names=("sm",),
-        num_threads=_CONSUMERS + 1,
+        num_threads=CONSUMERS + 1,
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=_compat.LANE),
         interpret=interpret,
     )(*operands)
-
-
-def _swizzled(dtype: Any) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
-    """Tiles of eight rows and 128 bytes."""
-    return plgpu.TilingTransform((ALIGNED_ROWS, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
