@@ -3,6 +3,8 @@
 python benchmarks/machine_code.py up --tile-rows 160 --k 2048 --n 1536
 python benchmarks/machine_code.py down --tile-rows 192 --k 768 --n 2048 --config stages=3,cluster=1
 python benchmarks/machine_code.py up --tile-rows 128 --k 2048 --n 1536 --quantization fp8_block --config quantizes=1
+python benchmarks/machine_code.py up-grad --tile-rows 192 --k 1536 --n 2048
+python benchmarks/machine_code.py down-grad --tile-rows 192 --k 2048 --n 768
 
 Needs `jax[cuda13]` and nvdisasm (of a CUDA toolkit, or of the triton package). Without a driver a C compiler makes a stand-in for
 libcuda, which says that there is a Hopper GPU and launches nothing.
@@ -131,12 +133,12 @@ def _nvdisasm() -> str:
 def kernel_of(
     projection: str, tile_rows: int, k: int, n: int, changes: dict[str, int], quantization: str | None = None
 ) -> tuple[bytes, object]:
-    """The serialized grouped matmul of a projection, and its configuration."""
-    import jax
-    from jaxlib.mlir import ir
-
+    """The serialized grouped matmul of a projection, or of its gradient, and its configuration."""
     from moe_jax.kernels.hopper.matmul_config import default_config
 
+    if projection in ("up-grad", "down-grad"):
+        config, run, operands = _input_grad(projection, tile_rows, changes, k, n)
+        return _lowered(run, operands, tile_rows, config), config
     activation = _activation(projection)
     rule = default_config(tile_rows, activation is not None, n // 2 if activation else n, EXPERTS)
     if quantization is None:
@@ -144,6 +146,14 @@ def kernel_of(
         run, operands = _plain(config, activation, k, n)
     else:
         config, run, operands = _quantized(rule, changes, activation, k, n, quantization)
+    return _lowered(run, operands, tile_rows, config), config
+
+
+def _lowered(run, operands, tile_rows: int, config) -> bytes:
+    """The serialized Mosaic kernel of a function of operands and schedule."""
+    import jax
+    from jaxlib.mlir import ir
+
     schedule = [_like(2 * EXPERTS + ROWS // tile_rows)] * 3 + [_like(1)]
     schedule += [_like(ROWS + tile_rows)] if config.gather else []
     module = jax.jit(run).trace(*operands, *schedule).lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
@@ -155,91 +165,4 @@ def kernel_of(
         return ir.WalkResult.ADVANCE
 
     module.operation.walk(visit)
-    return found[0], config
-
-
-def _activation(projection: str):
-    from moe_jax.activations import get_activation
-
-    return get_activation("silu") if projection == "up" else None
-
-
-def _like(*shape: int, dtype: str = "int32"):
-    import jax
-
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _plain(config, activation, k: int, n: int):
-    """The kernel of 16-bit operands, and these."""
-    from moe_jax.kernels.hopper.matmul_bf16 import grouped_matmul
-
-    def run(rows, weights, *schedule):
-        by_token = dict(row_tokens=schedule[-1], total_rows=ROWS) if config.gather else {}
-        return grouped_matmul(rows, weights, *schedule[:4], None, activation, config=config, **by_token)
-
-    return run, [_like(ROWS, k, dtype="bfloat16"), _like(EXPERTS, n, k, dtype="bfloat16")]
-
-
-def _quantized(rule, changes: dict[str, int], activation, k: int, n: int, quantization: str):
-    """The configuration and the kernel of a number format, and its operands: rows of codes, or rows for codes to be decoded."""
-    import jax
-
-    from moe_jax.kernels.hopper import matmul_bf16, matmul_fp8, matmul_rows_first
-    from moe_jax.kernels.hopper.gather_quantize import scales_shape
-    from moe_jax.kernels.hopper.matmul_config import eight_bit, few_counts
-    from moe_jax.quantization import quant_format, quantize
-
-    form = quant_format(quantization)
-    weights = jax.eval_shape(
-        lambda w: quantize(w, form.weights, halves=2 if activation else 1), _like(EXPERTS, n, k, dtype="bfloat16")
-    )
-    scales = weights.scales.shape if weights.scales.ndim > 1 else (EXPERTS, 1)
-    operands = [weights.values, _like(*scales, dtype="float32")]
-    if form.is_weight_only:
-        config = dataclasses.replace(few_counts(rule), **changes)
-
-        def decode(rows, weights, scales, *schedule):
-            return matmul_bf16.grouped_matmul(
-                rows, weights, *schedule, None, activation, config=config, weight_scales=scales
-            )
-
-        return config, decode, [_like(ROWS, k, dtype="bfloat16"), *operands]
-    config = dataclasses.replace(eight_bit(rule), **changes)
-    spec = form.activations
-
-    def multiply(rows, row_scales, weights, scales, *schedule):
-        more = dict(quantize=spec if config.quantizes else None, out_dtype="bfloat16", config=config)
-        operands = rows, row_scales, weights, scales, *schedule, None, activation
-        if config.rows_first:
-            return matmul_rows_first.grouped_matmul(*operands, **more)
-        return matmul_fp8.grouped_matmul(*operands, aligned=True, **more)
-
-    of_rows = [_like(ROWS, k, dtype=spec.dtype), _like(*scales_shape(ROWS, k, spec), dtype="float32")]
-    return config, multiply, [*of_rows, *operands]
-
-
-def main(
-    projection: Annotated[str, typer.Argument(help="up (gated) or down")],
-    tile_rows: int = 160,
-    k: int = 2048,
-    n: int = 1536,
-    config: Annotated[str, typer.Option(help="changes to the rule's configuration, as stages=3,cluster=1")] = "",
-    quantization: Annotated[str | None, typer.Option(help="number format of the experts")] = None,
-    keep: Annotated[Path | None, typer.Option(help="an empty folder for the code")] = None,
-) -> None:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    changes = {name: int(value) for name, value in (item.split("=") for item in config.split(",") if item)}
-    module, used = kernel_of(projection, tile_rows, k, n, changes, quantization)
-    print(used)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) if keep is None else keep
-        compile_kernel(module, folder)
-        report = next(folder.glob("*.ptxas")).read_text()
-        print("; ".join(re.findall(r"\d+ bytes spill \w+|Used \d+ registers", report)))
-        for loop in loops(next(folder.glob("*.sass*")).read_text()):
-            print("  ".join(f"{field} {value}" for field, value in loop._asdict().items()))
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    return found[0]
