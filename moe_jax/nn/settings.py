@@ -83,7 +83,7 @@ class Settings:
         if self.mesh is not None:
             raise ValueError(
                 f"capacity_factor={factor} is for one device; over a mesh the exchange limits what an expert takes: "
-                'exchange=Batched(max_tokens, overflow="drop")'
+                'exchange=Batched(max_tokens=..., overflow="drop")'
             )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
