@@ -106,9 +106,12 @@ def test_codes_times_fine_groups_run_around_the_kernels_too(name, monkeypatch):
     calls = operations(lower(functools.partial(moe, config=config), x, experts, logits))
     assert any("rows are dequantized before" in reason for reason in said)
     assert sum(count for name, count in calls.items() if MOSAIC.fullmatch(name)) >= 4, calls
-    with pytest.raises(ValueError, match="emulates them.*leave it False"):
-        emulated = dataclasses.replace(config, quantization="nvfp4_w4a4")
-        quantize_tokens(x, route(logits, config), emulated, (), None, "xla")
+
+
+def test_emulated_activations_do_not_travel_as_codes():
+    config, x, _, logits, _ = problem("mxfp4_w4a4")
+    with pytest.raises(ValueError, match="'mxfp4_w4a4' emulates them.*leave it False"):
+        quantize_tokens(x, route(logits, config), config, (), None, "xla")
 
 
 def test_rows_of_no_expert_reach_no_scale():

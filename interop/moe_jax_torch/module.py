@@ -13,7 +13,7 @@ from moe_jax_torch.eager import is_plain
 from moe_jax_torch.functional import fused_experts, fused_topk, grouped_topk
 from moe_jax_torch.ops import moe
 from moe_jax_torch.parallel import Ranks, checked_map
-from moe_jax_torch.quantized import QuantConfig, parameters_of, scale_name
+from moe_jax_torch.quantized import QuantConfig, as_stored, parameters_of, scale_name
 
 
 class FusedMoE(torch.nn.Module):
@@ -257,7 +257,7 @@ class FusedMoE(torch.nn.Module):
     def _scales(self) -> QuantConfig | None:
         if not self._quantized:
             return None
-        kinds = (scale_name(self.quant_config), "weight_zero_point", "input_scale")
+        kinds = (scale_name(self.quant_config), "weight_zero_point", "input_scale", "weight_scale_2")
         return QuantConfig(
             self.quant_config, *(self._parameters.get(f"{w}_{kind}") for kind in kinds for w in ("w13", "w2"))
         )
@@ -300,7 +300,8 @@ class FusedMoE(torch.nn.Module):
             param: a parameter of this module.
             loaded_weight: of one expert, whole: ``w1`` (gate) and ``w3`` (up) ``[I, H]``, ``w2`` (down) ``[H, I]``; biases
                 ``[I]``, ``[I]``, ``[H]``; scales as the format has them, of channels also ``[I, 1]``. An un-gated layer has no
-                ``w3``. The dtype is converted, but not that of codes. Gate and up share an input scale, the larger one.
+                ``w3``. The dtype is converted, but not that of codes; those of four bits, and scales of eight, may come as
+                other names of the same bytes (uint8, float4_e2m1fn_x2). Gate and up share an input scale, the larger one.
             weight_name: its name in the checkpoint, for messages.
             shard_id: ``w1``, ``w2`` or ``w3``.
             expert_id: global.
@@ -337,6 +338,7 @@ class FusedMoE(torch.nn.Module):
             loaded_weight = loaded_weight.narrow(split, self.tp_rank * part, part)
         if loaded_weight.squeeze().shape == target.squeeze().shape:
             loaded_weight = loaded_weight.reshape(target.shape)
+        loaded_weight = as_stored(loaded_weight, param.dtype)
         is_code = param.dtype in (torch.float8_e4m3fn, torch.int8, torch.uint8)
         if loaded_weight.shape != target.shape or (is_code and loaded_weight.dtype != param.dtype):
             raise ValueError(

@@ -6,6 +6,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import torch
 
 from moe_jax import ExpertWeights, MoEConfig, TopK, apply_experts
@@ -19,7 +20,7 @@ from moe_jax_torch.ops import _TAGS, _check_range, _import, _library, _own, _pad
 _TENSORS = (
     "Tensor hidden_states, Tensor w1, Tensor w2, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, "
     "Tensor? w1_bias, Tensor? w2_bias, Tensor w1_scale, Tensor w2_scale, Tensor? w1_zp, Tensor? w2_zp, "
-    "Tensor? a1_scale, Tensor? a2_scale"
+    "Tensor? a1_scale, Tensor? a2_scale, Tensor? w1_global_scale, Tensor? w2_global_scale"
 )
 _STATIC = (
     "str format, str activation, bool apply_router_weight_on_input, int global_num_experts, float? swiglu_alpha, "
@@ -31,13 +32,18 @@ _library.define(f"quantized_experts({_TENSORS}, {_STATIC}) -> Tensor", tags=_TAG
 class QuantConfig(NamedTuple):
     """What `moe_jax_torch.fused_experts` needs beside the codes in `w1` and `w2`.
 
+    Codes of four bits are uint8, two a byte, or `torch.float4_e2m1fn_x2`. Scales of eight bits may be uint8, their bytes.
+
     Attributes:
         format: a name of `moe_jax.quantization.quant_format`, such as ``fp8_block``, ``fp8_channel``, ``int8_weight``.
         w1_scale, w2_scale: as in `moe_jax.quantization.QuantizedArray`; gate and up share none. Of blocks
             ``[E_local, 2 * ceil(I / bn), ceil(H / bk)]`` and ``[E_local, ceil(H / bn), ceil(I / bk)]``, of channels
-            ``[E_local, 2I]`` and ``[E_local, H]``, of tensors ``[E_local, 2]`` and ``[E_local]``. float32, or float8_e8m0fnu.
+            ``[E_local, 2I]`` and ``[E_local, H]``, of tensors ``[E_local, 2]`` and ``[E_local]``. float32, float8_e8m0fnu or
+            float8_e4m3fn.
         w1_zp, w2_zp: uint8 zero points, one a scale, of formats that have them.
         a1_scale, a2_scale: float32 ``[E_local]``, of the rows, for formats whose activations have static scales.
+        w1_global_scale, w2_global_scale: float32 ``[E_local, 2]``, of gate and up, or ``[E_local]`` without a gate, and
+            ``[E_local]``, for NVFP4: what its scales are multiplied by (ModelOpt's ``weight_scale_2``).
 
     Source: the names are those of vLLM's ``FusedMoEQuantConfig``.
 
@@ -53,6 +59,21 @@ class QuantConfig(NamedTuple):
     w2_zp: torch.Tensor | None = None
     a1_scale: torch.Tensor | None = None
     a2_scale: torch.Tensor | None = None
+    w1_global_scale: torch.Tensor | None = None
+    w2_global_scale: torch.Tensor | None = None
+
+
+def as_stored(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """The tensor as the dtype that a format stores, if its bytes came under another name: uint8 or float4_e2m1fn_x2.
+
+    Example:
+        >>> as_stored(torch.tensor([127], dtype=torch.uint8), torch.float8_e8m0fnu).float().item()
+        1.0
+    """
+    bytes_of = (torch.uint8, torch.float4_e2m1fn_x2)
+    if tensor is None or tensor.dtype == dtype or tensor.dtype not in bytes_of or dtype.itemsize != 1:
+        return tensor
+    return tensor.view(dtype)
 
 
 def parameters_of(format: str, experts: int, rows: int, hidden: int, intermediate: int) -> dict[str, tuple[Any, ...]]:
@@ -83,6 +104,7 @@ def parameters_of(format: str, experts: int, rows: int, hidden: int, intermediat
     for name in ("w13", "w2"):
         part = getattr(quantized, name)
         arrays = {"weight": part.values, scale_name(format): part.scales, "weight_zero_point": part.zero_points}
+        arrays["weight_scale_2"] = part.global_scale
         if form.activations is not None and form.activations.static:
             arrays["input_scale"] = jax.ShapeDtypeStruct((experts,), "float32")
         for kind, array in arrays.items():
@@ -122,11 +144,12 @@ def quantized_forward(
     static: _Static,
 ) -> jax.Array:
     """The layer; `arrays` are those of the operator from ``w1`` on that belong to the experts."""
-    w1, w2, w1_bias, w2_bias, w1_scale, w2_scale, w1_zp, w2_zp, a1_scale, a2_scale = arrays
+    w1, w2, w1_bias, w2_bias, w1_scale, w2_scale, w1_zp, w2_zp, a1_scale, a2_scale, w1_global, w2_global = arrays
     activation, _ = calls.TORCH_ACTIVATIONS.get(static.activation, (static.activation, False))
     spec, is_gated = quant_format(static.format).weights, not activation.endswith("_no_mul")
-    w13 = QuantizedArray(w1, w1_scale, w1_zp, spec=spec, halves=2 if is_gated else 1)
-    experts = ExpertWeights(w13, QuantizedArray(w2, w2_scale, w2_zp, spec=spec), w1_bias, w2_bias, a1_scale, a2_scale)
+    w13 = QuantizedArray(w1, w1_scale, w1_zp, w1_global, spec=spec, halves=2 if is_gated else 1)
+    down = QuantizedArray(w2, w2_scale, w2_zp, w2_global, spec=spec)
+    experts = ExpertWeights(w13, down, w1_bias, w2_bias, a1_scale, a2_scale)
     config = MoEConfig(
         num_experts=static.num_experts,
         top_k=ids.shape[1],
@@ -167,20 +190,25 @@ def quantized_experts(tensors: tuple[torch.Tensor | None, ...], quant: QuantConf
         raise ValueError(
             "w1_bias and w2_bias must both be given, or neither, with quantized weights; pass zeros for one"
         )
+    spec = quant_format(quant.format).weights
+    codes, scales = (TORCH_DTYPES[dtype.name] for dtype in (spec.storage_dtype, jnp.dtype(spec.scale_dtype)))
+    x, w1, w2, *others = tensors
+    tensors = (x, as_stored(w1, codes), as_stored(w2, codes), *others)
+    quant = quant._replace(w1_scale=as_stored(quant.w1_scale, scales), w2_scale=as_stored(quant.w2_scale, scales))
     return torch.ops.moe_jax.quantized_experts.default(*tensors, *quant[1:], quant.format, *static)
 
 
 def _quantized_experts(*arguments: Any) -> torch.Tensor:
-    x, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias, *quant = arguments[:14]
+    x, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias, *quant = arguments[:16]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     tokens = x.shape[0]
     if tokens == 0:
         return out
-    static = _Static(*arguments[14:], calls.implementation_for(x.device.type))
+    static = _Static(*arguments[16:], calls.implementation_for(x.device.type))
 
     def check() -> None:
         check_slots(x, w1, topk_weights, topk_ids, expert_map, static.num_experts, static.apply_router_weight_on_input)
-        check_devices(arguments[:14])
+        check_devices(arguments[:16])
         _check_range("topk_ids", topk_ids, static.num_experts)
         if expert_map is not None:
             _check_range("expert_map", expert_map, w1.shape[0])

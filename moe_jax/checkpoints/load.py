@@ -30,14 +30,15 @@ def load_layer(
     """Loads the MoE block of one decoder layer from a Hugging Face safetensors checkpoint.
 
     The layout is recognised by the tensor names: Mixtral, Phi-MoE and MiniMax-M2; Qwen2/3-MoE, DeepSeek, OLMoE and
-    GLM-4-MoE; Llama 4; gpt-oss in bfloat16 or float32; and the fused names that transformers 5 writes with
+    GLM-4-MoE; Llama 4; gpt-oss in bfloat16, float32 or MXFP4; and the fused names that transformers 5 writes with
     ``save_original_format=False``. Only the experts placed here are read, from memory-mapped files; at most about one
     layer's local weights are held.
 
     Quantized experts stay as they are, codes and scales bit for bit, as `moe_jax.quantization.QuantizedArray`: FP8 in blocks
     (DeepSeek-V3, Qwen3, MiniMax-M2), per tensor or per channel (compressed-tensors, ModelOpt); int8; int4 of GPTQ, AWQ and
-    compressed-tensors. How they are stored is read from the checkpoint's ``quantization_config``; the format to run them in
-    is ``quant_format_from_hf`` of it, as in ``MoEConfig.from_hf(hf, quantization=quant_format_from_hf(hf))``. Gate and up
+    compressed-tensors; NVFP4 of ModelOpt and compressed-tensors; MXFP4 of gpt-oss and compressed-tensors; MXFP8. How they are
+    stored is read from the checkpoint's ``quantization_config``; the format to run them in is ``quant_format_from_hf`` of it,
+    as in ``MoEConfig.from_hf(hf, quantization=quant_format_from_hf(hf))``, or another with the same weights. Gate and up
     keep scales of their own (``halves=2``; `moe_jax.quantization.merge_half_scales` makes them one). Static scales of
     activations go to ``w13_input_scale`` (the larger of gate's and up's) and ``w2_input_scale``. Experts
     that are stored in a plain dtype are plain arrays, whatever the config says.

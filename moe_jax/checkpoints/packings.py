@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.checkpoints import packings_fp4
 from moe_jax.checkpoints.block import FLOAT_DTYPES, Wanted
 from moe_jax.checkpoints.quant_schemes import Quantization
 from moe_jax.quantization.array import QuantizedArray
@@ -24,6 +25,7 @@ from moe_jax.quantization.packing import unpack_words
 SCALES = ("weight_scale_inv", "weight_scale")  # spellings, of `values`
 # The dtypes, as safetensors spells them, that hold codes one by one.
 STORED = {"float8_e4m3fn": ("F8_E4M3",), "int8": ("I8",)}
+POWERS = ("F8_E8M0", "U8", *FLOAT_DTYPES)  # that hold powers of two; bytes are their exponents
 _WORDS, _INDICES = ("I32",), ("I32", "I64")
 _E8M0 = jnp.dtype("float8_e8m0fnu")
 
@@ -56,6 +58,8 @@ def scale_array(stored: np.ndarray, spec: Spec, shape: tuple[int, ...]) -> np.nd
         array([0.5, 2. ], dtype=float32)
     """
     scales = stored.reshape(shape)
+    if spec.scale_dtype == "float8_e8m0fnu" and scales.dtype == np.uint8:
+        scales = scales.view(_E8M0)
     if spec.scale_dtype == "float32" or scales.dtype == _E8M0:
         return scales.astype(spec.scale_dtype, copy=False)
     exact = scales.astype(np.float32)
@@ -77,7 +81,7 @@ def check_word_shape(shape: np.ndarray, rows: int, columns: int) -> None:
 
 def _values_parts(quantization: Quantization, rows: Size, columns: Size) -> dict[str, Wanted]:
     spec = quantization.format.weights
-    dtypes = FLOAT_DTYPES if spec.scale_dtype == "float32" else ("F8_E8M0", *FLOAT_DTYPES)
+    dtypes = FLOAT_DTYPES if spec.scale_dtype == "float32" else POWERS
     return {
         "weight": Wanted(dict((rows, columns)), STORED[spec.dtype]),
         "scale": Wanted(scale_axes(spec, rows, columns), dtypes, ones_count=False),
@@ -245,9 +249,16 @@ def _nothing(quantization: Quantization, rows: Size, columns: Size) -> dict[str,
     return {}
 
 
+def _fp4_unpack(parts: Parts, quantization: Quantization, rows: int, columns: int) -> QuantizedArray:
+    return packings_fp4.unpack(parts, quantization.format.weights)
+
+
 PACKINGS = {
     "values": Packing(_values_parts, _nothing, _unpack_values),
     "compressed-tensors": Packing(_words_parts, _words_optional, _unpack_words),
     "gptq": Packing(_gptq_parts, _gptq_optional, _unpack_gptq),
     "awq": Packing(_awq_parts, _nothing, _unpack_awq),
+    "modelopt-nvfp4": Packing(packings_fp4.modelopt_nvfp4, _nothing, _fp4_unpack),
+    "nvfp4-pack-quantized": Packing(packings_fp4.compressed_nvfp4, _nothing, _fp4_unpack),
+    "mxfp4-pack-quantized": Packing(packings_fp4.compressed_mxfp4, _nothing, _fp4_unpack),
 }

@@ -34,7 +34,11 @@ def quant_format_from_hf(config: Mapping[str, Any] | Any, module: str | None = N
         NotImplementedError: a method, a packing or a number format that cannot be read.
         ValueError: a config that lacks what it must say, or whose modules differ in format, if ``module`` is None.
 
-    Source: the ``quantization_config`` of the methods ``fp8``, ``compressed-tensors``, ``modelopt``, ``gptq`` and ``awq``.
+    An NVFP4 checkpoint that says how activations are scaled is one of four-bit activations, ``nvfp4_w4a4_static``, which are
+    emulated (see `moe_jax.quantization.QuantFormat`); its weights run alone with ``quantization="nvfp4"``.
+
+    Source: the ``quantization_config`` of the methods ``fp8``, ``compressed-tensors``, ``modelopt``, ``mxfp4``, ``mxfp8``,
+    ``gptq`` and ``awq``.
 
     Example:
         >>> fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
@@ -158,10 +162,23 @@ def _fp8(section: _Section, module: str | None) -> Quantization:
         )
     ue8m0 = section.expect("scale_fmt", "float", "ue8m0") == "ue8m0"
     scales = "float8_e8m0fnu" if ue8m0 else "float32"
-    weights = Spec("float8_e4m3fn", "block", tuple(block), scales)
+    in_rows = block[0] == 1
+    weights = Spec("float8_e4m3fn", "group" if in_rows else "block", tuple(block), scales)
     return Quantization(
         named_format(weights, Spec("float8_e4m3fn", "group", block[1], scales)), scale="weight_scale_inv"
     )
+
+
+def _mxfp8(section: _Section, module: str | None) -> Quantization:
+    """FP8 in groups of 32 columns, scaled by powers of two."""
+    section.expect("weight_block_size", [1, 32], (1, 32), None)
+    section.expect("activation_scheme", "dynamic")
+    return Quantization(FORMATS["mxfp8"], scale="weight_scale_inv")
+
+
+def _mxfp4(section: _Section, module: str | None) -> Quantization:
+    """As gpt-oss has it: experts alone, stacked; activations stay as they are."""
+    return Quantization(FORMATS["mxfp4"], packing="mxfp4-blocks")
 
 
 def _compressed_tensors(section: _Section, module: str | None) -> Quantization | None:
@@ -201,7 +218,12 @@ def _of_group(section: _Section, group: Mapping[str, Any]) -> Quantization:
     packing = group.get("format") or section.get("format", "mixed-precision")
     if packing == "mixed-precision":  # each group has its own, but older files do not say which
         packing = "pack-quantized" if found.weights.dtype == "int4" else "naive-quantized"
-    values = ("float-quantized", "int-quantized", "naive-quantized")
+    if found.weights.dtype == "float4_e2m1fn":
+        expected = "nvfp4-pack-quantized" if found.weights.has_global_scale else "mxfp4-pack-quantized"
+        if packing not in (expected, "naive-quantized"):
+            raise _unsupported(f"compressed-tensors format {packing!r} of {found.name}", f"only {expected} can be read")
+        return Quantization(found, packing=expected)
+    values = ("float-quantized", "int-quantized", "naive-quantized", "mxfp8-quantized")
     if packing not in ("pack-quantized", *values):
         raise _unsupported(
             f"compressed-tensors format {packing!r}", f"only pack-quantized, {', '.join(values)} can be read"
@@ -211,7 +233,13 @@ def _of_group(section: _Section, group: Mapping[str, Any]) -> Quantization:
     return Quantization(found, packing="values" if packing in values else "compressed-tensors")
 
 
-_MODELOPT = {"FP8": "fp8_tensor_static", "FP8_PER_CHANNEL_PER_TOKEN": "fp8_channel", "FP8_PB_WO": "fp8_weight_block"}
+_MODELOPT = {
+    "FP8": "fp8_tensor_static",
+    "FP8_PER_CHANNEL_PER_TOKEN": "fp8_channel",
+    "FP8_PB_WO": "fp8_weight_block",
+    "NVFP4": "nvfp4_w4a4_static",
+    "MXFP8": "mxfp8",
+}
 
 
 def _modelopt(section: _Section, module: str | None) -> Quantization:
@@ -219,7 +247,13 @@ def _modelopt(section: _Section, module: str | None) -> Quantization:
     algorithm = nested.get("quant_algo") or section.need("quant_algo")
     if algorithm not in _MODELOPT:
         raise _unsupported(f"quant_algo={algorithm!r} of ModelOpt", f"only {', '.join(_MODELOPT)} can be read")
-    return Quantization(FORMATS[_MODELOPT[algorithm]])
+    found = FORMATS[_MODELOPT[algorithm]]
+    group = nested.get("group_size") or section.get("group_size") or (found.weights.block or (0, 0))[1]
+    if found.weights.granularity == "group" and group != found.weights.block[1]:
+        raise _unsupported(
+            f"quant_algo={algorithm!r} with group_size={group}", f"its groups are of {found.weights.block[1]}"
+        )
+    return Quantization(found, packing="modelopt-nvfp4" if found.weights.has_global_scale else "values")
 
 
 def _gptq(section: _Section, module: str | None) -> Quantization:
@@ -256,6 +290,9 @@ _METHODS: dict[str, Callable[[_Section, str | None], Quantization | None]] = {
     "fp8": _fp8,
     "compressed-tensors": _compressed_tensors,
     "modelopt": _modelopt,
+    "modelopt_fp4": _modelopt,
+    "mxfp4": _mxfp4,
+    "mxfp8": _mxfp8,
     "gptq": _gptq,
     "awq": _awq,
 }

@@ -89,17 +89,25 @@ def stack_matrices(
     values = np.empty((count, rows, -(-columns // spec.codes_per_value)), spec.storage_dtype)
     scales = np.empty((count, *scales_shape), jnp.dtype(spec.scale_dtype))
     zeros = np.empty((count, *scales_shape), np.uint8) if spec.asymmetric else None
+    whole_matrix = np.empty((count, 2) if halves == 2 else (count,), np.float32) if spec.has_global_scale else None
     for expert, parts in enumerate(matrices):
         for whole, leaves in (
             (values, [part.values for part in parts]),
             (scales, [part.scales for part in parts]),
             (zeros, [part.zero_points for part in parts]),
+            (whole_matrix, [part.global_scale for part in parts]),
         ):
             if whole is not None:
                 whole[expert] = _join([np.asarray(leaf) for leaf in leaves])
     columns_stored = values.shape[-1] * spec.codes_per_value
     stacked = QuantizedArray(
-        values, scales, zeros, spec=spec, halves=halves, columns=None if columns_stored == columns else columns
+        values,
+        scales,
+        zeros,
+        whole_matrix,
+        spec=spec,
+        halves=halves,
+        columns=None if columns_stored == columns else columns,
     )
     return jax.tree.map(jnp.asarray, stacked).validate()
 

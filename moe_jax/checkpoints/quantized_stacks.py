@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.checkpoints.block import FLOAT_DTYPES, Block, Wanted, check_nothing_unknown, check_tensors
-from moe_jax.checkpoints.packings import STORED, Size, scale_array, scale_axes
+from moe_jax.checkpoints.mxfp4_stacks import read_mxfp4_stacks
+from moe_jax.checkpoints.packings import POWERS, STORED, Size, scale_array, scale_axes
 from moe_jax.checkpoints.quant_schemes import Quantization
 from moe_jax.checkpoints.stored_matrix import check_format, quantization_of
 from moe_jax.config import MoEConfig
@@ -40,6 +41,8 @@ def read_quantized_stacks(block: Block, config: MoEConfig, here: list[int], evid
     names = block.layout.experts
     quantization = quantization_of(block, names.down, evidence)
     check_format(block, quantization, config)
+    if quantization.packing == "mxfp4-blocks":
+        return read_mxfp4_stacks(block, config, here)
     hidden = ("hidden_size", config.hidden_size)
     both, size = ("2*intermediate_size", 2 * config.intermediate_size), ("intermediate_size", config.intermediate_size)
     gate_up = _Stack(block, config, quantization, names.gate_up, both, hidden, halves=2)
@@ -81,9 +84,10 @@ class _Stack:
 
     def needed(self) -> dict[str, Wanted]:
         count = dict((self._count,))
+        dtypes = FLOAT_DTYPES if self._spec.scale_dtype == "float32" else POWERS
         wanted = {
             self._name: Wanted(count | self._ordered(dict((self._rows, self._columns))), STORED[self._spec.dtype]),
-            self._scale: Wanted(self._scale_axes(), ("F8_E8M0", *FLOAT_DTYPES), ones_count=False),
+            self._scale: Wanted(self._scale_axes(), dtypes, ones_count=False),
         }
         if self._input_scale is not None:
             axes = {} if self._is_one(self._input_scale) else count

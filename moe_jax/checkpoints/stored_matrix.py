@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.checkpoints.block import FLOAT_DTYPES, Block, Wanted
@@ -14,8 +15,10 @@ from moe_jax.checkpoints.quant_config import quantization_section, read_quantiza
 from moe_jax.checkpoints.quant_schemes import Quantization
 from moe_jax.config import MoEConfig
 from moe_jax.quantization.array import QuantizedArray
+from moe_jax.quantization.rounding import reciprocal
 
 INPUT_SCALES = ("input_scale", "activation_scale")
+INVERSE_INPUT_SCALE = "input_global_scale"  # of compressed-tensors' four-bit activations: what they are multiplied by
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,9 @@ class StoredMatrix:
 
     def input_scale(self) -> np.ndarray:
         """The static scale of the rows that it is multiplied with, float32 ``[]``."""
-        return self.block.read(self._name("input_scale")).astype(np.float32).reshape(())
+        name = self._name("input_scale")
+        stored = self.block.read(name).astype(np.float32).reshape(())
+        return np.asarray(reciprocal(jnp.asarray(stored))) if name.endswith(INVERSE_INPUT_SCALE) else stored
 
     @property
     def has_input_scale(self) -> bool:
@@ -80,6 +85,8 @@ class StoredMatrix:
 
     def _name(self, part: str) -> str:
         spellings = {"scale": SCALES, "input_scale": INPUT_SCALES}.get(part, (part,))
+        if part == "input_scale" and self.quantization.packing == "nvfp4-pack-quantized":
+            spellings = (INVERSE_INPUT_SCALE,)
         default = self.quantization.scale if part == "scale" else spellings[0]
         return self.block.first(f"{self.module}.{word}" for word in spellings) or f"{self.module}.{default}"
 

@@ -98,7 +98,7 @@ def covering() -> list[MoETestConfig]:
     whole += sweep(shapes=[shape], ranks=kinds[-2:], backends=[peer])
     # Also ranks of tensor parallelism that hold the same tokens and other experts.
     whole += sweep(shapes=[shape], ranks=[(2, 2, True)], backends=["all_to_all", peer], sequence_parallel=[False])
-    whole += list(sweep(shapes=[shape], ranks=kinds[1:], backends=BATCHED_BACKENDS))[::4]
+    whole += list(sweep(shapes=[shape], ranks=kinds[1:], backends=BATCHED_BACKENDS))[::2]
     configs = []
     for number, config in enumerate(whole):
         chance = random.Random(SEED + number)

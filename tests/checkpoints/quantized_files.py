@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import MoEConfig
-from moe_jax.quantization import QuantizedArray, Spec, quant_format, to_awq, to_compressed_tensors, to_gptq
+from moe_jax.quantization import (
+    QuantizedArray,
+    Spec,
+    quant_format,
+    to_awq,
+    to_compressed_tensors,
+    to_compressed_tensors_nvfp4,
+    to_gptq,
+    to_modelopt_nvfp4,
+)
 from tests.checkpoints import files
 from tests.quantization.cases import quantize
 
@@ -76,6 +85,11 @@ def compressed(bits: int, strategy: str, kind: str = "float", *, inputs: dict | 
     }
 
 
+def powers_as_bytes(matrix: QuantizedArray, scale: str = "weight_scale", weight: str = "weight") -> Tensors:
+    """Scales that are powers of two as uint8 exponents, as most checkpoints have them."""
+    return {weight: matrix.values, scale: np.asarray(matrix.scales).view(np.uint8)}
+
+
 class Scheme(NamedTuple):
     """A quantization_config, the format that it stands for, and the tensors of one matrix in it."""
 
@@ -100,6 +114,21 @@ GROUPS = {"strategy": "group", "group_size": 128, "dynamic": True}
 MODELOPT = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["*.mlp.gate"]}}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+
+
+NVFP4 = {
+    "quant_algo": "NVFP4",
+    "group_size": 16,
+    "kv_cache_quant_algo": "FP8",
+    "exclude_modules": ["lm_head", "*.mlp.gate"],
+}
+LOCAL_DYNAMIC = {"strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
+
+
+def fp4(strategy: str, group_size: int, inputs: dict | None = None) -> dict:
+    """A quantization_config of compressed-tensors with four-bit floats."""
+    config = compressed(4, strategy, group_size=group_size, inputs=inputs)
+    return config | {"format": f"{'nvfp4' if strategy == 'tensor_group' else 'mxfp4'}-pack-quantized"}
 
 
 def gptq(matrix: QuantizedArray) -> Tensors:
@@ -140,6 +169,16 @@ SCHEMES = {
     "gptq zp": Scheme(GPTQ | {"sym": False}, "int4_group32_zp", gptq),
     "gptq v2": Scheme(GPTQ | {"sym": False, "checkpoint_format": "gptq_v2"}, "int4_group32_zp", gptq_v2),
     "gptq int8": Scheme(GPTQ | {"bits": 8}, "int8_group32", gptq_int8, Spec("int8", "group", 32)),
+    "modelopt nvfp4": Scheme({"quantization": NVFP4}, "nvfp4_w4a4_static", to_modelopt_nvfp4),
+    "ct nvfp4": Scheme(fp4("tensor_group", 16, LOCAL_DYNAMIC), "nvfp4_w4a4_static", to_compressed_tensors_nvfp4),
+    "ct nvfp4 weights": Scheme(fp4("tensor_group", 16), "nvfp4", to_compressed_tensors_nvfp4),
+    "ct mxfp4 weights": Scheme(fp4("group", 32), "mxfp4", lambda m: powers_as_bytes(m, weight="weight_packed")),
+    "mxfp8": Scheme(
+        {"quant_method": "mxfp8", "weight_block_size": [1, 32]},
+        "mxfp8",
+        lambda m: powers_as_bytes(m, "weight_scale_inv"),
+    ),
+    "modelopt mxfp8": Scheme({"quant_method": "modelopt", "quant_algo": "MXFP8"}, "mxfp8", powers_as_bytes),
     "awq": Scheme(AWQ | {"modules_to_not_convert": ["gate"]}, "int4_group32_zp", to_awq),
 }
 
@@ -161,7 +200,8 @@ def halves_of(w13: QuantizedArray) -> list[QuantizedArray]:
     def part(index: int) -> QuantizedArray:
         leaves = {
             name: None if leaf is None else (leaf[index] if leaf.shape == (2,) else np.split(leaf, 2)[index])
-            for name, leaf in (("values", w13.values), ("scales", w13.scales), ("zero_points", w13.zero_points))
+            for name in ("values", "scales", "zero_points", "global_scale")
+            for leaf in (getattr(w13, name),)
         }
         return dataclasses.replace(w13, halves=1, **leaves)
 
@@ -189,7 +229,8 @@ def tensors(scheme: Scheme, prefix: str = MLP, rename: dict[str, str] | None = N
     for module, matrix in matrices(scheme).items():
         parts = dict(scheme.tensors(matrix))
         if scheme.is_static:
-            parts["input_scale"] = input_scale(module)
+            scale = input_scale(module)
+            parts |= {"input_global_scale": 1 / scale} if "weight_packed" in parts else {"input_scale": scale}
         for old, new in (rename or {}).items():
             module = module.replace(old, new)
         found |= {

@@ -35,6 +35,12 @@ def assert_same(actual, wanted) -> None:
 
 def assert_experts(experts: ExpertWeights, scheme, here) -> None:
     w13, w2 = quantized.expected(scheme.weights)
+    if (
+        scheme.config.get("format") == "nvfp4-pack-quantized"
+    ):  # stored as reciprocals of float32, rounded there and back
+        w13, w2 = (
+            dataclasses.replace(w, global_scale=np.float32(1) / (np.float32(1) / w.global_scale)) for w in (w13, w2)
+        )
     assert_same(experts.w13, w13[np.array(here)])
     assert_same(experts.w2, w2[np.array(here)])
     assert experts.w13_bias is None and experts.w2_bias is None
@@ -42,8 +48,10 @@ def assert_experts(experts: ExpertWeights, scheme, here) -> None:
         assert experts.w13_input_scale is None and experts.w2_input_scale is None
         return
     scale = {part: [quantized.input_scale(f"experts.{e}.{part}_proj") for e in here] for part in ("gate", "up", "down")}
-    np.testing.assert_array_equal(experts.w13_input_scale, np.maximum(scale["gate"], scale["up"]))
-    np.testing.assert_array_equal(experts.w2_input_scale, scale["down"])
+    # compressed-tensors stores reciprocals of NVFP4's.
+    rtol = 2e-7 if scheme.config.get("format") == "nvfp4-pack-quantized" else 0
+    np.testing.assert_allclose(experts.w13_input_scale, np.maximum(scale["gate"], scale["up"]), rtol=rtol)
+    np.testing.assert_allclose(experts.w2_input_scale, scale["down"], rtol=rtol)
     assert experts.w13_input_scale.dtype == experts.w2_input_scale.dtype == jnp.float32
 
 

@@ -148,7 +148,10 @@ def test_matrices_in_different_formats(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "mxfp4"}, "quant_method='mxfp4' is not supported: known are fp8, compressed-tensors"),
+        (
+            {"quant_method": "fbgemm_fp8"},
+            "quant_method='fbgemm_fp8' is not supported: known are fp8, compressed-tensors",
+        ),
         ({"quant_method": "bitsandbytes"}, "quant_method='bitsandbytes' is not supported"),
     ],
 )
@@ -158,15 +161,29 @@ def test_methods_that_cannot_be_read(config, message, tmp_path):
 
 
 def test_mxfp4_of_gpt_oss(tmp_path):
-    make, config = files.LAYOUTS["gpt_oss"]
-    tensors = make(files.expert_arrays())
+    """Sizes that are no whole blocks, a block missing, other bytes, and stacks that gpt-oss does not have."""
+    config = dataclasses.replace(files.LAYOUTS["gpt_oss"][1], hidden_size=64, intermediate_size=32)
+    tensors = files.LAYOUTS["gpt_oss"][0](files.expert_arrays())
     for name in ("gate_up_proj", "down_proj"):
         del tensors[MLP + "experts." + name]
-        tensors[MLP + "experts." + name + "_blocks"] = np.zeros((6, 2, 1, 16), np.uint8)
-        tensors[MLP + "experts." + name + "_scales"] = np.zeros((6, 2, 1), np.uint8)
-    path = quantized.save(tensors, tmp_path, {"quant_method": "mxfp4"})
-    with raises(NotImplementedError, "quant_method='mxfp4' is not supported", "in bfloat16"):
-        load_layer(path, 0, config)
+        tensors[MLP + "experts." + name + "_blocks"] = np.zeros((6, 64, 2 if "gate" in name else 1, 16), np.uint8)
+        tensors[MLP + "experts." + name + "_scales"] = np.zeros((6, 64, 2 if "gate" in name else 1), np.uint8)
+    mxfp4 = {"quant_method": "mxfp4"}
+    path = quantized.save(tensors, tmp_path / "sizes", mxfp4)
+    with raises(ValueError, "intermediate_size=48 must be a multiple of 32"):
+        load_experts(path, 0, dataclasses.replace(config, intermediate_size=48))
+    with raises(ValueError, "down_proj_blocks is [6, 64, 1, 16], expected", "intermediate_size/32=2"):
+        load_experts(path, 0, dataclasses.replace(config, intermediate_size=64))
+    scales = MLP + "experts.down_proj_scales"
+    path = quantized.save({name: x for name, x in tensors.items() if name != scales}, tmp_path / "missing", mxfp4)
+    with raises(ValueError, "lacks 1 of the 4 tensors", "down_proj_scales"):
+        load_experts(path, 0, config)
+    path = quantized.save(tensors | {scales: tensors[scales].astype(np.float32)}, tmp_path / "floats", mxfp4)
+    with raises(NotImplementedError, "down_proj_scales", "is stored as F32, not as U8"):
+        load_experts(path, 0, config)
+    path = quantized.save(tensors, tmp_path / "fp8", {"quant_method": "fp8"})
+    with raises(ValueError, "tensors that gpt-oss with this config does not use", "down_proj_blocks"):
+        load_experts(path, 0, config)
 
 
 def test_columns_out_of_order(tmp_path):

@@ -1,6 +1,7 @@
 """`fused_experts` with quantized weights, against the same codes and scales in JAX."""
 
 import copy
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def quantized(layer, name):
     experts = quantize_experts(ExpertWeights(w13, w2, **biases, **static), name)
     parts = (experts.w13, experts.w2)
     arrays = [part.scales for part in parts] + [part.zero_points for part in parts]
-    arrays += [experts.w13_input_scale, experts.w2_input_scale]
+    arrays += [experts.w13_input_scale, experts.w2_input_scale, *(part.global_scale for part in parts)]
     config = QuantConfig(name, *(None if array is None else to_torch(array) for array in arrays))
     return experts, layer._replace(w1=to_torch(experts.w13.values), w2=to_torch(experts.w2.values)), config
 
@@ -48,6 +49,10 @@ def run(layer, config, **more):
         ("int8_weight", {"activation": "relu2_no_mul"}),
         ("int8_channel_static", {}),
         ("int4_group32_zp", {}),
+        ("nvfp4", {"bias": True}),
+        ("nvfp4_w4a4_static", {"activation": "relu2_no_mul"}),
+        ("mxfp4", {}),
+        ("mxfp8", {}),
     ],
 )
 def test_equals_the_layer_in_jax(name, options):
@@ -65,6 +70,36 @@ def test_equals_the_layer_in_jax(name, options):
     assert_discriminates(lambda out: check_close(out, plain.loop(), 0.3), out.float().numpy())
     gaps = torch.zeros(8, 64, 2, dtype=torch.bfloat16)
     assert torch.equal(run(layer, config, out=gaps[..., 1]), out) and (gaps[..., 0] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+def test_the_same_bytes_under_other_names_and_strides(name):
+    """float4_e2m1fn_x2 and uint8 codes, scales as bytes, tensors with gaps between their rows; sizes all differ."""
+    _, layer, config = quantized(layer_of(dtype=torch.bfloat16, tokens=5, hidden=96, intermediate=32), name)
+    out = run(layer, config)
+    assert layer.w1.dtype == torch.uint8 and config.w1_scale.dtype != torch.uint8
+    fp4 = layer._replace(w1=layer.w1.view(torch.float4_e2m1fn_x2), w2=layer.w2.view(torch.float4_e2m1fn_x2))
+    as_bytes = config._replace(w1_scale=config.w1_scale.view(torch.uint8), w2_scale=config.w2_scale.view(torch.uint8))
+    for other in (fp4, layer):
+        for scales in (config, as_bytes):
+            assert torch.equal(run(other, scales), out)
+
+    def apart(tensor):
+        """The same values, every other column and row of a larger tensor."""
+        raw = tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint8)
+        larger = torch.full([2 * n for n in raw.shape], 7, dtype=raw.dtype)
+        view = larger[tuple(slice(None, None, 2) for _ in raw.shape)]
+        view.copy_(raw)
+        assert not view.is_contiguous()
+        return view.view(tensor.dtype)
+
+    gaps = fp4._replace(**{key: apart(getattr(fp4, key)) for key in ("w1", "w2")})
+    scattered = config._replace(**{k: apart(v) for k, v in config._asdict().items() if isinstance(v, torch.Tensor)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is copied
+        assert torch.equal(run(gaps, scattered), out)
+    swapped = layer._replace(w1=(layer.w1 >> 4) | (layer.w1 << 4))
+    assert not torch.allclose(run(swapped, config).float(), out.float(), rtol=0.1, atol=0.05)
 
 
 def test_edges_compiler_and_opcheck():
@@ -108,7 +143,7 @@ def whole_scale(tensor, half):
 
 
 @pytest.mark.parametrize(
-    "name", ["fp8_block", "fp8_channel", "int8_weight", "fp8_weight_tensor", "int8_channel_static"]
+    "name", ["fp8_block", "fp8_channel", "int8_weight", "fp8_weight_tensor", "int8_channel_static", "nvfp4", "mxfp4"]
 )
 def test_module_loaded_shard_by_shard(name):
     _, layer, config = quantized(layer_of(dtype=torch.bfloat16, **SIZES), name)
@@ -121,6 +156,8 @@ def test_module_loaded_shard_by_shard(name):
     }
     if config.a1_scale is not None:
         arrays |= {"w13_input_scale": config.a1_scale, "w2_input_scale": config.a2_scale}
+    if config.w1_global_scale is not None:
+        arrays |= {"w13_weight_scale_2": config.w1_global_scale, "w2_weight_scale_2": config.w2_global_scale}
     logits = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
     total, parts = torch.zeros(8, 64), []
     for rank in range(2):
@@ -130,6 +167,8 @@ def test_module_loaded_shard_by_shard(name):
             for expert in range(6):
                 for shard in ("w2",) if key.startswith("w2") else ("w1", "w3"):
                     part = array[expert] if shard == "w2" else whole_scale(array[expert], shard)
+                    if name == "nvfp4" and part.element_size() == 1:  # as the bytes that they are
+                        part = part.view(torch.float4_e2m1fn_x2 if key.endswith("weight") else torch.uint8)
                     part = part[:, None] if key.endswith("weight_scale") and part.dim() == 1 and len(part) > 1 else part
                     here = module.weight_loader(getattr(module, key), part, key, shard, expert)
                     assert here == (expert // 3 == rank)

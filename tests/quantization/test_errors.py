@@ -14,9 +14,9 @@ from tests.util import assert_discriminates, check_close, relative_error
 WEIGHTS = normal(0, 64, 2048)
 
 
-def load_benchmark():
-    path = Path(__file__).parents[2] / "benchmarks" / "quantization_error.py"
-    spec = importlib.util.spec_from_file_location("quantization_error", path)
+def load_benchmark(name="quantization_error"):
+    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -52,3 +52,20 @@ def test_the_benchmark_measures_and_prints():
     assert row["layer_normal"] == pytest.approx(6.5e-2, rel=0.3)
     lines = benchmark.table(result).splitlines()
     assert len(lines) == 3 and lines[-1].startswith("| fp8_tensor_static | 8.00 |")
+
+
+def test_the_benchmark_on_a_layer_that_was_trained_on_text():
+    """A few steps of training need fewer bits a byte; formats of four bits with and without activations."""
+    config = MoEConfig(num_experts=2, top_k=1, hidden_size=64, intermediate_size=32)
+    train = load_benchmark("text_layer").train
+    before, after = (train(config, steps, tokens=64) for steps in (0, 30))
+    assert after.bits_a_byte < 0.9 * before.bits_a_byte and np.isfinite(after.bits_a_byte)
+    assert after.x.shape == (64, 64) and after.topk.ids.shape == (64, 1)
+    benchmark = load_benchmark()
+    names = ["nvfp4", "nvfp4_w4a4_static"]
+    result = benchmark.measure(names, shape=(16, 512), config=config, tokens=8, tails=(), trained=after)
+    alone, both = result["rows"]
+    assert alone["activations_text"] is None and 0.05 < both["activations_text"] < 0.2
+    assert 0.05 < alone["weights_text"] == both["weights_text"] < 0.15
+    assert alone["layer_text"] < both["layer_text"] < 1
+    assert benchmark.table(result).splitlines()[2].startswith("| nvfp4 | 4.5")
