@@ -211,13 +211,15 @@ def _quantized(rule, changes: dict[str, int], activation, k: int, n: int, quanti
     from moe_jax.kernels.hopper.gather_quantize import scales_shape
     from moe_jax.kernels.hopper.matmul_config import eight_bit, few_counts, four_bit
     from moe_jax.quantization import prepare, quant_format, quantize
+    from moe_jax.tuning.fit import within_memory
 
     form = quant_format(quantization)
     weights = jax.eval_shape(
         lambda w: quantize(w, form.weights, halves=2 if activation else 1), _like(EXPERTS, n, k, dtype="bfloat16")
     )
     if weights.spec.codes_per_value == 2:
-        config = dataclasses.replace(four_bit(rule), **changes)
+        rule = within_memory(four_bit(rule), "bfloat16", f"weights {weights.spec.dtype} group")
+        config = dataclasses.replace(rule, **changes)
 
         def decode_four_bits(rows, weights, *schedule):
             return matmul_bf16.grouped_matmul(rows, weights, *schedule, None, activation, config=config)

@@ -185,7 +185,10 @@ def _weight_only(
     likely_tiles = min(groups.num_rows, weights.shape[0])
     if config is None:
         config = default_config(groups.tile_rows, gated, n_out, likely_tiles)
-        config = four_bit(config) if four_bits else config
+        if four_bits:
+            from moe_jax.tuning.fit import within_memory
+
+            config = within_memory(four_bit(config), rows.dtype.name, f"weights {weights.spec.dtype} group")
     return kernel.grouped_matmul(
         rows,
         weights if four_bits else weights.values,
