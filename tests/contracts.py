@@ -4,6 +4,7 @@ A check takes the operation's result and its operands. What the contract leaves 
 at; operands carry NaN there, so that a leak is seen.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -85,6 +86,34 @@ def check_grouped_matmul(out, rows, weights, groups, bias=None, activation_confi
         assert_discriminates(lambda y: check_close(y, expected, tolerance_of(rows)), actual)
 
 
+def check_activation_input_grad(
+    found, rows, weights, groups, pre_activation, row_weights, config: MoEConfig, of_sums=2e-5
+) -> None:
+    """The three results for the rows that hold a token, the slopes of the activation being those that JAX finds.
+
+    Sums, within `of_sums`, meet no rounding but that of float32.
+    """
+    where, product = expected_matmul(rows, np.swapaxes(np.asarray(weights), 1, 2), groups)
+    s = np.asarray(row_weights, np.float64)[where]
+    with jax.enable_x64(True):
+        h = jnp.asarray(np.asarray(pre_activation).astype(np.float64)[where])
+
+        def apply(h):
+            return config.act.apply_gated(*jnp.split(h, 2, axis=1)) if config.act.is_gated else config.act.apply(h)
+
+        value, pull = jax.vjp(apply, h)
+        back = np.asarray(pull(jnp.asarray(product * s[:, None]))[0])
+        value = np.asarray(value)
+    expected = back, value * s[:, None], np.sum(product * value, axis=1)
+    for name, right in zip(found._fields, expected, strict=True):
+        leaf = getattr(found, name)
+        assert leaf.dtype == (jnp.float32 if name == "row_weights" else rows.dtype)
+        tolerance = of_sums if name == "row_weights" else 1.5 * tolerance_of(rows)
+        assert_discriminates(
+            lambda y, right=right, limit=tolerance: check_close(y, right, limit), np.asarray(leaf)[where]
+        )
+
+
 def groups_of(seed, num_tokens, top_k, num_experts, tile_rows, *, only=None, missing=0.2) -> Groups:
     """Groups of random pairs, made by the plain-JAX form; `only` these experts are chosen, some slots have none."""
     rng = np.random.default_rng([seed, 31])
@@ -103,5 +132,5 @@ def rows_of(seed, groups: Groups, width, dtype):
     """Random rows for these groups, NaN where no token is."""
     rows = np.full((groups.num_rows, width), np.nan, np.float32)
     where = occupied_rows(groups)
-    rows[where] = np.random.default_rng([seed, 32]).standard_normal((len(where), width))
+    rows[where] = np.random.default_rng(np.hstack([seed, 32])).standard_normal((len(where), width))
     return jnp.asarray(rows, dtype)

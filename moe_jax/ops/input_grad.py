@@ -107,9 +107,19 @@ def activation_input_grad(
         >>> [leaf.tolist() for leaf in found]
         [[[6.0]], [[4.5]], [18.0]]
     """
+    from moe_jax.kernels.hopper import input_grad as kernel
+
     impl.check_name(implementation)
+    chosen = impl.choose("activation_input_grad", implementation, None)
+    reason = kernel.supports_activation(rows, weights, groups.tile_rows)
 
     def run(rows, weights, groups, pre_activation, row_weights):
+        if chosen != "xla" and reason is None:
+            operands = rows, weights, *_schedule(groups), pre_activation, row_weights, activation
+            config, interpret = kernel.config_for(groups.tile_rows, True), impl.interpret_params(chosen)
+            back, activated, sums = kernel.activation_input_grad(*operands, config=config, interpret=interpret)
+            return ActivationGradients(back, activated, jnp.sum(sums, axis=0))
+        # The product may have a kernel where its epilogue has none.
         product = input_grad(rows, weights, groups, implementation=implementation)
         return through_activation(product, pre_activation, row_weights, activation)
 

@@ -4,11 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.config import MoEConfig
 from moe_jax.ops.group_tokens import default_tile_rows, group_tokens, max_tiles
-from moe_jax.ops.input_grad import input_grad
-from tests.contracts import check_grouped_matmul, groups_of, groups_with_sizes, rows_of
+from moe_jax.ops.input_grad import activation_input_grad, input_grad
+from tests.contracts import check_activation_input_grad, check_grouped_matmul, groups_of, groups_with_sizes, rows_of
 from tests.layers import normal
-from tests.lowering import assert_lowers_to_kernels, like
+from tests.lowering import FREE, assert_lowers_to_kernels, like, lower, operations
 
 
 def run(seed, groups, n, k, dtype="bfloat16", num_experts=3):
@@ -65,3 +66,51 @@ def test_lowers_for_cuda(name):
     tile_rows = default_tile_rows(num_tokens * top_k, num_experts, "mosaic")
     rows = like(dtype, max_tiles(num_tokens * top_k, num_experts, tile_rows) * tile_rows, n)
     assert_lowers_to_kernels(call, rows, like(dtype, num_experts, n, k), like("int32", num_tokens, top_k))
+
+
+def through_activation(seed, groups, hidden, intermediate, activation, dtype="bfloat16", num_experts=3, **tolerance):
+    layer = MoEConfig(1, 1, 8, 8, activation=activation)
+    rows = rows_of(seed, groups, hidden, dtype)
+    h = rows_of([seed, 1], groups, (2 if layer.act.is_gated else 1) * intermediate, dtype)
+    weights = normal([seed, 2], num_experts, hidden, intermediate, dtype=dtype, scale=hidden**-0.5)
+    row_weights = jnp.abs(rows_of([seed, 3], groups, 1, "float32")[:, 0])
+    operands = rows, weights, groups, h, row_weights
+    found = activation_input_grad(*operands, layer.act, implementation="mosaic_interpret")
+    check_activation_input_grad(found, *operands, layer, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("tile_rows", "sizes", "activation"),
+    [
+        (64, (80, 64), "silu"),
+        (160, (64, 320), "silu"),  # columns past the last
+        (192, (272, 256), "swigluoai"),
+        (128, (64, 192), "gelu_tanh_no_mul"),
+        (8, (64, 128), "relu2"),
+    ],
+)
+def test_back_through_the_activation(tile_rows, sizes, activation):
+    through_activation(4, groups_of(4, 9, 2, 3, tile_rows), *sizes, activation)
+
+
+def test_group_sizes_back_through_the_activation():
+    through_activation(5, groups_with_sizes(5, (1, 0, 24, 64, 75), 64), 64, 192, "silu", "float16", num_experts=5)
+
+
+def test_sizes_without_that_epilogue():
+    """The product has a kernel, which rounds it; what follows is plain JAX."""
+    through_activation(6, groups_of(6, 9, 2, 3, 64), 64, 80, "silu", of_sums=2.5e-3)
+
+
+@pytest.mark.parametrize(("tile_rows", "activation"), [(64, "silu"), (160, "swigluoai"), (192, "silu"), (192, "gelu")])
+def test_the_epilogue_lowers_for_cuda(tile_rows, activation):
+    act = MoEConfig(1, 1, 8, 8, activation=activation).act
+
+    def call(rows, weights, ids, h, row_weights):
+        groups = group_tokens(ids, num_experts=8, tile_rows=tile_rows, implementation="mosaic")
+        return activation_input_grad(rows, weights, groups, h, row_weights, act, implementation="mosaic")
+
+    operands = like("bfloat16", 2000, 2880), like("bfloat16", 8, 2880, 704), like("int32", 1000, 2)
+    found = operations(lower(call, *operands, like("bfloat16", 2000, 1408), like("float32", 2000)))
+    assert found["mosaic_gpu_v2"] == 3  # two of them group the tokens
+    assert set(found) - FREE <= {"mosaic_gpu_v2", "pad", "convert", "reduce", "add"}

@@ -3,15 +3,20 @@
 It is the grouped matmul of `matmul_bf16` with another operand: the weights ``[E, N, K]`` are contracted over N, their rows, and
 wgmma reads them transposed from shared memory (`weight_tiles.MMajor`). Schedule, row counts, ring and ragged stores are the same,
 and so is what holds of them: any number of rows a group, no work for experts without rows, sums over N in order.
+
+With `gradient_epilogue` a tile of the down-projection's gradient leaves as that of the up-projection.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_jax.kernels.hopper import matmul_bf16, tiles
+from moe_jax.activations import Activation
+from moe_jax.kernels.hopper import matmul_bf16, tiles, views
 from moe_jax.kernels.hopper.matmul_config import MOST_ROWS, Config, default_config
 
 
@@ -33,7 +38,15 @@ def supports(rows: Any, weights: Any, tile_rows: int) -> str | None:
     return None
 
 
-def config_for(tile_rows: int) -> Config:
+def supports_activation(rows: Any, weights: Any, tile_rows: int) -> str | None:
+    """Why `activation_input_grad` cannot run what `supports`; None if it can."""
+    n_out = weights.shape[2]
+    if n_out % views.COLUMNS:
+        return f"the output size={n_out} must be a multiple of {views.COLUMNS}, columns that leave registers together"
+    return supports(rows, weights, tile_rows)
+
+
+def config_for(tile_rows: int, through_activation: bool = False) -> Config:
     """The tiles for groups that were cut into tiles of so many rows: those of a projection with many experts.
 
     Example:
@@ -41,7 +54,11 @@ def config_for(tile_rows: int) -> Config:
         (160, 64)
     """
     many = 1 << 20  # tiles enough for all multiprocessors: columns stay whole
-    return default_config(tile_rows, False, many, many)
+    config = default_config(tile_rows, False, many, many)
+    if through_activation:
+        # Blocks of 16 rows leave, and the stages make room for theirs.
+        config = dataclasses.replace(config, stages=min(config.stages, 3), cluster=1)
+    return config
 
 
 def input_grad(
@@ -72,3 +89,34 @@ def input_grad(
     schedule = tile_group, tile_starts, tile_sizes, num_tiles
     more = {"config": config, "interpret": interpret, "multiprocessors": multiprocessors}
     return matmul_bf16.grouped_matmul(rows, weights, *schedule, None, None, transposed=True, **more)
+
+
+def activation_input_grad(
+    rows: Float[Array, "R H"],
+    weights: Float[Array, "E H I"],
+    tile_group: Int[Array, "tiles"],
+    tile_starts: Int[Array, "tiles"],
+    tile_sizes: Int[Array, "tiles"],
+    num_tiles: Int[Array, "1"],
+    pre_activation: Float[Array, "R N"],
+    row_weights: Float[Array, " R"],
+    activation: Activation,
+    *,
+    config: Config,
+    interpret: Any = None,
+    multiprocessors: int | None = None,
+) -> tuple[Float[Array, "R N"], Float[Array, "R I"], Float[Array, "lines R"]]:
+    """`input_grad` of a down-projection and back through the activation before it; arguments as there and in its op.
+
+    Returns:
+        Cotangents of the pre-activations, activations times router weights, and sums to be added up over the lines: the
+        cotangents of the router weights.
+    """
+    # A copy of router weights begins at a multiple of four and brings 32 at a time; a line of them is whole 16 bytes.
+    padded = jnp.pad(row_weights, (0, -row_weights.shape[0] % 4))[None]
+    schedule = tile_group, tile_starts, tile_sizes, num_tiles
+    more = {"config": config, "interpret": interpret, "multiprocessors": multiprocessors}
+    gradient = pre_activation, padded
+    return matmul_bf16.grouped_matmul(
+        rows, weights, *schedule, None, activation, transposed=True, gradient=gradient, **more
+    )

@@ -75,6 +75,7 @@ from moe_jax import _compat
 from moe_jax.activations import Activation
 from moe_jax.kernels.hopper import codes, rows_by_token, tiles, views
 from moe_jax.kernels.hopper.epilogue import Epilogue
+from moe_jax.kernels.hopper.gradient_epilogue import GradientEpilogue
 from moe_jax.kernels.hopper.matmul_config import MOST_ROWS, WGMMA_ROWS, Config
 from moe_jax.kernels.hopper.weight_tiles import KMajor, MMajor
 
@@ -134,10 +135,11 @@ def grouped_matmul(
     row_tokens: Int[Array, "padded_rows"] | None = None,
     weight_scales: Float[Array, "E ..."] | None = None,
     transposed: bool = False,
+    gradient: tuple[Float[Array, "rows N_h"], Float[Array, "1 padded_rows"]] | None = None,
     total_rows: int | None = None,
     interpret: Any = None,
     multiprocessors: int | None = None,
-) -> Float[Array, "R N_out"]:
+) -> Float[Array, "R N_out"] | tuple[Array, ...]:
     """`activation(rows @ weights[group].T + bias[group])` for the rows of the tiles; the others are undefined.
 
     Args:
@@ -154,6 +156,7 @@ def grouped_matmul(
         row_tokens: the token of each row, and a tile more; rows are then fetched from those of all tokens.
         weight_scales: float32, where weights are codes of a byte: see `codes`.
         transposed: weights are ``[E, K, N]``, and read as they lie: `input_grad`. Neither codes nor narrow tiles.
+        gradient: with `transposed`, the operands of `gradient_epilogue.GradientEpilogue`, which gives three results.
         total_rows: R, with `tile_tokens` or `row_tokens`.
         interpret: for the interpreter.
         multiprocessors: of the device, by default.
@@ -161,7 +164,7 @@ def grouped_matmul(
     k = rows.shape[1]
     n_weights = weights.shape[2 if transposed else 1]
     shared = tile_tokens is not None
-    gated = activation is not None and activation.is_gated
+    gated = activation is not None and activation.is_gated and not transposed
     n_out = n_weights // 2 if gated else n_weights
     dtype = rows.dtype
     tile_rows, tk, stages = config.tile_rows, config.tile_k, config.stages
@@ -184,7 +187,14 @@ def grouped_matmul(
         to_decode = weights, weight_scales, config, n_out, gated, dtype
         coded = codes.Codes(*to_decode, interpret=interpret is not None)
     bias_dtype = None if bias is None else bias.dtype
-    epilogue = Epilogue(config, n_out, dtype, activation, bias_dtype, marked=shared, interpret=interpret is not None)
+    if gradient is None:
+        epilogue = Epilogue(
+            config, n_out, dtype, activation, bias_dtype, marked=shared, interpret=interpret is not None
+        )
+        out_types = jax.ShapeDtypeStruct((total_rows, n_out), dtype)
+    else:
+        epilogue = GradientEpilogue(config, n_out, dtype, activation, interpret=interpret is not None)
+        out_types = epilogue.out_types(total_rows)
     if transposed:
         of_weights = MMajor(config, dtype, transforms)
     else:
@@ -195,12 +205,16 @@ def grouped_matmul(
         tokens_g = refs.pop(0) if shared else None
         row_tokens_g = refs.pop(0) if gathered else None
         scales_g = refs.pop(0) if coded else None
-        bias_g = refs.pop(0) if bias is not None else None
-        out_g, rows_s, weights_s, full, empty = refs[:5]
-        refs = refs[5:]
+        if gradient is None:
+            of_epilogue = refs.pop(0) if bias is not None else None
+            out_g = refs.pop(0)
+        else:
+            of_epilogue, out_g = (tuple(refs.pop(0) for _ in group) for group in (gradient, out_types))
+        rows_s, weights_s, full, empty = refs[:4]
+        refs = refs[4:]
         row_done = refs.pop(0) if gathered and interpret is not None else None
         of_codes = coded.references(scales_g, refs) if coded else None
-        ends = epilogue.references(out_g, bias_g, refs)
+        ends = epilogue.references(out_g, of_epilogue, refs)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
         m_tiles = count_g[0]
         my_tiles = tiles.share(m_tiles * n_steps, worker, workers)
@@ -216,7 +230,10 @@ def grouped_matmul(
         def consume(i):
             m, n = tile_at(i)
             col = n * tile_cols + wg * wg_cols
-            epilogue.fetch_bias(ends, wg, group_g[m], col)
+            if gradient is None:
+                epilogue.fetch_bias(ends, wg, group_g[m], col)
+            else:
+                epilogue.begin(ends, wg, starts_g[m], col)
             if coded:
                 coded.fetch(of_codes, wg, group_g[m], col)
             tiles.for_row_count(config.row_counts, rows_of(m), functools.partial(multiply, i * k_steps, m, col))
@@ -322,6 +339,7 @@ def grouped_matmul(
     operands += [row_tokens] if gathered else []
     operands += [weight_scales] if coded else []
     operands += [bias] if bias is not None else []
+    operands += gradient or []
     scratch = [
         operand.scratch,
         of_weights.scratch,
@@ -334,9 +352,9 @@ def grouped_matmul(
         scratch += [plgpu.Barrier(num_arrivals=1)]
     scratch += coded.scratch if coded else []
     scratch += epilogue.scratch
-    return _compat.kernel(
+    found = _compat.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((total_rows, n_out), dtype),
+        out_type=out_types,
         grid=(workers,),
         grid_names=("sm",),
         **(dict(cluster=(cluster,), cluster_names=("cta",)) if cluster > 1 else {}),
@@ -351,3 +369,4 @@ def grouped_matmul(
         ),
         interpret=interpret,
     )(*operands)
+    return found if gradient is None else tuple(found)
