@@ -5,6 +5,7 @@ python benchmarks/machine_code.py up --tile-rows 160 --k 2048 --n 1536
 python benchmarks/machine_code.py down --tile-rows 192 --k 768 --n 2048 --config stages=3,cluster=1
 python benchmarks/machine_code.py up --tile-rows 128 --k 2048 --n 1536 --quantization fp8_block --config quantizes=1
 python benchmarks/machine_code.py weight_grad --k 1536 --n 2048 --config stages=4,buffers=2
+python benchmarks/machine_code.py up-grad --tile-rows 192 --k 1536 --n 2048
 
 Needs `jax[cuda13]` and nvdisasm (of a CUDA toolkit, or of the triton package). Without a driver a C compiler makes a stand-in for
 libcuda, which says that there is a Hopper GPU and launches nothing.
@@ -133,21 +134,27 @@ def _nvdisasm() -> str:
 def kernel_of(
     projection: str, tile_rows: int, k: int, n: int, changes: dict[str, int], quantization: str | None = None
 ) -> tuple[bytes, object]:
-    """The serialized grouped matmul of a projection, and its configuration."""
+    """The serialized grouped matmul of a projection, or of a gradient, and its configuration."""
     from moe_jax.kernels.hopper.matmul_config import default_config
 
     if projection == "weight_grad":
         return _weight_grad(changes, k, n)
     activation = _activation(projection)
+    if projection in ("up-grad", "down-grad"):
+        config, run, operands = _input_grad(projection, tile_rows, changes, k, n)
+        return _module(run, *operands, *_schedule(tile_rows, config)), config
     rule = default_config(tile_rows, activation is not None, n // 2 if activation else n, EXPERTS)
     if quantization is None:
         config = dataclasses.replace(rule, **changes)
         run, operands = _plain(config, activation, k, n)
     else:
         config, run, operands = _quantized(rule, changes, activation, k, n, quantization)
+    return _module(run, *operands, *_schedule(tile_rows, config)), config
+
+
+def _schedule(tile_rows: int, config) -> list:
     schedule = [_like(2 * EXPERTS + ROWS // tile_rows)] * 3 + [_like(1)]
-    schedule += [_like(ROWS + tile_rows)] if config.gather else []
-    return _module(run, *operands, *schedule), config
+    return schedule + ([_like(ROWS + tile_rows)] if config.gather else [])
 
 
 def _module(run, *operands) -> bytes:
@@ -203,6 +210,23 @@ def _plain(config, activation, k: int, n: int):
     return run, [_like(ROWS, k, dtype="bfloat16"), _like(EXPERTS, n, k, dtype="bfloat16")]
 
 
+def _input_grad(projection: str, tile_rows: int, changes: dict[str, int], k: int, n: int):
+    """The configuration and the kernel of the gradient of a projection's input, contracted over k, and its operands."""
+    from moe_jax.kernels.hopper import input_grad
+
+    through_activation = projection == "down-grad"
+    config = dataclasses.replace(input_grad.config_for(tile_rows, through_activation), **changes)
+    operands = [_like(ROWS, k, dtype="bfloat16"), _like(EXPERTS, k, n, dtype="bfloat16")]
+    if not through_activation:
+        return config, lambda *given: input_grad.input_grad(*given, config=config), operands
+
+    def run(rows, weights, h, row_weights, *schedule):
+        activation = _activation("up")
+        return input_grad.activation_input_grad(rows, weights, *schedule, h, row_weights, activation, config=config)
+
+    return config, run, [*operands, _like(ROWS, 2 * n, dtype="bfloat16"), _like(ROWS, dtype="float32")]
+
+
 def _quantized(rule, changes: dict[str, int], activation, k: int, n: int, quantization: str):
     """The configuration and the kernel of a number format, and its operands: rows of codes, or rows for codes to be decoded."""
     import jax
@@ -251,7 +275,9 @@ def _quantized(rule, changes: dict[str, int], activation, k: int, n: int, quanti
 
 
 def main(
-    projection: Annotated[str, typer.Argument(help="up (gated), down, or weight_grad [k, n]")],
+    projection: Annotated[
+        str, typer.Argument(help="up (gated), down, up-grad, down-grad (with the activation), or weight_grad [k, n]")
+    ],
     tile_rows: int = 160,
     k: int = 2048,
     n: int = 1536,
