@@ -38,7 +38,8 @@ def main(
     console = Console()
     if size not in SIZES:
         raise typer.BadParameter(f"size={size!r} must be one of {', '.join(SIZES)}")
-    jax.config.update("jax_num_cpu_devices", devices)  # read when JAX starts; GPUs are as many as there are
+    if devices > 1:
+        jax.config.update("jax_num_cpu_devices", devices)  # read when JAX starts; GPUs are as many as there are
     if devices > jax.device_count():
         raise typer.BadParameter(
             f"devices={devices}, but JAX sees {jax.device_count()} {jax.default_backend()} devices"

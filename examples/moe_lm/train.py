@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import ParallelConfig
 from moe_jax.losses import load_statistics
@@ -64,17 +64,16 @@ class Trainer:
 
     def __init__(self, model: ModelConfig, train: TrainConfig):
         self.config, self.step = train, 0
-        self.mesh, moe = None, {}
+        self.mesh = parallel = None
         if train.devices > 1:
             self.mesh = jax.make_mesh((train.devices,), ("dp",), axis_types=(AxisType.Auto,))
             parallel = ParallelConfig.of_mesh(self.mesh, enable_expert_parallel=True)
-            moe = {"parallel": parallel, "mesh": self.mesh}
         rules = (("expert", "dp"), ("embed", None), ("mlp", None))
         with contextlib.ExitStack() as stack:
             if self.mesh is not None:
                 stack.enter_context(jax.set_mesh(self.mesh))
                 stack.enter_context(nnx.logical_axis_rules(rules))
-            self.model, self.optimizer = _make(model, train, moe)
+            self.model, self.optimizer = make(model, train, parallel, self.mesh)
             if self.mesh is not None:  # experts in parts, everything else on every device
                 for part in (self.model, self.optimizer):
                     state = nnx.state(part)
@@ -93,16 +92,16 @@ class Trainer:
         return {"model": nnx.state(self.model), "optimizer": nnx.state(self.optimizer)}
 
 
-def _make(model: ModelConfig, train: TrainConfig, moe: dict[str, Any]) -> tuple[ByteLM, nnx.Optimizer]:
-    @nnx.jit
-    def make() -> tuple[ByteLM, nnx.Optimizer]:
-        lm = ByteLM(model, rngs=nnx.Rngs(train.seed), **moe)
-        peak, warmup = train.learning_rate, min(train.warmup, train.steps - 1)
-        schedule = optax.warmup_cosine_decay_schedule(0.1 * peak, peak, warmup, train.steps, 0.1 * peak)
-        tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.01))
-        return lm, nnx.Optimizer(lm, tx, wrt=nnx.Param)
-
-    return make()
+@nnx.jit(static_argnums=(0, 1, 2, 3))
+def make(
+    model: ModelConfig, train: TrainConfig, parallel: ParallelConfig | None, mesh: Mesh | None
+) -> tuple[ByteLM, nnx.Optimizer]:
+    """A model with its first parameters, and its optimizer."""
+    lm = ByteLM(model, rngs=nnx.Rngs(train.seed), parallel=parallel, mesh=mesh)
+    peak, warmup = train.learning_rate, min(train.warmup, train.steps - 1)
+    schedule = optax.warmup_cosine_decay_schedule(0.1 * peak, peak, warmup, train.steps, 0.1 * peak)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.01))
+    return lm, nnx.Optimizer(lm, tx, wrt=nnx.Param)
 
 
 @nnx.jit(static_argnames="train")
