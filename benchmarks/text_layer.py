@@ -87,7 +87,7 @@ def _batch(data: np.ndarray, starts: np.ndarray) -> tuple[jax.Array, jax.Array]:
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale[None, :]
 
 
 def _hidden(params: dict[str, jax.Array], context: jax.Array, config: MoEConfig) -> tuple[jax.Array, jax.Array, TopK]:

@@ -54,12 +54,13 @@ def test_the_benchmark_measures_and_prints():
     assert len(lines) == 3 and lines[-1].startswith("| fp8_tensor_static | 8.00 |")
 
 
+@pytest.mark.once
 def test_the_benchmark_on_a_layer_that_was_trained_on_text():
     """A few steps of training need fewer bits a byte; formats of four bits with and without activations."""
     config = MoEConfig(num_experts=2, top_k=1, hidden_size=64, intermediate_size=32)
     train = load_benchmark("text_layer").train
-    before, after = (train(config, steps, tokens=64) for steps in (0, 30))
-    assert after.bits_a_byte < 0.9 * before.bits_a_byte and np.isfinite(after.bits_a_byte)
+    before, after = (train(config, steps, tokens=64) for steps in (1, 12))
+    assert after.bits_a_byte < 0.95 * before.bits_a_byte and np.isfinite(after.bits_a_byte)
     assert after.x.shape == (64, 64) and after.topk.ids.shape == (64, 1)
     benchmark = load_benchmark()
     names = ["nvfp4", "nvfp4_w4a4_static"]
