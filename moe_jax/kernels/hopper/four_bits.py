@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_jax import _compat
+from moe_jax import _compat_words
 from moe_jax.kernels.hopper.matmul_config import Config
 from moe_jax.quantization.prepared import CODE_LINES, LANES, SIDE, Layout, PreparedArray, decoded
 
@@ -116,7 +116,7 @@ class FourBits:
             scale_words = layout.scale_words
             places = [(0, 4, 1)]
             places += [(CODE_LINES * LANES + LANES * scale_words * i, scale_words, 4) for i in range(len(types) - 1)]
-            return tuple(_compat.load_words(block, *place) for place in places)
+            return tuple(_compat_words.load_words(block, *place) for place in places)
 
         return run(block)
 
@@ -132,7 +132,9 @@ class FourBits:
         @plgpu.inline_mgpu(arg_types=tuple(type_.layout for type_ in self._words), return_type=result)
         def run(ctx, *words):
             del ctx
-            return _compat.wgmma_fragment(_decode([_compat.words_of(array) for array in words], layout), dtype)
+            return _compat_words.wgmma_fragment(
+                _decode([_compat_words.words_of(array) for array in words], layout), dtype
+            )
 
         return run(*words)
 
@@ -166,7 +168,7 @@ def _decode(arrays: list[list[Any]], layout: Layout) -> list[Any]:
             groups = [(32 * part + 16 * sixteen) // layout.scale_columns for sixteen in range(2)]
             operands = [words[2 * row + part], *(of_group[group] for group in groups)]
             operands += [zero_of[groups[0]]] if zeros is not None else []
-            pairs = _compat.inline_ptx(_pairs(layout), operands, 4)
+            pairs = _compat_words.inline_ptx(_pairs(layout), operands, 4)
             found |= {(4 * part + pair, row): value for pair, value in enumerate(pairs)}
     return [found[eight, row] for eight in range(8) for row in range(2)]
 
@@ -180,13 +182,13 @@ def _scale(words: list[Any], index: int, layout: Layout) -> Any:
     to = layout.fraction_bits - (3 if has_small else 0)
     more = 0x70007000 if has_small and layout.dtype == "bfloat16" else 0
     code = f"{{ .reg .b32 t; prmt.b32 t, $1, 0, {0x4440 + index % 4}; mad.lo.u32 $0, t, {0x10001 << to}, {more}; }}"
-    return _compat.inline_ptx(code, [words[index // 4]], 1)[0]
+    return _compat_words.inline_ptx(code, [words[index // 4]], 1)[0]
 
 
 def _twice(words: list[Any], index: int, layout: Layout) -> Any:
     """The 16-bit number of that index in both halves of a word."""
     select = 0x3232 if index % 2 else 0x1010
-    return _compat.inline_ptx(f"prmt.b32 $0, $1, 0, {select};", [words[index // 2]], 1)[0]
+    return _compat_words.inline_ptx(f"prmt.b32 $0, $1, 0, {select};", [words[index // 2]], 1)[0]
 
 
 def _pairs(layout: Layout) -> str:

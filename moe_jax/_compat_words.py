@@ -1,0 +1,79 @@
+"""What `_compat` is for the words of 32 bits that a thread holds: private JAX paths of kernels that decode weights of four bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def inline_ptx(code: str, operands: list[Any], results: int) -> list[Any]:
+    """Emits PTX that does nothing but compute words of 32 bits: ``$0`` and so on the results, then the operands."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import llvm
+
+    i32 = ir.IntegerType.get_signless(32)
+    kind = i32 if results == 1 else llvm.StructType.get_literal([i32] * results)
+    constraints = ",".join(["=r" if results == 1 else "=&r"] * results + ["r"] * len(operands))
+    out = llvm.inline_asm(kind, operands, code, constraints)
+    return [out] if results == 1 else [llvm.extractvalue(i32, out, [i]) for i in range(results)]
+
+
+def load_words(block: Any, first: int, count: int, lanes: int) -> Any:
+    """Emits one load of `count` words for each thread of a warpgroup, of which `lanes` neighbours load the same.
+
+    The result is fragmented int32 ``[128 * count]``, thread after thread.
+
+    Args:
+        block: contiguous memref of 32-bit words in shared memory.
+        first: that of the first threads; a multiple of `count`.
+        count: 1, 2 or 4.
+        lanes: a power of two.
+    """
+    import numpy as np
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, llvm
+    from jax.experimental.mosaic.gpu import fragmented_array, utils
+
+    i32 = ir.IntegerType.get_signless(32)
+
+    def c(value: int) -> Any:
+        return arith.constant(i32, value)
+
+    of_thread = arith.divui(arith.andi(utils.thread_idx(), c(127)), c(lanes))
+    at = arith.addi(arith.muli(of_thread, c(4 * count)), c(4 * first))
+    pointer = utils.memref_ptr(block)
+    place = llvm.getelementptr(pointer.type, pointer, [at], [-(2**31)], ir.IntegerType.get_signless(8), 0)
+    words = np.empty(1, dtype=object)
+    words[0] = llvm.load(ir.VectorType.get((count,), i32), place, alignment=4 * count)
+    layout = fragmented_array.WGStridedFragLayout((128 * count,), count)
+    return fragmented_array.FragmentedArray(_registers=words, _layout=layout, _is_signed=True)
+
+
+def words_of(array: Any) -> list[Any]:
+    """A thread's words of what `load_words` gives."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, llvm
+
+    (words,) = array.registers.flat
+    i32 = ir.IntegerType.get_signless(32)
+    return [llvm.extractelement(words, arith.constant(i32, i)) for i in range(ir.VectorType(words.type).shape[0])]
+
+
+def wgmma_fragment(words: list[Any], dtype: Any) -> Any:
+    """The operand ``[64, 64]`` of wgmma that is made of a thread's words, each two neighbouring 16-bit floats of a row.
+
+    Args:
+        words: of each 8 columns first those of row ``g``, then those of row ``g + 8``.
+        dtype: of the floats.
+    """
+    import numpy as np
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import llvm
+    from jax.experimental.mosaic.gpu import fragmented_array, utils
+
+    layout, shape = fragmented_array.WGMMA_LAYOUT, (64, 64)
+    pair = ir.VectorType.get((2,), utils.dtype_to_ir_type(dtype))
+    registers = np.empty(len(words), dtype=object)
+    registers[:] = [llvm.bitcast(pair, word) for word in words]
+    return fragmented_array.FragmentedArray(
+        _registers=registers.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=None
+    )
