@@ -1,4 +1,4 @@
-"""What `_compat` is for the words of 32 bits that a thread holds: private JAX paths of kernels that decode weights of four bits."""
+"""As `_compat`, for the words of 32 bits that a thread of a kernel holds: private JAX paths that decode weights of four bits."""
 
 from __future__ import annotations
 
