@@ -16,7 +16,6 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import ParallelConfig
-from moe_jax.losses import load_statistics
 from moe_jax.nn import balance, sown, sown_sum
 from moe_lm.data import Batches
 from moe_lm.model import ByteLM, ModelConfig
@@ -53,6 +52,12 @@ class TrainConfig:
         if self.balancing not in BALANCING:
             raise ValueError(f"balancing={self.balancing!r} must be one of {', '.join(BALANCING)}")
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """What the step multiplies each way of balancing with: arguments of one compiled function, zero for the others."""
+        rates = {"aux": self.aux_coefficient, "z": self.z_coefficient, "bias": self.bias_rate}
+        return {name: rate if name == self.balancing else 0.0 for name, rate in rates.items()}
+
 
 class Trainer:
     """A model, its optimizer, and the step that both take.
@@ -73,7 +78,8 @@ class Trainer:
             if self.mesh is not None:
                 stack.enter_context(jax.set_mesh(self.mesh))
                 stack.enter_context(nnx.logical_axis_rules(rules))
-            self.model, self.optimizer = make(model, train, parallel, self.mesh)
+            schedule = (train.learning_rate, min(train.warmup, train.steps - 1), train.steps)
+            self.model, self.optimizer = make(model, schedule, train.seed, parallel, self.mesh)
             if self.mesh is not None:  # experts in parts, everything else on every device
                 for part in (self.model, self.optimizer):
                     state = nnx.state(part)
@@ -83,7 +89,7 @@ class Trainer:
         """One step on a batch ``[B, S + 1]``; returns its loss (of the bytes alone) and the expert loads ``[L, E]``."""
         if self.mesh is not None:
             batch = jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec("dp")))
-        loss, loads = train_step(self.model, self.optimizer, batch, self.config)
+        loss, loads = train_step(self.model, self.optimizer, batch, self.config.rates)
         self.step += 1
         return {"step": self.step, "loss": float(loss), "loads": np.asarray(loads).tolist()}
 
@@ -92,46 +98,45 @@ class Trainer:
         return {"model": nnx.state(self.model), "optimizer": nnx.state(self.optimizer)}
 
 
-@nnx.jit(static_argnums=(0, 1, 2, 3))
+@nnx.jit(static_argnums=(0, 1, 2, 3, 4))
 def make(
-    model: ModelConfig, train: TrainConfig, parallel: ParallelConfig | None, mesh: Mesh | None
+    model: ModelConfig, schedule: tuple[float, int, int], seed: int, parallel: ParallelConfig | None, mesh: Mesh | None
 ) -> tuple[ByteLM, nnx.Optimizer]:
-    """A model with its first parameters, and its optimizer."""
-    lm = ByteLM(model, rngs=nnx.Rngs(train.seed), parallel=parallel, mesh=mesh)
-    peak, warmup = train.learning_rate, min(train.warmup, train.steps - 1)
-    schedule = optax.warmup_cosine_decay_schedule(0.1 * peak, peak, warmup, train.steps, 0.1 * peak)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.01))
+    """A model with its first parameters, and its optimizer; `schedule` is the learning rate, its warmup and all steps."""
+    peak, warmup, steps = schedule
+    lm = ByteLM(model, rngs=nnx.Rngs(seed), parallel=parallel, mesh=mesh)
+    rate = optax.warmup_cosine_decay_schedule(0.1 * peak, peak, warmup, steps, 0.1 * peak)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=0.01))
     return lm, nnx.Optimizer(lm, tx, wrt=nnx.Param)
 
 
-@nnx.jit(static_argnames="train")
+@nnx.jit
 def train_step(
-    model: ByteLM, optimizer: nnx.Optimizer, batch: jax.Array, train: TrainConfig
+    model: ByteLM, optimizer: nnx.Optimizer, batch: jax.Array, rates: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """Loss, gradients, optimizer and, with ``balancing="bias"``, the step of the bias."""
+    """One step on a batch ``[B, S + 1]``: loss, gradients, optimizer, and the step of the correction bias.
+
+    Returns:
+        The loss of the bytes alone, and the expert loads ``[L, E]``.
+    """
     inputs, targets = batch[:, :-1], batch[:, 1:]
 
     def total(model: ByteLM) -> tuple[jax.Array, Any]:
         logits, intermediates = nnx.capture(model, nnx.Intermediate)(inputs)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-        layers = len(model.blocks)
-        penalty = 0.0
-        if train.balancing == "aux":
-            penalty = train.aux_coefficient * sown_sum(intermediates, "load_balancing_loss") / layers
-        elif train.balancing == "z":
-            penalty = train.z_coefficient * sown_sum(intermediates, "router_z_loss") / layers
-        return loss + penalty, (loss, intermediates)
+        penalty = rates["aux"] * sown_sum(intermediates, "load_balancing_loss")
+        penalty += rates["z"] * sown_sum(intermediates, "router_z_loss")
+        return loss + penalty / len(model.blocks), (loss, intermediates)
 
     gradients, (loss, intermediates) = nnx.grad(total, has_aux=True)(model)
     optimizer.update(model, gradients)
-    if train.balancing == "bias":
-        balance(model, intermediates, train.bias_rate)
+    balance(model, intermediates, rates["bias"])
     return loss, jnp.stack(list(sown(intermediates, "expert_loads").values()))
 
 
 def violation(loads: Any) -> float:
     """How far the busiest expert of a layer is above the mean, of it, averaged over layers ``[L, E]``: 0 is balance."""
-    return float(np.mean([load_statistics(jnp.asarray(layer)).max_violation for layer in loads]))
+    return float(np.mean([max(layer) / np.mean(layer) - 1.0 for layer in loads]))
 
 
 class Checkpoints:

@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 import typer
+from flax import nnx
 from typer.testing import CliRunner
 
+from moe_jax.nn import sown_sum
 from moe_lm import model as models
 from moe_lm.data import Batches, stdlib_bytes
 from moe_lm.model import ModelConfig
@@ -15,7 +17,7 @@ from moe_lm.train import Checkpoints, TrainConfig, Trainer, run, violation
 from tests.util import check_close
 
 TINY = ModelConfig(1, 32, 2, 8, 2, 32, seq_len=32, batch_size=16)
-STEPS = 60
+STEPS = 100
 
 
 @functools.cache
@@ -24,7 +26,7 @@ def batches():
 
 
 def trainer_of(balancing, **options):
-    config = TrainConfig(STEPS, 1e-2, 5, balancing, aux_coefficient=0.05, bias_rate=3e-2, **options)
+    config = TrainConfig(STEPS, 1e-2, balancing=balancing, aux_coefficient=0.05, bias_rate=3e-2, **options)
     return Trainer(TINY, config)
 
 
@@ -59,25 +61,31 @@ def test_loads_stay_balanced_with_a_method_and_not_without(balancing):
     balanced, left_alone = (
         mean_of(records_of(method)[-20:], lambda record: violation(record["loads"])) for method in (balancing, "none")
     )
-    assert left_alone > 1.0 and balanced < 0.75, (balanced, left_alone)
+    assert left_alone > 0.8 and balanced < 0.65 and balanced < 0.6 * left_alone, (balanced, left_alone)
     assert {sum(record["loads"][0]) for record in records_of(balancing)} == {16 * 32 * 2}
 
 
 def test_the_z_loss_keeps_logits_small():
-    trainers = [trainer_of("none"), Trainer(TINY, TrainConfig(STEPS, 1e-2, 5, "z", z_coefficient=1.0))]
-    for trainer in trainers:
-        run(trainer, batches(), until=10)
-    norms = [float(np.linalg.norm(trainer.model.blocks[0].moe.router[...])) for trainer in trainers]
-    assert norms[1] < 0.9 * norms[0]
+    def of_trained(train):
+        trainer = Trainer(TINY, train)
+        run(trainer, batches(), until=30)
+        _, intermediates = nnx.jit(nnx.capture(nnx.Intermediate)(lambda model, x: model(x)))(
+            trainer.model, batches()(0)[:, :-1]
+        )
+        return float(sown_sum(intermediates, "router_z_loss"))
+
+    assert of_trained(TrainConfig(STEPS, 1e-2, balancing="z", z_coefficient=0.1)) < 0.8 * of_trained(
+        TrainConfig(STEPS, 1e-2, balancing="none")
+    )
 
 
-@pytest.mark.parametrize("balancing", ["bias"])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, balancing):
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
+    balancing = "bias"
     whole = trainer_of(balancing)
     expected = run(whole, batches(), until=7)
     checkpoints = Checkpoints(tmp_path)
     run(trainer_of(balancing), batches(), until=5, checkpoints=checkpoints, every=4)
-    resumed = trainer_of(balancing, seed=0)
+    resumed = trainer_of(balancing)
     found = run(resumed, batches(), until=7, checkpoints=Checkpoints(tmp_path), every=100)
     assert found == expected
     for mine, theirs in zip(jax.tree.leaves(resumed.state()), jax.tree.leaves(whole.state()), strict=True):
@@ -107,9 +115,11 @@ def test_command(tmp_path, monkeypatch):
     app.command()(train_moe_lm.main)
 
     def call(*options):
-        return CliRunner().invoke(app, ["--steps", "3", "--folder", str(tmp_path), *options])
+        return CliRunner().invoke(
+            app, ["--steps", str(STEPS), "--learning-rate", "0.01", "--folder", str(tmp_path), *options]
+        )
 
-    first, second = call("--stop-after", "2"), call()
+    first, second = call("--stop-after", "2"), call("--stop-after", "3")
     assert first.exit_code == second.exit_code == 0, (first.output, second.output)
     assert (
         "from step 0" in first.output and "from step 2" in second.output and "mean of the last 3 steps" in second.output
