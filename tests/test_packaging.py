@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted(path for folder in ("moe_jax", "interop", "tests") for path in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    path for folder in ("moe_jax", "interop", "tests", "examples") for path in (ROOT / folder).rglob("*.py")
+)
 LIBRARY = sorted((ROOT / "moe_jax").rglob("*.py"))
 
 
@@ -81,6 +83,9 @@ def test_only_what_compares_with_torch_imports_it():
         ("checkpoints", ["kernels", "ops", "demo", "bench", "cli"]),
         ("parallel", ["layer_test", "checkpoints", "demo", "bench", "cli"]),
         ("layer_test", ["kernels", "ops", "checkpoints", "demo", "bench", "cli"]),
+        ("losses.py", ["kernels", "ops", "routing", "moe", "parallel", "nn", "demo", "bench", "cli"]),
+        ("router_training.py", ["kernels", "ops", "routing", "moe", "parallel", "nn", "demo", "bench", "cli"]),
+        ("nn", ["kernels", "ops", "checkpoints", "demo", "bench", "cli"]),
         ("demo", ["bench", "cli"]),
         ("bench", ["kernels", "ops", "checkpoints", "demo", "cli"]),
     ],
@@ -90,8 +95,13 @@ def test_nothing_points_back(room, never):
     assert [file for file in importers(*modules) if file.startswith(f"moe_jax/{room}")] == []
 
 
+def test_only_the_flax_layers_import_flax():
+    files = importers("flax")
+    assert files and all(file.startswith("moe_jax/nn/") for file in files)
+
+
 def test_importing_the_package_and_its_command_line_loads_no_torch():
-    heavy = ("torch", "transformers", "matplotlib", "tokamax")
+    heavy = ("torch", "transformers", "matplotlib", "tokamax", "flax")
     code = f"import sys, moe_jax, moe_jax.cli, moe_jax.bench.report; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
