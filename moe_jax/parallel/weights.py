@@ -232,14 +232,7 @@ def _quantized_rows(array: QuantizedArray, parts: int, share: int, each) -> Quan
             return _rows(leaf[..., None], array.halves, parts, share)[..., 0]
         return _rows(leaf, array.halves, parts, share // spec.block[0])
 
-    values = _rows(array.values, array.halves, parts, share)
-    return dataclasses.replace(
-        array,
-        values=values,
-        scales=scales(array.scales),
-        zero_points=scales(array.zero_points),
-        global_scale=each(array.global_scale),
-    )
+    return _parts(array, _rows(array.values, array.halves, parts, share), scales, each)
 
 
 def _quantized_columns(array: QuantizedArray, parts: int, share: int, each) -> QuantizedArray:
@@ -253,11 +246,10 @@ def _quantized_columns(array: QuantizedArray, parts: int, share: int, each) -> Q
         return _columns(leaf, parts, share // spec.block[1])
 
     values = _columns(array.values, parts, share // spec.codes_per_value)
-    return dataclasses.replace(
-        array,
-        values=values,
-        scales=scales(array.scales),
-        zero_points=scales(array.zero_points),
-        global_scale=each(array.global_scale),
-        columns=None,
-    )
+    return dataclasses.replace(_parts(array, values, scales, each), columns=None)
+
+
+def _parts(array: QuantizedArray, values: Array, scales, each) -> QuantizedArray:
+    """The array with other values, its scales and zero points cut by `scales`; every part has the scale of the whole matrix."""
+    cut = {"scales": scales(array.scales), "zero_points": scales(array.zero_points)}
+    return dataclasses.replace(array, values=values, global_scale=each(array.global_scale), **cut)

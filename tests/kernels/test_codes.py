@@ -38,15 +38,20 @@ class Rows:
         return self._rows.astype(jnp.float32)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_codes(name):
-    form, sizes, k, n, more = CASES[name]
+def problem_of(form, sizes, k, n, more):
+    """Groups, rows, quantized weights, a bias or None, whether there is a gate, and how the kernel is tiled."""
     gated, config, dtype = more.get("gated", False), more.get("config", FEW), more.get("dtype", "bfloat16")
     groups = groups_with_sizes(1, sizes, config.tile_rows)
     x = normal([1, 1], groups.num_rows, k, dtype=dtype)
     weights = normal([2, 1], len(sizes), n, k, scale=k**-0.5)
     weights = quantize(weights, quant_format(form).weights, halves=2 if gated else 1)
     bias = normal(3, len(sizes), n, dtype=more["bias"]) if "bias" in more else None
+    return groups, x, weights, bias, gated, config
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_codes(name):
+    groups, x, weights, bias, gated, config = problem_of(*CASES[name])
     act, scales = ACT if gated else None, weight_scales(weights)
     assert kernel.supports(x, weights.values, bias, act, config.tile_rows, weight_scales=scales) is None
     schedule = groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles

@@ -12,16 +12,11 @@ from moe_jax.kernels.hopper.matmul_config import Config, four_bit
 from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.quantization import prepare, quant_format, quantize
 from moe_jax.tuning.plan import LayerShape, default_plan
-from tests.contracts import groups_with_sizes
-from tests.kernels.test_codes import Rows
+from tests.kernels.test_codes import ACT, MANY, Rows, problem_of
 from tests.kernels.test_matmul_fp8 import expected
-from tests.layers import normal
 from tests.lowering import assert_lowers_to_kernels, like, mosaic_code
 from tests.util import assert_discriminates, check_close
 
-FEW = Config((8, 24), consumers=1, tile_k=128, stages=3)
-MANY = Config((48, 128), consumers=2, tile_k=64, stages=3, overlap=False)
-ACT = MoEConfig(1, 1, 8, 8).act
 CASES = {
     "nvfp4": ("nvfp4", (3, 0, 20), 320, 192, {}),
     "nvfp4, gated, ragged": ("nvfp4", (3, 30), 192, 160, dict(gated=True, bias="float32")),
@@ -35,14 +30,7 @@ CASES = {
 
 @functools.cache
 def problem(name):
-    form, sizes, k, n, more = CASES[name]
-    gated, config, dtype = more.get("gated", False), more.get("config", FEW), more.get("dtype", "bfloat16")
-    groups = groups_with_sizes(1, sizes, config.tile_rows)
-    x = normal([1, 1], groups.num_rows, k, dtype=dtype)
-    weights = normal([2, 1], len(sizes), n, k, scale=k**-0.5)
-    weights = quantize(weights, quant_format(form).weights, halves=2 if gated else 1)
-    bias = normal(3, len(sizes), n, dtype=more["bias"]) if "bias" in more else None
-    return groups, x, weights, bias, gated, config
+    return problem_of(*CASES[name])
 
 
 def run(name, weights):
