@@ -66,7 +66,7 @@ def test_codes(name):
         interpret=_compat.interpret_params(),
     )
     right = expected(Rows(x), weights, groups, bias, gated)
-    assert out.dtype == jnp.dtype(dtype)
+    assert out.dtype == x.dtype
     check_close(out, right, 6e-3)
     assert_discriminates(lambda y: check_close(y, right, 6e-3), out)
 
