@@ -128,12 +128,13 @@ def test_what_it_says_is_what_happens(name):
 
 
 def test_number_formats():
-    """Rows are quantized twice where activations are; int4 is dequantized before, and that is said."""
+    """Rows are quantized twice where activations are; FP8 with scales of groups is dequantized before, and that is said."""
     quantized = {*OPS, "gather_quantize (up)", "gather_quantize (down)"} - {"gather"}
-    for name, ops in (("fp8_block", quantized), ("int8_channel", quantized), ("fp8_weight_block", OPS)):
+    alone = [(name, OPS) for name in ("fp8_weight_block", "int4_group64", "nvfp4", "mxfp4")]
+    for name, ops in (("fp8_block", quantized), ("int8_channel", quantized), *alone):
         config = dataclasses.replace(GOOD, quantization=name)
         assert chosen(explain(config, 16, "gpu")) == dict.fromkeys(ops, "mosaic")
-    reasons = kernel_reasons(dataclasses.replace(GOOD, quantization="int4_group64"))
+    reasons = kernel_reasons(dataclasses.replace(GOOD, quantization="mxfp8_weight"))
     assert "dequantized before" in reasons["decode (up)"] and reasons["grouped_matmul (up)"] is None
     odd = kernel_reasons(MoEConfig(8, 2, 80, 48, quantization="fp8_channel"))
     assert "size=80" in odd["grouped_matmul (up)"] and "size=48" in odd["grouped_matmul (down)"]
