@@ -55,7 +55,7 @@ def test_products_of_the_rows_of_each_group(name):
 
 
 CONFIGS = {
-    "one block of columns": {"blocks": 1, "tile_n": 64},
+    "one block of columns, experts in their order": {"blocks": 1, "tile_n": 64, "largest_first": False},
     "three, and all products waited for": {"blocks": 1, "tile_n": 192, "overlap": False},
     "two blocks a consumer, fewer buffers": {"blocks": 2, "tile_n": 128, "buffers": 2, "stages": 4},
     "two blocks of rows a step": {"blocks": 1, "tile_n": 256, "step_rows": 128, "stages": 2, "buffers": 2},
@@ -108,7 +108,7 @@ def test_configurations_that_no_kernel_can_have():
         "blocks=2 x tile_n=256 must be at most 256": {"blocks": 2},
         "blocks=0": {"blocks": 0},
         "step_rows=32": {"step_rows": 32},
-        "must be at least 2, band=8": {"stages": 1},
+        "must be at least 2, band=16": {"stages": 1},
         "262144 bytes of shared memory": {"stages": 4, "buffers": 4},
     }
     operands, _ = problem([8], 0, 64, 64)

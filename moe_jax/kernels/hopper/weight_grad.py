@@ -6,10 +6,10 @@ A persistent, warp-specialised kernel. One producer warp brings steps of 64 rows
 two consumer warpgroups have columns of `left` each and share those of `right`. Both operands lie with the contracted axis, the
 rows, as the slow one. wgmma reads 16-bit operands from shared memory that way too: nothing is transposed in memory.
 
-Tiles are walked expert by expert: those that are at work at one time share the rows of one or two experts, which stay in L2. How
-many steps a tile takes is read on the GPU; an expert without rows takes none, and its gradient is zero. A tile leaves through
-`Config.buffers` blocks of shared memory, and the producer fetches for the next one meanwhile. With few rows an expert a tile has
-few steps and its way out counts: with a buffer for each block the consumers wait for none.
+Tiles are walked expert by expert: those that are at work at one time share the rows of one or two experts, which stay in L2. The
+experts with the most rows come first (`by_size`). How many steps a tile takes is read on the GPU; an expert without rows takes
+none, and its gradient is zero. A tile leaves through `Config.buffers` blocks of shared memory while the producer fetches for the
+next one. With few rows an expert a tile has few steps and its way out counts: with a buffer for each block nothing waits there.
 
 Edges. Swizzled tiles begin at a multiple of eight rows, groups anywhere. A group's steps begin at the multiple before its first
 row; in the first and the last step the consumers overwrite what is not the group's with zeros, in both operands: the rows of
@@ -63,15 +63,17 @@ class Config:
         band: tiles of left walked together before the next columns of right: what L2 holds at a time.
         buffers: the most blocks of 64 rows x 128 bytes of a consumer that are on their way to memory.
         overlap: products of a step run while the next are issued; its stage is handed back after that.
+        largest_first: experts are visited in the order of their rows, the most first: see `by_size`.
     """
 
     blocks: int = 1
     tile_n: int = 256
     stages: int = 3
     step_rows: int = 64
-    band: int = 8
+    band: int = 16
     buffers: int = 5
     overlap: bool = True
+    largest_first: bool = True
 
     @property
     def consumer_rows(self) -> int:
@@ -113,20 +115,42 @@ def config_misfit(config: Config) -> str | None:
 def default_config(m: int, n: int) -> Config:
     """The configuration for gradients ``[E, m, n]``: the tile that computes least outside of them.
 
+    Tiles of 192 columns compute 7 % less in a second (benchmarks/results/2026-11-27-h100-training-kernels.txt).
+
     Args:
         m: columns of left.
         n: columns of right.
 
     Example:
-        >>> default_config(1536, 2048).tile, default_config(256, 128).tile, default_config(2048, 960).tile
+        >>> default_config(1536, 2048).tile, default_config(256, 128).tile, default_config(2048, 192).tile
         ((128, 256), (256, 128), (128, 192))
     """
 
-    def area(config: Config) -> int:
+    def time(config: Config) -> float:
         rows, columns = config.tile
-        return pl.cdiv(m, rows) * rows * pl.cdiv(n, columns) * columns
+        area = pl.cdiv(m, rows) * rows * pl.cdiv(n, columns) * columns
+        return area * (1.07 if columns == 192 else 1.0)
 
-    return min(Config(1, 256), Config(2, 128), Config(1, 192), key=area)  # the first of equal ones
+    return min(Config(1, 256), Config(2, 128), Config(1, 192), key=time)  # the first of equal ones
+
+
+def by_size(
+    starts: Int[Array, "E"], sizes: Int[Array, "E"]
+) -> tuple[Int[Array, "E"], Int[Array, "E"], Int[Array, "E"]]:
+    """Experts in the order of their rows, the most first, with their starts and sizes in that order.
+
+    Multiprocessors take tiles in turn. When no tile takes longer than the one before, the busiest of them has at most one tile
+    of the largest expert more to do than the idlest. Two sums over pairs of experts: XLA's sort is slower.
+
+    Example:
+        >>> [a.tolist() for a in by_size(jnp.array([0, 3, 4]), jnp.array([3, 1, 9]))]
+        [[2, 0, 1], [4, 0, 3], [9, 3, 1]]
+    """
+    expert = jnp.arange(sizes.shape[0], dtype=jnp.int32)
+    larger, equal = sizes[None, :] > sizes[:, None], sizes[None, :] == sizes[:, None]
+    rank = jnp.sum(larger | (equal & (expert[None, :] < expert[:, None])), axis=1)
+    visited = rank[None, :] == expert[:, None]  # [place in the order, expert]
+    return tuple(jnp.sum(jnp.where(visited, a[None, :], 0), axis=1, dtype=jnp.int32) for a in (expert, starts, sizes))
 
 
 def supports(left: Any, right: Any, out_dtype: Any) -> str | None:
@@ -195,8 +219,12 @@ def weight_grad(
             return buffers - 1
         return block + (len(blocks) - 1 - block) % buffers
 
+    if config.largest_first:
+        order, starts, sizes = by_size(starts, sizes)
+
     def body(left_g, right_g, starts_g, sizes_g, *refs):
         refs = list(refs)
+        order_g = refs.pop(0) if config.largest_first else None
         sums_g = refs.pop(0) if accumulate is not None else None
         out_g, left_s, right_s, out_s, full, empty, cleared = refs[:7]
         fetched = refs[7] if accumulate is not None else None
@@ -204,16 +232,16 @@ def weight_grad(
         my_tiles = tiles.share(total, worker, workers)
 
         def tile_at(i):
-            """A tile's expert, its first row and column of the output, the row that its first step begins with, how many rows
-            before the group's that are, and how many with the group's.
+            """The place of a tile's expert, its first row and column of the output, and of the rows: the first that is
+            fetched, how many before the group's that is, and how many up to its end.
             """
             index = worker + i * workers
-            expert = lax.div(index, jnp.int32(m_tiles * n_tiles))
-            of_expert = index - expert * (m_tiles * n_tiles)
+            nth = lax.div(index, jnp.int32(m_tiles * n_tiles))
+            of_expert = index - nth * (m_tiles * n_tiles)
             at_m, at_n = tiles.visit(of_expert, jnp.int32(m_tiles), n_tiles, config.band)
-            start, size = starts_g[expert], sizes_g[expert]
+            start, size = starts_g[nth], sizes_g[nth]
             before = lax.rem(start, ALIGNED_ROWS)
-            return expert, at_m * tile_m, at_n * tile_n, start - before, before, jnp.where(size > 0, before + size, 0)
+            return nth, at_m * tile_m, at_n * tile_n, start - before, before, jnp.where(size > 0, before + size, 0)
 
         def steps_of(end):
             return lax.div(end + (rows - 1), rows)
@@ -227,7 +255,8 @@ def weight_grad(
                 piece[...] = jnp.where((at >= first) & (at < end), held, jnp.zeros_like(held))
 
         def consume(i, slot):
-            expert, row, col, _, before, end = tile_at(i)
+            nth, row, col, _, before, end = tile_at(i)
+            expert = order_g[nth] if config.largest_first else nth
             own = wg * config.consumer_rows  # the first of the consumer's columns of left
             row = row + own
 
@@ -328,7 +357,9 @@ def weight_grad(
             plgpu.warp_map(lambda warp: pl.when(warp == 0)(produce))
 
     body.__name__ = "weight_grad"
-    operands = [left, right, starts, sizes, *([accumulate] if accumulate is not None else [])]
+    operands = [left, right, starts, sizes]
+    operands += [order] if config.largest_first else []
+    operands += [accumulate] if accumulate is not None else []
     scratch = [
         plgpu.SMEM((stages, rows, tile_m), dtype, transforms=transforms),
         plgpu.SMEM((stages, rows, tile_n), dtype, transforms=transforms),
