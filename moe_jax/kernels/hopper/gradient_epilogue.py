@@ -167,10 +167,16 @@ class GradientEpilogue:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _store(self, refs: References, wg: Any, buffer: int, size: Any, most: int, row: Any, col: Any) -> None:
-        for part in range(self._parts):
-            target = col + part * self._n_out
-            self._staged.store_first(refs.out_s, wg, buffer + part, size, most, refs.outs[0], row, target)
-        self._staged.store_first(refs.out_s, wg, buffer + self._parts, size, most, refs.outs[1], row, col)
+        to = [(refs.outs[0], col + part * self._n_out) for part in range(self._parts)] + [(refs.outs[1], col)]
+
+        def send(first, count):
+            for j, (out, column) in enumerate(to):
+                self._staged.store(refs.out_s, wg, buffer + j, first, count, out, row + first, column)
+
+        if isinstance(size, int):
+            send(0, most)
+        else:
+            views.send_first(send, size, most)
 
     def _store_sums(self, target: Any, values: Any, line: Any, first: Any, size: Any) -> None:
         if self._interpret:

@@ -276,7 +276,10 @@ def grouped_matmul(
                     tiles.hand_back(empty, step, slot, stages, halves * operand.pieces if config.overlap else None)
                     return tiles.next_slot(slot, stages)
 
-                lax.fori_loop(0, k_steps, multiply_step, lax.rem(first_turn, stages))
+                first_slot = lax.rem(first_turn, stages)
+                if gradient is not None:
+                    first_slot = tiles.same_in_a_warp(first_slot, interpret is not None)
+                lax.fori_loop(0, k_steps, multiply_step, first_slot)
                 # Loaded once, and on their way while the last products run; before the loop they cost it its registers.
                 mine = starts_g[m], (tokens_g if shared else sizes_g)[m]
                 if config.overlap:
