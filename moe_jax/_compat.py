@@ -314,14 +314,6 @@ def store_run(target: Any, values: Any, line: Any, first: Any, count: Any) -> No
         )
 
 
-def broadcast_within_warp(value: Any) -> Any:
-    """Emits the broadcast of an int32 splat from the first lane of a warp to the others; within `plgpu.inline_mgpu`."""
-    from jax.experimental.mosaic.gpu import fragmented_array, utils
-
-    same = utils._warp_bcast(value.registers.flat[0])
-    return fragmented_array.FragmentedArray.splat(same, (), is_signed=True)
-
-
 def store_column_sums(target: Any, values: Any, line: Any, first: Any, count: Any) -> None:
     """Emits ``target[line + w, first + j] = sum of values[16 * w : 16 * w + 16, j]`` for each warp w and ``j < count``.
 

@@ -82,7 +82,6 @@ def activation_input_grad(
     row_weights: Float[Array, " R"],
     activation: Activation,
     *,
-    fused: bool = False,
     implementation: str = "auto",
 ) -> ActivationGradients:
     """`input_grad` of a down-projection, and back through the activation before it and the router weights after it.
@@ -97,9 +96,6 @@ def activation_input_grad(
         pre_activation: ``[R, 2I]``, gate first, or ``[R, I]``: the up-projection without its activation.
         row_weights: float32 ``[R]``, the router weight of each row.
         activation: between the projections.
-        fused: all in one kernel, where there is one. Its code takes minutes to compile for wide tiles, and it was not timed;
-            without it what follows the product are two passes of XLA's, 0.66 of 7.16 ms for both directions of qwen3-30b-a3b
-            with 16384 tokens on an H100 (benchmarks/results/2026-11-27-h100-training.txt).
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Example:
@@ -115,7 +111,7 @@ def activation_input_grad(
 
     impl.check_name(implementation)
     chosen = impl.choose("activation_input_grad", implementation, None)
-    one_kernel = fused and kernel.supports_activation(rows, weights, groups.tile_rows) is None
+    one_kernel = kernel.supports_activation(rows, weights, groups.tile_rows) is None
 
     def run(rows, weights, groups, pre_activation, row_weights):
         if chosen != "xla" and one_kernel:

@@ -102,7 +102,7 @@ def test_sizes_without_that_epilogue():
     through_activation(6, groups_of(6, 9, 2, 3, 64), 64, 80, "silu", of_sums=2.5e-3)
 
 
-@pytest.mark.parametrize(("tile_rows", "activation"), [(64, "silu"), (160, "swigluoai"), (192, "silu"), (192, "gelu")])
+@pytest.mark.parametrize(("tile_rows", "activation"), [(64, "gelu"), (192, "swigluoai")])
 def test_the_epilogue_lowers_for_cuda(tile_rows, activation):
     act = MoEConfig(1, 1, 8, 8, activation=activation).act
 

@@ -24,8 +24,6 @@ from moe_jax.activations import Activation
 from moe_jax.kernels.hopper import matmul_bf16, views
 from moe_jax.kernels.hopper.matmul_config import Config, default_config
 
-_COUNTS = (16, 64, 96, 128, 144, 160, 176)
-
 
 def supports(rows: Any, weights: Any, tile_rows: int) -> str | None:
     """Why this kernel cannot run the problem; None if it can. Shapes as in `input_grad`."""
@@ -52,9 +50,8 @@ def config_for(tile_rows: int, through_activation: bool = False) -> Config:
     many = 1 << 20  # tiles enough for all multiprocessors: columns stay whole
     config = default_config(tile_rows, False, many, many)
     if through_activation:
-        # The stages make room for the blocks that leave. The epilogue is long, and each row count has a copy of it.
-        counts = tuple(count for count in _COUNTS if count < tile_rows and count in config.row_counts) + (tile_rows,)
-        config = dataclasses.replace(config, row_counts=counts, stages=min(config.stages, 3), cluster=1)
+        # The stages make room for the blocks that leave.
+        config = dataclasses.replace(config, stages=min(config.stages, 3), cluster=1)
     return config
 
 

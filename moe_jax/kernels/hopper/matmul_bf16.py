@@ -242,16 +242,33 @@ def grouped_matmul(
         def consume(i):
             m, n = tile_at(i)
             col = n * tile_cols + wg * wg_cols
-            if gradient is None:
-                epilogue.fetch_bias(ends, wg, group_g[m], col)
-            else:
-                epilogue.begin(ends, wg, starts_g[m], col)
+            if gradient is not None:
+                multiply(i * k_steps, m, col, tile_rows, 0)
+                return
+            epilogue.fetch_bias(ends, wg, group_g[m], col)
             if coded:
                 coded.fetch(of_codes, wg, group_g[m], col)
             tiles.for_row_count(config.row_counts, rows_of(m), functools.partial(multiply, i * k_steps, m, col))
 
         def multiply(first_turn, m, col, count, below):
             def accumulate(*accs):
+                if gradient is None:
+                    sum_up(accs, count)
+                else:  # one epilogue for all row counts
+
+                    def first_columns(count, below):
+                        del below
+                        sum_up([acc.at[:, pl.ds(0, count)] for acc in accs], count)
+
+                    tiles.for_row_count(config.row_counts, rows_of(m), first_columns)
+                # Loaded once, and on their way while the last products run; before the loop they cost it its registers.
+                mine = starts_g[m], (tokens_g if shared else sizes_g)[m]
+                if config.overlap:
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(empty.at[lax.rem(first_turn + k_steps - 1, stages)])
+                return tuple(acc[...] for acc in accs), mine
+
+            def sum_up(accs, count):
                 def multiply_step(step, slot):
                     plgpu.barrier_wait(full.at[slot])
                     if four_bit:
@@ -276,21 +293,12 @@ def grouped_matmul(
                     tiles.hand_back(empty, step, slot, stages, halves * operand.pieces if config.overlap else None)
                     return tiles.next_slot(slot, stages)
 
-                first_slot = lax.rem(first_turn, stages)
-                if gradient is not None:
-                    first_slot = tiles.same_in_a_warp(first_slot, interpret is not None)
-                lax.fori_loop(0, k_steps, multiply_step, first_slot)
-                # Loaded once, and on their way while the last products run; before the loop they cost it its registers.
-                mine = starts_g[m], (tokens_g if shared else sizes_g)[m]
-                if config.overlap:
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(empty.at[lax.rem(first_turn + k_steps - 1, stages)])
-                return tuple(acc[...] for acc in accs), mine
+                lax.fori_loop(0, k_steps, multiply_step, lax.rem(first_turn, stages))
 
             accs, mine = pl.run_scoped(accumulate, *[plgpu.ACC((WGMMA_ROWS, count)) for _ in range(halves)])
             if coded:
                 accs = coded.scale(accs, of_codes, wg, group_g[m])
-            epilogue.finish(ends, wg, accs, *mine, col, below)
+            epilogue.finish(ends, wg, accs, *mine, col, *([below] if gradient is None else []))
 
         def produce():
             by_token = rows_by_token.RowsByToken(rows_g, tile_rows, interpret is not None) if gathered else None
@@ -340,6 +348,13 @@ def grouped_matmul(
 
             tiles.observe_all(empty, turns, stages)
 
+        def produce_for_epilogue():
+            def tile(i):
+                m, n = tile_at(i)
+                return starts_g[m], sizes_g[m], n * tile_cols
+
+            epilogue.produce(ends, my_tiles, tile)
+
         @pl.when(wg < consumers)
         def _():
             if consumers == 2:
@@ -355,7 +370,12 @@ def grouped_matmul(
             if gathered:
                 produce()
             else:
-                plgpu.warp_map(lambda warp: pl.when(warp == 0)(produce))
+
+                @plgpu.warp_map
+                def _(warp):
+                    pl.when(warp == 0)(produce)
+                    if gradient is not None:
+                        pl.when(warp == 1)(produce_for_epilogue)
 
     body.__name__ = "input_grad" if transposed else f"grouped_matmul_{'up' if activation is not None else 'down'}"
     operands = [rows, weights, tile_group, tile_starts, tile_sizes, num_tiles]

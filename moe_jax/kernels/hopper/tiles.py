@@ -11,8 +11,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_jax import _compat
-
 
 def swizzle_bytes(minor: int, dtype) -> int | None:
     """The widest swizzle (128, 64 or 32 bytes) whose rows tile an axis of `minor` elements; None if not even 32 do.
@@ -54,24 +52,6 @@ def share(total: jax.Array | int, worker: jax.Array | int, workers: int) -> jax.
 def next_slot(slot: Any, stages: int) -> Any:
     """The stage of a ring after this one; a remainder by three is a dozen instructions."""
     return jnp.where(slot < stages - 1, slot + 1, 0)
-
-
-def same_in_a_warp(value: Any, interpret: bool) -> Any:
-    """An int32 that ptxas knows to be the same in all lanes of a warp, where a long epilogue made it forget that.
-
-    What depends on it is then computed once a warp, in uniform registers: 14 vector instructions a step of the products in the
-    place of 89.
-    """
-    if interpret:
-        return value
-    splat = plgpu.Layout.WG_SPLAT
-
-    @plgpu.inline_mgpu(arg_types=(splat,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=splat))
-    def run(ctx, value):
-        del ctx
-        return _compat.broadcast_within_warp(value)
-
-    return run(value)
 
 
 def observe_all(empty: Any, turns: Any, stages: int) -> None:
