@@ -26,12 +26,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from moe_jax.config import MoEConfig
 from moe_jax.ops.combine import combine
 from moe_jax.ops.down_combine import down_combine
 from moe_jax.ops.gather import gather
+from moe_jax.ops.group_rows import (
+    expert_of,
+    first_slots,
+    packed,
+    precise_dot,
+    row_weights,
+    sums_of_groups,
+    without_sizes,
+)
 from moe_jax.ops.group_tokens import Groups
 from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.ops.implementation import without_gradient
@@ -75,11 +84,7 @@ def with_gradient(
 
     run.defvjp(forward, backward)
 
-    def call(x, experts, groups, weights):
-        # What is given to `run` is computed even if nobody reads it. The sizes of groups follow from those of tiles.
-        return run(x, experts, dataclasses.replace(groups, group_sizes=None, total_rows=groups.num_rows), weights)
-
-    return call
+    return lambda x, experts, groups, weights: run(x, experts, without_sizes(groups), weights)
 
 
 def _gradient(
@@ -93,14 +98,12 @@ def _gradient(
     options: dict[str, Any],
 ) -> tuple[Array, ExpertWeights, Array | None]:
     """Of x, the experts and the router weights."""
-    # Slots of a token share a row only where tiles take all tokens.
-    once = groups.positions if groups.tile_tokens is None else _first_slots(groups.positions)
-    # That an up-projection may fetch its rows by token is of no use here.
-    groups = dataclasses.replace(
-        groups, group_sizes=_group_sizes(groups, experts.num_local_experts), tile_tokens=None, row_tokens=None
-    )
+    once, of_weights = first_slots(groups), row_weights(weights, groups)
+    groups = packed(
+        groups, experts.num_local_experts
+    )  # that an up-projection may fetch its rows by token is of no use here
     rows = gather(g, groups, **options)
-    of_rows = activation_input_grad(rows, experts.w2, groups, h, _of_rows(weights, groups), config.act, **options)
+    of_rows = activation_input_grad(rows, experts.w2, groups, h, of_weights, config.act, **options)
     d_rows = input_grad(of_rows.pre_activation, experts.w13, groups, **options)
     found = ExpertWeights(
         w13=weight_grad(of_rows.pre_activation, gather(x, groups, **options), groups, **options),
@@ -110,55 +113,16 @@ def _gradient(
     has_row = groups.positions >= 0
     d_weights = jnp.where(has_row, of_rows.row_weights[jnp.maximum(groups.positions, 0)], 0)
     if experts.w13_bias is not None:
-        sums = _sum_of_groups(of_rows.pre_activation, groups)
+        sums = sums_of_groups(of_rows.pre_activation, groups)
         found = dataclasses.replace(found, w13_bias=sums.astype(experts.w13_bias.dtype))
     if experts.w2_bias is not None:
         # A token adds its cotangent to the bias of each of its experts, times its weight: no row is needed.
-        chosen = jax.nn.one_hot(_expert_of(groups.positions, groups), groups.group_sizes.shape[0], dtype=jnp.float32)
+        chosen = jax.nn.one_hot(expert_of(groups.positions, groups), groups.group_sizes.shape[0], dtype=jnp.float32)
         scale = jnp.where(has_row, 1.0 if weights is None else weights, 0)
         per_expert = jnp.einsum("tk,tke->te", scale, chosen, precision=lax.Precision.HIGHEST)
-        sums = _dot(per_expert.T, g.astype(jnp.float32))
+        sums = precise_dot(per_expert.T, g.astype(jnp.float32))
         found = dataclasses.replace(found, w2_bias=sums.astype(experts.w2_bias.dtype))
-        products = _dot(g.astype(jnp.float32), experts.w2_bias.astype(jnp.float32).T)
+        products = precise_dot(g.astype(jnp.float32), experts.w2_bias.astype(jnp.float32).T)
         of_slots = jnp.einsum("te,tke->tk", products, chosen, precision=lax.Precision.HIGHEST)
         d_weights = d_weights + jnp.where(has_row, of_slots, 0)
     return dx.astype(x.dtype), found, None if weights is None else d_weights.astype(weights.dtype)
-
-
-def _dot(a: Float[Array, "M K"], b: Float[Array, "K N"]) -> Float[Array, "M N"]:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-
-
-def _of_rows(weights: Float[Array, "T k"] | None, groups: Groups) -> Float[Array, " R"]:
-    """The router weight of each row; zero for rows without a token. Slots of a token that share a row add up."""
-    positions, num_rows = groups.positions.reshape(-1), groups.num_rows
-    of_slots = jnp.ones(positions.shape) if weights is None else weights.astype(jnp.float32).reshape(-1)
-    return jnp.zeros(num_rows).at[jnp.where(positions < 0, num_rows, positions)].add(of_slots, mode="drop")
-
-
-def _group_sizes(groups: Groups, experts: int) -> Int[Array, " E"]:
-    return jnp.sum(
-        jax.nn.one_hot(groups.tile_group, experts, dtype=jnp.int32, axis=0) * groups.tile_sizes[None], axis=1
-    )
-
-
-def _first_slots(positions: Int[Array, "T k"]) -> Int[Array, "T k"]:
-    """Positions with each row once, in the first of a token's slots that share it."""
-    earlier = jnp.tril(jnp.ones((positions.shape[1],) * 2, bool), -1)
-    again = jnp.any((positions[:, :, None] == positions[:, None, :]) & earlier[None], axis=2)
-    return jnp.where(again, -1, positions)
-
-
-def _expert_of(rows: Int[Array, "*B"], groups: Groups) -> Int[Array, "*B"]:
-    """The group of rows, for rows that are in one."""
-    wide = -(-groups.group_sizes // groups.row_multiple) * groups.row_multiple
-    ends = jnp.cumsum(wide, dtype=jnp.int32)
-    return jnp.searchsorted(ends, rows, side="right", method="compare_all").astype(jnp.int32)
-
-
-def _sum_of_groups(rows: Float[Array, "R N"], groups: Groups) -> Float[Array, "E N"]:
-    """The sum of each group's rows, in float32: a product with ones, because a sum of scattered rows has no fixed order."""
-    held = _of_rows(None, groups) > 0
-    experts = groups.group_sizes.shape[0]
-    group = jnp.where(held, _expert_of(jnp.arange(groups.num_rows, dtype=jnp.int32), groups), experts)
-    return _dot(jax.nn.one_hot(group, experts, dtype=rows.dtype, axis=0), jnp.where(held[:, None], rows, 0))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.ops import implementation as impl
+from moe_jax.ops.combine import combine
 from moe_jax.ops.group_tokens import Groups, row_tokens
 
 
@@ -36,14 +36,18 @@ def gather(x: Float[Array, "T H"], groups: Groups, *, implementation: str = "aut
     if x.size == 0 or groups.num_rows == 0:
         return jnp.zeros((groups.num_rows, x.shape[1]), x.dtype)
     chosen = impl.choose("gather", implementation, kernel.supports(x))
-    if chosen == "xla":
-        return plain_gather(x, groups.positions, groups.num_rows)
 
+    @jax.custom_vjp
     def run(x, positions):
+        if chosen == "xla":
+            return plain_gather(x, positions, groups.num_rows)
         return kernel.gather(x, positions, groups.num_rows, interpret=impl.interpret_params(chosen))
 
-    plain = functools.partial(plain_gather, num_rows=groups.num_rows)
-    return impl.with_plain_gradient(run, plain)(x, groups.positions)
+    def backward(positions, cotangent):  # a token's sum over its rows; rows without a token have no part in it
+        return combine(cotangent, positions, None, implementation=implementation), None
+
+    run.defvjp(lambda x, positions: (run(x, positions), positions), backward)
+    return run(x, groups.positions)
 
 
 def plain_gather(

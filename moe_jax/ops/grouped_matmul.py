@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,7 +14,9 @@ from moe_jax.activations import Activation
 from moe_jax.kernels.hopper.matmul_config import Config, default_config
 from moe_jax.ops import implementation as impl
 from moe_jax.ops.gather import plain_gather
+from moe_jax.ops.group_rows import without_sizes
 from moe_jax.ops.group_tokens import Groups
+from moe_jax.ops.matmul_gradient import matmul_gradient
 from moe_jax.ops.quantized_matmul import quantized_matmul
 from moe_jax.quantization.array import QuantizedArray
 from moe_jax.quantization.rows import QuantizedRows
@@ -105,21 +109,17 @@ def grouped_matmul(
     gathered = groups.row_tokens if tokens_as_rows else None
     reason = kernel.supports(rows, weights, bias, activation, groups.tile_rows, gathered is not None)
     chosen = impl.choose("grouped_matmul", implementation, reason)
-    tile_group = groups.tile_group
-    if not (isinstance(group_offset, int) and group_offset == 0):
-        tile_group = tile_group + group_offset
-    schedule = (tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles)
-    tokens = (groups.tile_tokens if tokens_as_rows else None, gathered)
-    plain = _plain(groups.tile_rows, activation, n_out)
-    if tokens_as_rows:
-        plain = _of_tokens(plain)
-    if chosen == "xla":
-        return plain(rows, weights, bias, schedule, tokens, groups.positions)
-    if config is not None:
+    if config is not None and chosen != "xla":
         _check_config(config, gated, rows.dtype.name)
+    if not (isinstance(group_offset, int) and group_offset == 0):
+        groups = dataclasses.replace(groups, tile_group=groups.tile_group + group_offset)
 
-    def run(rows, weights, bias, schedule, tokens, positions):
-        likely_tiles = min(positions.size, weights.shape[0])
+    def run(rows, weights, bias, groups):
+        schedule = groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
+        if chosen == "xla":
+            rows = plain_gather(rows, groups.positions) if tokens_as_rows else rows
+            return _plain(rows, weights, bias, schedule, groups.tile_rows, activation)
+        likely_tiles = min(groups.positions.size, weights.shape[0])
         return kernel.grouped_matmul(
             rows,
             weights,
@@ -127,14 +127,26 @@ def grouped_matmul(
             bias,
             activation,
             config=config or default_config(groups.tile_rows, gated, n_out, likely_tiles),
-            tile_tokens=tokens[0],
-            row_tokens=tokens[1],
-            total_rows=positions.size,
+            tile_tokens=groups.tile_tokens if tokens_as_rows else None,
+            row_tokens=groups.row_tokens if tokens_as_rows else None,
+            total_rows=groups.positions.size,
             interpret=impl.interpret_params(chosen),
         )
 
-    operands = (rows, weights, bias, schedule, tokens, groups.positions)
-    return impl.with_plain_gradient(run, plain)(*operands)
+    def gradient(operands, cotangent):
+        # The activation's input is computed again.
+        options = {"tokens_as_rows": tokens_as_rows, "implementation": implementation}
+        more = {"bias": operands[2], **options}
+        h = None if activation is None else grouped_matmul(operands[0], operands[1], operands[3], **more)
+        return matmul_gradient(*operands, h, cotangent, activation, **options)
+
+    def backward(operands, cotangent):
+        found = impl.without_gradient("the gradient of grouped_matmul", gradient)(operands, cotangent)
+        return *found, None
+
+    call = jax.custom_vjp(run)
+    call.defvjp(lambda *operands: (run(*operands), operands), backward)
+    return call(rows, weights, bias, without_sizes(groups))
 
 
 def _check_config(config: Config, gated: bool, dtype: str) -> None:
@@ -145,84 +157,29 @@ def _check_config(config: Config, gated: bool, dtype: str) -> None:
         raise ValueError(f"config={config} cannot run: {reason}; leave config None for the default")
 
 
-def _of_tokens(plain):
-    """The plain-JAX form for hidden states: their rows are gathered first."""
-
-    def run(x, weights, bias, schedule, tokens, positions):
-        return plain(plain_gather(x, positions), weights, bias, schedule, tokens, positions)
-
-    return run
-
-
-def _plain(tile_rows: int, activation: Activation | None, n_out: int):
+def _plain(
+    rows: Array,
+    weights: Array,
+    bias: Array | None,
+    schedule: tuple[Array, ...],
+    tile_rows: int,
+    activation: Activation | None,
+) -> Array:
     """The plain-JAX form: one small matmul per tile that holds rows, so time and memory grow with rows."""
-
-    def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-        dims = (((contract[0],), (contract[1],)), ((), ()))
-        return lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-
-    def finish(h: Array, bias: Array | None) -> Array:
-        h = h if bias is None else h + bias.astype(jnp.float32)[None, :]
-        return h if activation is None else activation(h)
-
-    def tile(array: Array, start: Array) -> Array:
-        return lax.dynamic_slice_in_dim(array, start, tile_rows)
-
-    def padded(array: Array) -> Array:
-        """With room for a whole tile from any row on."""
-        return jnp.pad(array, ((0, tile_rows), (0, 0)))
+    tile_group, tile_starts, _, num_tiles = schedule
+    source = jnp.pad(rows, ((0, tile_rows), (0, 0)))  # with room for a whole tile from any row on
+    dims = (((1,), (1,)), ((), ()))
 
     # Tiles are written one after the other, each whole: what runs over its end is written again by the next.
-    @jax.custom_vjp
-    def matmul(rows: Array, weights: Array, bias: Array | None, schedule: tuple[Array, ...]) -> Array:
-        tile_group, tile_starts, _, num_tiles = schedule
-        source = padded(rows)
+    def one(t, out):
+        group, mine = tile_group[t], lax.dynamic_slice_in_dim(source, tile_starts[t], tile_rows)
+        precise = {"precision": lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+        h = lax.dot_general(mine, weights[group], dims, **precise)
+        h = h if bias is None else h + bias[group].astype(jnp.float32)[None, :]
+        y = (h if activation is None else activation(h)).astype(rows.dtype)
+        return lax.dynamic_update_slice_in_dim(out, y, tile_starts[t], 0)
 
-        def one(t, out):
-            group = tile_group[t]
-            h = dot(tile(source, tile_starts[t]), weights[group], (1, 1))
-            y = finish(h, None if bias is None else bias[group]).astype(rows.dtype)
-            return lax.dynamic_update_slice_in_dim(out, y, tile_starts[t], 0)
-
-        out = jnp.zeros((source.shape[0], n_out), rows.dtype)
-        return lax.fori_loop(0, num_tiles[0], one, out)[: rows.shape[0]]
-
-    def forward(*operands):
-        return matmul(*operands), operands
-
-    def backward(saved, cotangent):
-        rows, weights, bias, schedule = saved
-        tile_group, tile_starts, tile_sizes, num_tiles = schedule
-        source, cotangent = padded(rows), padded(cotangent)
-
-        def one(t, grads):
-            d_rows, d_weights, d_bias = grads
-            group, start = tile_group[t], tile_starts[t]
-            # Rows that are not the tile's, which may be NaN, have no gradient.
-            held = (jnp.arange(tile_rows) < tile_sizes[t])[:, None]
-            x, w = jnp.where(held, tile(source, start), 0), weights[group]
-            b = None if bias is None else bias[group]
-            pull = jax.vjp(finish, dot(x, w, (1, 1)), b)[1]
-            d_h, d_b = pull(jnp.where(held, tile(cotangent, start), 0).astype(jnp.float32))
-            d_rows = lax.dynamic_update_slice_in_dim(
-                d_rows, dot(d_h, w.astype(jnp.float32), (1, 0)).astype(rows.dtype), start, 0
-            )
-            d_weights = d_weights.at[group].add(dot(d_h, x.astype(jnp.float32), (0, 0)))
-            return d_rows, d_weights, None if bias is None else d_bias.at[group].add(d_b.astype(jnp.float32))
-
-        start = (
-            jnp.zeros(source.shape, rows.dtype),
-            jnp.zeros(weights.shape, jnp.float32),
-            None if bias is None else jnp.zeros(bias.shape, jnp.float32),
-        )
-        d_rows, d_weights, d_bias = lax.fori_loop(0, num_tiles[0], one, start)
-        d_bias = None if bias is None else d_bias.astype(bias.dtype)
-        return d_rows[: rows.shape[0]], d_weights.astype(weights.dtype), d_bias, None
-
-    matmul.defvjp(forward, backward)
-
-    def run(rows, weights, bias, schedule, tokens, positions):
-        del tokens, positions
-        return matmul(rows, weights, bias, schedule)
-
-    return run
+    gated = activation is not None and activation.is_gated
+    n_out = weights.shape[1] // 2 if gated else weights.shape[1]
+    out = jnp.zeros((source.shape[0], n_out), rows.dtype)
+    return lax.fori_loop(0, num_tiles[0], one, out)[: rows.shape[0]]

@@ -75,7 +75,7 @@ def through_activation(seed, groups, hidden, intermediate, activation, dtype="bf
     weights = normal([seed, 2], num_experts, hidden, intermediate, dtype=dtype, scale=hidden**-0.5)
     row_weights = jnp.abs(rows_of([seed, 3], groups, 1, "float32")[:, 0])
     operands = rows, weights, groups, h, row_weights
-    found = activation_input_grad(*operands, layer.act, fused=True, implementation="mosaic_interpret")
+    found = activation_input_grad(*operands, layer.act, implementation="mosaic_interpret")
     check_activation_input_grad(found, *operands, layer, **tolerance)
 
 
@@ -108,7 +108,7 @@ def test_the_epilogue_lowers_for_cuda(tile_rows, activation):
 
     def call(rows, weights, ids, h, row_weights):
         groups = group_tokens(ids, num_experts=8, tile_rows=tile_rows, implementation="mosaic")
-        return activation_input_grad(rows, weights, groups, h, row_weights, act, fused=True, implementation="mosaic")
+        return activation_input_grad(rows, weights, groups, h, row_weights, act, implementation="mosaic")
 
     operands = like("bfloat16", 2000, 2880), like("bfloat16", 8, 2880, 704), like("int32", 1000, 2)
     found = operations(lower(call, *operands, like("bfloat16", 2000, 1408), like("float32", 2000)))
