@@ -1,0 +1,31 @@
+"""The gradient of the whole layer by interpreted kernels, against that of the float32 reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import MoEConfig, moe, reference
+from tests.layers import experts_of, logits_of, normal, quick_jit, x_of
+from tests.util import check_close
+
+
+# So few tokens that tiles take all of them; a few tiles.
+@pytest.mark.once
+@pytest.mark.parametrize(("num_tokens", "has_bias"), [(5, False), (24, True)])
+def test_gradient(num_tokens, has_bias):
+    config = MoEConfig(4, 2, 64, 64, has_bias=has_bias)
+    operands = x_of(0, config, num_tokens), experts_of(0, config), logits_of(0, config, num_tokens)
+    cotangent = normal([0, 1], num_tokens, 64)
+
+    def gradient(layer, **options):
+        def loss(*operands):
+            return jnp.sum(layer(*operands, config, **options).astype(jnp.float32) * cotangent)
+
+        return jax.grad(loss, argnums=(0, 1, 2))
+
+    found = gradient(moe, implementation="mosaic_interpret")(*operands)
+    expected = quick_jit(gradient(reference.moe))(*operands)
+    for mine, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.any(np.asarray(right))
+        check_close(mine, right, 1.5e-2)
