@@ -140,8 +140,8 @@ def kernel_of(
     if projection == "weight_grad":
         return _weight_grad(changes, k, n)
     activation = _activation(projection)
-    if projection in ("up-grad", "down-grad"):
-        config, run, operands = _input_grad(projection, tile_rows, changes, k, n)
+    if projection.endswith("-grad"):
+        config, run, operands = _input_grad(tile_rows, changes, k, n)
         return _module(run, *operands, *_schedule(tile_rows, config)), config
     rule = default_config(tile_rows, activation is not None, n // 2 if activation else n, EXPERTS)
     if quantization is None:
@@ -210,21 +210,13 @@ def _plain(config, activation, k: int, n: int):
     return run, [_like(ROWS, k, dtype="bfloat16"), _like(EXPERTS, n, k, dtype="bfloat16")]
 
 
-def _input_grad(projection: str, tile_rows: int, changes: dict[str, int], k: int, n: int):
+def _input_grad(tile_rows: int, changes: dict[str, int], k: int, n: int):
     """The configuration and the kernel of the gradient of a projection's input, contracted over k, and its operands."""
     from moe_jax.kernels.hopper import input_grad
 
-    through_activation = projection == "down-grad"
-    config = dataclasses.replace(input_grad.config_for(tile_rows, through_activation), **changes)
+    config = dataclasses.replace(input_grad.config_for(tile_rows), **changes)
     operands = [_like(ROWS, k, dtype="bfloat16"), _like(EXPERTS, k, n, dtype="bfloat16")]
-    if not through_activation:
-        return config, lambda *given: input_grad.input_grad(*given, config=config), operands
-
-    def run(rows, weights, h, row_weights, *schedule):
-        activation = _activation("up")
-        return input_grad.activation_input_grad(rows, weights, *schedule, h, row_weights, activation, config=config)
-
-    return config, run, [*operands, _like(ROWS, 2 * n, dtype="bfloat16"), _like(ROWS, dtype="float32")]
+    return config, lambda *given: input_grad.input_grad(*given, config=config), operands
 
 
 def _quantized(rule, changes: dict[str, int], activation, k: int, n: int, quantization: str):
@@ -275,9 +267,7 @@ def _quantized(rule, changes: dict[str, int], activation, k: int, n: int, quanti
 
 
 def main(
-    projection: Annotated[
-        str, typer.Argument(help="up (gated), down, up-grad, down-grad (with the activation), or weight_grad [k, n]")
-    ],
+    projection: Annotated[str, typer.Argument(help="up (gated), down, up-grad, down-grad, or weight_grad [k, n]")],
     tile_rows: int = 160,
     k: int = 2048,
     n: int = 1536,

@@ -314,39 +314,6 @@ def store_run(target: Any, values: Any, line: Any, first: Any, count: Any) -> No
         )
 
 
-def store_column_sums(target: Any, values: Any, line: Any, first: Any, count: Any) -> None:
-    """Emits ``target[line + w, first + j] = sum of values[16 * w : 16 * w + 16, j]`` for each warp w and ``j < count``.
-
-    Each warp has 16 of the 64 rows, so that none waits for another; within `plgpu.inline_mgpu`.
-
-    Args:
-        target: memref ``[N, R]`` of 32-bit floats in GPU memory.
-        values: fragmented float32 ``[64, n]``, as wgmma has it.
-        line: int32 splat.
-        first: int32 splat.
-        count: int32 splat; may be negative, or more than n.
-    """
-    from jax._src.lib.mlir import ir
-    from jax._src.lib.mlir.dialects import arith
-    from jax.experimental.mosaic.gpu import fragmented_array, utils
-
-    i32 = ir.IntegerType.get_signless(32)
-    # What a warp holds, as if all four held the same.
-    layout = fragmented_array.TiledLayout(
-        fragmented_array.Tiling(((16, 8), (8, 8), (2,))),
-        warp_dims=(fragmented_array.Replicated(4),),
-        lane_dims=(-3, -2),
-        vector_dim=-1,
-    )
-    shape = (16, values.shape[1])
-    registers = values.registers.reshape(layout.registers_shape(shape))
-    held = fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-    warp = arith.divui(utils.thread_idx(), arith.constant(i32, 32))
-    warp = arith.remui(warp, arith.constant(i32, 4))
-    lines = fragmented_array.FragmentedArray.splat(arith.addi(line.registers.flat[0], warp), (), is_signed=True)
-    store_run(target, held.reduce("add", 0), lines, first, count)
-
-
 def load_singly(ref: Any, first: Any, layout: Any, count: int) -> Any:
     """Emits loads of ``ref[first : first + count]``, one element each, into a layout; within `plgpu.inline_mgpu`.
 

@@ -72,28 +72,25 @@ def _relu2(x: Array, divide: Divide = jnp.divide) -> Array:
 _POINTWISE = {"silu": _silu, "gelu": _gelu, "gelu_tanh": _gelu_tanh, "relu2": _relu2}
 
 
-def _silu_slope(x: Array, divide: Divide = jnp.divide, scale: float = 1.0) -> tuple[Array, Array]:
-    sigmoid = divide(jnp.ones_like(x), _sigmoid_denominator(x, scale))
+def _silu_slope(x: Array, scale: float = 1.0) -> tuple[Array, Array]:
+    sigmoid = 1 / _sigmoid_denominator(x, scale)
     value = x * sigmoid
     return value, sigmoid + scale * value * (1.0 - sigmoid)
 
 
-def _gelu_slope(x: Array, divide: Divide = jnp.divide) -> tuple[Array, Array]:
-    del divide
+def _gelu_slope(x: Array) -> tuple[Array, Array]:
     below = 0.5 * (1.0 + lax.erf(x * math.sqrt(0.5)))
     return x * below, below + x * (jnp.exp(-0.5 * x * x) * math.sqrt(0.5 / math.pi))
 
 
-def _gelu_tanh_slope(x: Array, divide: Divide = jnp.divide) -> tuple[Array, Array]:
-    del divide
+def _gelu_tanh_slope(x: Array) -> tuple[Array, Array]:
     inner, cube = math.sqrt(2.0 / math.pi), 0.044715
     t = jnp.tanh(inner * (x + cube * x * x * x))
     half = 0.5 * (1.0 + t)
     return x * half, half + x * half * (1.0 - t) * inner * (1.0 + 3.0 * cube * x * x)
 
 
-def _relu2_slope(x: Array, divide: Divide = jnp.divide) -> tuple[Array, Array]:
-    del divide
+def _relu2_slope(x: Array) -> tuple[Array, Array]:
     r = jnp.maximum(x, 0.0)
     return r * r, 2.0 * r
 
@@ -206,7 +203,7 @@ class Activation:
         return _POINTWISE[self.name.removesuffix("_no_mul")](x, divide)
 
     def slopes_gated(
-        self, gate: Float[Array, "*B"], up: Float[Array, "*B"], divide: Divide = jnp.divide
+        self, gate: Float[Array, "*B"], up: Float[Array, "*B"]
     ) -> tuple[Float[Array, "*B"], Float[Array, "*B"], Float[Array, "*B"]]:
         """`apply_gated`, and its derivatives with respect to gate and up.
 
@@ -223,19 +220,17 @@ class Activation:
         limit = self.limit
         if self.name in ("silu", "swigluoai"):
             cut = gate if limit is None else jnp.minimum(gate, limit)
-            value, slope = _silu_slope(cut, divide, 1.0 if self.alpha is None else self.alpha)
+            value, slope = _silu_slope(cut, 1.0 if self.alpha is None else self.alpha)
             factor = _clamp(up, limit) if self.beta is None else _clamp(up, limit) + self.beta
             return value * factor, _where_below(gate, limit, slope * factor), _where_within(up, limit, value)
         if self.name == "swiglustep":
-            value, slope = _silu_slope(gate, divide)
+            value, slope = _silu_slope(gate)
             cut, factor = value if limit is None else jnp.minimum(value, limit), _clamp(up, limit)
             return cut * factor, _where_below(value, limit, slope * factor), _where_within(up, limit, cut)
-        value, slope = _SLOPES[self.name](gate, divide)
+        value, slope = _SLOPES[self.name](gate)
         return value * up, slope * up, value
 
-    def slope(
-        self, x: Float[Array, "*B"], divide: Divide = jnp.divide
-    ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    def slope(self, x: Float[Array, "*B"]) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
         """`apply`, and its derivative.
 
         Raises:
@@ -248,7 +243,7 @@ class Activation:
         """
         if self.is_gated:
             raise ValueError(f"activation {self.name!r} is gated; use slopes_gated(gate, up)")
-        return _SLOPES[self.name.removesuffix("_no_mul")](x, divide)
+        return _SLOPES[self.name.removesuffix("_no_mul")](x)
 
     def __call__(self, h: Float[Array, "*B N"]) -> Float[Array, "*B I"]:
         """Applies to whole rows of the up-projection, in float32, and returns the dtype of ``h``.

@@ -91,7 +91,7 @@ def check_activation_input_grad(
 ) -> None:
     """The three results for the rows that hold a token, the slopes of the activation being those that JAX finds.
 
-    Sums, within `of_sums`, meet no rounding but that of float32.
+    Sums, within `of_sums`, meet the rounding of the product to the dtype of the rows.
     """
     where, product = expected_matmul(rows, np.swapaxes(np.asarray(weights), 1, 2), groups)
     s = np.asarray(row_weights, np.float64)[where]

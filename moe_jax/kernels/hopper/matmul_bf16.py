@@ -75,7 +75,6 @@ from moe_jax import _compat
 from moe_jax.activations import Activation
 from moe_jax.kernels.hopper import codes, four_bits, rows_by_token, tiles, views
 from moe_jax.kernels.hopper.epilogue import Epilogue
-from moe_jax.kernels.hopper.gradient_epilogue import GradientEpilogue
 from moe_jax.kernels.hopper.matmul_config import MOST_ROWS, WGMMA_ROWS, Config
 from moe_jax.kernels.hopper.weight_tiles import KMajor, MMajor
 from moe_jax.quantization.prepared import PreparedArray
@@ -141,7 +140,6 @@ def grouped_matmul(
     row_tokens: Int[Array, "padded_rows"] | None = None,
     weight_scales: Float[Array, "E ..."] | None = None,
     transposed: bool = False,
-    gradient: tuple[Float[Array, "rows N_h"], Float[Array, "1 padded_rows"]] | None = None,
     total_rows: int | None = None,
     interpret: Any = None,
     multiprocessors: int | None = None,
@@ -162,7 +160,6 @@ def grouped_matmul(
         row_tokens: the token of each row, and a tile more; rows are then fetched from those of all tokens.
         weight_scales: float32, where weights are codes of a byte: see `codes`.
         transposed: weights are ``[E, K, N]``, and read as they lie: `input_grad`. Neither codes nor narrow tiles.
-        gradient: with `transposed`, the operands of `gradient_epilogue.GradientEpilogue`, which gives three results.
         total_rows: R, with `tile_tokens` or `row_tokens`.
         interpret: for the interpreter.
         multiprocessors: of the device, by default.
@@ -197,14 +194,7 @@ def grouped_matmul(
         to_decode = weights, weight_scales, config, n_out, gated, dtype
         coded = codes.Codes(*to_decode, interpret=interpret is not None)
     bias_dtype = None if bias is None else bias.dtype
-    if gradient is None:
-        epilogue = Epilogue(
-            config, n_out, dtype, activation, bias_dtype, marked=shared, interpret=interpret is not None
-        )
-        out_types = jax.ShapeDtypeStruct((total_rows, n_out), dtype)
-    else:
-        epilogue = GradientEpilogue(config, n_out, dtype, activation, interpret=interpret is not None)
-        out_types = epilogue.out_types(total_rows)
+    epilogue = Epilogue(config, n_out, dtype, activation, bias_dtype, marked=shared, interpret=interpret is not None)
     if four_bit:
         of_weights = four_bits.Blocks(prepared, config, gated)
     elif transposed:
@@ -217,16 +207,13 @@ def grouped_matmul(
         tokens_g = refs.pop(0) if shared else None
         row_tokens_g = refs.pop(0) if gathered else None
         scales_g = refs.pop(0) if coded else None
-        if gradient is None:
-            of_epilogue = refs.pop(0) if bias is not None else None
-            out_g = refs.pop(0)
-        else:
-            of_epilogue, out_g = (tuple(refs.pop(0) for _ in group) for group in (gradient, out_types))
+        bias_g = refs.pop(0) if bias is not None else None
+        out_g = refs.pop(0)
         rows_s, weights_s, full, empty = refs[:4]
         refs = refs[4:]
         row_done = refs.pop(0) if gathered and interpret is not None else None
         of_codes = coded.references(scales_g, refs) if coded else None
-        ends = epilogue.references(out_g, of_epilogue, refs)
+        ends = epilogue.references(out_g, bias_g, refs)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
         m_tiles = count_g[0]
         my_tiles = tiles.share(m_tiles * n_steps, worker, workers)
@@ -242,9 +229,6 @@ def grouped_matmul(
         def consume(i):
             m, n = tile_at(i)
             col = n * tile_cols + wg * wg_cols
-            if gradient is not None:
-                multiply(i * k_steps, m, col, tile_rows, 0)
-                return
             epilogue.fetch_bias(ends, wg, group_g[m], col)
             if coded:
                 coded.fetch(of_codes, wg, group_g[m], col)
@@ -252,23 +236,6 @@ def grouped_matmul(
 
         def multiply(first_turn, m, col, count, below):
             def accumulate(*accs):
-                if gradient is None:
-                    sum_up(accs, count)
-                else:  # one epilogue for all row counts
-
-                    def first_columns(count, below):
-                        del below
-                        sum_up([acc.at[:, pl.ds(0, count)] for acc in accs], count)
-
-                    tiles.for_row_count(config.row_counts, rows_of(m), first_columns)
-                # Loaded once, and on their way while the last products run; before the loop they cost it its registers.
-                mine = starts_g[m], (tokens_g if shared else sizes_g)[m]
-                if config.overlap:
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(empty.at[lax.rem(first_turn + k_steps - 1, stages)])
-                return tuple(acc[...] for acc in accs), mine
-
-            def sum_up(accs, count):
                 def multiply_step(step, slot):
                     plgpu.barrier_wait(full.at[slot])
                     if four_bit:
@@ -294,11 +261,17 @@ def grouped_matmul(
                     return tiles.next_slot(slot, stages)
 
                 lax.fori_loop(0, k_steps, multiply_step, lax.rem(first_turn, stages))
+                # Loaded once, and on their way while the last products run; before the loop they cost it its registers.
+                mine = starts_g[m], (tokens_g if shared else sizes_g)[m]
+                if config.overlap:
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(empty.at[lax.rem(first_turn + k_steps - 1, stages)])
+                return tuple(acc[...] for acc in accs), mine
 
             accs, mine = pl.run_scoped(accumulate, *[plgpu.ACC((WGMMA_ROWS, count)) for _ in range(halves)])
             if coded:
                 accs = coded.scale(accs, of_codes, wg, group_g[m])
-            epilogue.finish(ends, wg, accs, *mine, col, *([below] if gradient is None else []))
+            epilogue.finish(ends, wg, accs, *mine, col, below)
 
         def produce():
             by_token = rows_by_token.RowsByToken(rows_g, tile_rows, interpret is not None) if gathered else None
@@ -348,13 +321,6 @@ def grouped_matmul(
 
             tiles.observe_all(empty, turns, stages)
 
-        def produce_for_epilogue():
-            def tile(i):
-                m, n = tile_at(i)
-                return starts_g[m], sizes_g[m], n * tile_cols
-
-            epilogue.produce(ends, my_tiles, tile)
-
         @pl.when(wg < consumers)
         def _():
             if consumers == 2:
@@ -370,12 +336,7 @@ def grouped_matmul(
             if gathered:
                 produce()
             else:
-
-                @plgpu.warp_map
-                def _(warp):
-                    pl.when(warp == 0)(produce)
-                    if gradient is not None:
-                        pl.when(warp == 1)(produce_for_epilogue)
+                plgpu.warp_map(lambda warp: pl.when(warp == 0)(produce))
 
     body.__name__ = "input_grad" if transposed else f"grouped_matmul_{'up' if activation is not None else 'down'}"
     operands = [rows, weights, tile_group, tile_starts, tile_sizes, num_tiles]
@@ -383,7 +344,6 @@ def grouped_matmul(
     operands += [row_tokens] if gathered else []
     operands += [weight_scales] if coded else []
     operands += [bias] if bias is not None else []
-    operands += gradient or []
     scratch = [
         operand.scratch,
         of_weights.scratch,
@@ -396,9 +356,9 @@ def grouped_matmul(
         scratch += [plgpu.Barrier(num_arrivals=1)]
     scratch += coded.scratch if coded else []
     scratch += epilogue.scratch
-    found = _compat.kernel(
+    return _compat.kernel(
         body,
-        out_type=out_types,
+        out_type=jax.ShapeDtypeStruct((total_rows, n_out), dtype),
         grid=(workers,),
         grid_names=("sm",),
         **(dict(cluster=(cluster,), cluster_names=("cta",)) if cluster > 1 else {}),
@@ -413,4 +373,3 @@ def grouped_matmul(
         ),
         interpret=interpret,
     )(*operands)
-    return found if gradient is None else tuple(found)

@@ -71,7 +71,7 @@ class Operand:
 
 
 class Staged:
-    """Blocks of an output on their way to memory: for each consumer two of up to 32 rows x 64 columns, or as many as said.
+    """Blocks of an output on their way to memory: two of up to 32 rows x 64 columns for each consumer.
 
     Registers fill a block whole; its first `columns` leave it, row by row or in runs of rows. Tiles need an output of whole 64
     columns. Others, and narrow blocks, take plain rows, which registers fill with conflicts of banks. A plain row alone is
@@ -83,25 +83,13 @@ class Staged:
         n_out: columns of the output; what would lie past the last is not stored.
         dtype: of the elements.
         interpret: the kernel is interpreted.
-        buffers: blocks of a consumer.
-        rows: of a block.
     """
 
-    def __init__(
-        self,
-        consumers: int,
-        columns: int,
-        n_out: int,
-        dtype: Any,
-        interpret: bool,
-        *,
-        buffers: int = 2,
-        rows: int = STORED,
-    ):
+    def __init__(self, consumers: int, columns: int, n_out: int, dtype: Any, interpret: bool):
         self._columns, self._n_out = columns, n_out
         self._tiles = columns == COLUMNS and n_out % COLUMNS == 0
         self._union = self._tiles and not interpret
-        shape = (consumers, buffers, rows, COLUMNS)
+        shape = (consumers, 2, STORED, COLUMNS)
         eights = tiled(shape, 8, dtype) if self._tiles else plgpu.SMEM(shape, dtype)
         self.scratch = plgpu.RefUnion(eights, tiled(shape, 1, dtype)) if self._union else eights
 
