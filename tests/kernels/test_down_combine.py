@@ -89,6 +89,7 @@ def test_float16_a_plain_sum_and_many_slots():
     check((rows, weights, groups, None, bias))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("expert_map", [[1, -1, 0, 1, 2, -1, 2, 1], [-1] * 8], ids=["some", "none"])
 def test_experts_that_live_elsewhere_or_share_a_place(expert_map):
     operands = problem(2, 5, 64, 128, expert_map=expert_map, num_local=3, bias="bfloat16")

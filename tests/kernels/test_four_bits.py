@@ -52,6 +52,7 @@ def test_four_bits(name):
     assert_discriminates(lambda y: check_close(y, right, 6e-3), out)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["mxfp4", "int4"])
 def test_it_is_the_kernel_of_16_bits_on_what_they_stand_for(name):
     """Where nothing but the products is rounded: scales of a matrix are powers of two."""

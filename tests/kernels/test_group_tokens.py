@@ -3,6 +3,7 @@
 import functools
 
 import hypothesis
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,18 +15,19 @@ from moe_jax.ops.group_tokens import Groups, group_tokens, max_tiles
 from tests.grouping import check_groups, check_invariants
 from tests.lowering import assert_lowers_to_kernels, like
 
+# Interpreting a kernel is compiling it, for the most part: tests that need no shape of their own share one.
+SHAPE = 13, 3
+
+
+@functools.cache
+def compiled(**options):
+    return jax.jit(functools.partial(group_tokens, implementation="mosaic_interpret", **options))
+
 
 def run(ids, num_experts, num_local=None, expert_map=None, tile_rows=64, **kwargs):
-    groups = group_tokens(
-        jnp.asarray(ids, jnp.int32),
-        num_experts=num_experts,
-        num_local_experts=num_local,
-        expert_map=None if expert_map is None else jnp.asarray(expert_map, jnp.int32),
-        tile_rows=tile_rows,
-        implementation="mosaic_interpret",
-        **kwargs,
-    )
-    return groups
+    group = compiled(num_experts=num_experts, num_local_experts=num_local, tile_rows=tile_rows, **kwargs)
+    expert_map = None if expert_map is None else jnp.asarray(expert_map, jnp.int32)
+    return group(jnp.asarray(ids, jnp.int32), expert_map=expert_map)
 
 
 def random_ids(seed, num_tokens, top_k, num_experts, missing=0.2):
@@ -34,7 +36,7 @@ def random_ids(seed, num_tokens, top_k, num_experts, missing=0.2):
     return np.where(rng.random(ids.shape) < missing, -1, ids)
 
 
-@pytest.mark.parametrize("shape", [(13, 3, 5), (1, 1, 1), (1, 4, 8)])
+@pytest.mark.parametrize("shape", [(*SHAPE, 5), (1, 1, 1), (1, 4, 8)])
 def test_random_pairs(shape):
     num_tokens, top_k, num_experts = shape
     ids = random_ids(0, num_tokens, top_k, num_experts)
@@ -45,6 +47,7 @@ def test_random_pairs(shape):
         check_groups(groups, np.where(ids < 0, 0, -1), num_experts)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("row_multiple", [4, 8])
 def test_groups_begin_at_multiples(row_multiple):
     ids = random_ids(0, 41, 3, 5)
@@ -54,17 +57,20 @@ def test_groups_begin_at_multiples(row_multiple):
     assert not (np.asarray(groups.tile_starts) % row_multiple).any()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("expert", [4, -1])
 def test_all_pairs_on_one_expert_or_none(expert):
-    ids = np.full((13, 2), expert)
+    ids = np.full(SHAPE, expert)
     check_groups(run(ids, 5), ids, 5)
 
 
+@pytest.mark.once
 def test_ids_out_of_range_get_no_row():
-    ids = np.array([[0, 5], [-2, 1], [2**31 - 1, -(2**31)], [4, 4]])
+    ids = np.resize([0, 5, -2, 1, 2**31 - 1, -(2**31), 4, 4], SHAPE)
     check_groups(run(ids, 5), ids, 5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("tile_rows", [1, 8, 24])
 def test_tiles(tile_rows):
     """Groups of several tiles, spread evenly over them."""
@@ -72,11 +78,13 @@ def test_tiles(tile_rows):
     check_groups(run(ids, 3, tile_rows=tile_rows), ids, 3)
 
 
+@pytest.mark.once
 def test_more_local_experts_than_threads():
     ids = random_ids(2, 6, 4, 150)
     check_groups(run(ids, 150), ids, 150)
 
 
+@pytest.mark.once
 def test_offset_instead_of_a_map():
     ids = random_ids(3, 10, 2, 6)
     check_groups(run(ids, 6, 2, group_offset=3), ids, 6, 2, [-1, -1, -1, 0, 1, -1])

@@ -28,16 +28,19 @@ def test_sizes(tile_rows, sizes):
     run(0, groups_of(0, 9, 2, 3, tile_rows), *sizes)
 
 
+@pytest.mark.once
 def test_float16():
     run(1, groups_of(1, 9, 2, 3, 64), 80, 96, "float16")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("tile_rows", [64, 160])
 def test_group_sizes(tile_rows):
     """Empty groups, groups of one row, of a tile and of several."""
     run(2, groups_with_sizes(2, (1, 0, 24, tile_rows, tile_rows + 9), tile_rows), 128, 192, num_experts=5)
 
 
+@pytest.mark.once
 def test_experts_without_rows_are_not_read():
     groups = groups_of(3, 9, 2, 3, 64, only=[1])
     rows, weights = rows_of(3, groups, 80, "bfloat16"), normal(3, 3, 80, 96, dtype="bfloat16")

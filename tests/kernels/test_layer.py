@@ -16,7 +16,6 @@ from tests.layers import (
     correction_bias_of,
     experts_of,
     logits_of,
-    normal,
     rank_of,
     reference_moe,
     topk_of,
@@ -36,7 +35,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize(("name", "num_tokens"), [*((name, 11) for name in CONFIGS), ("qwen3", 19), ("deepseek", 19)])
+@pytest.mark.parametrize(("name", "num_tokens"), [("qwen3", 19), ("deepseek", 19), ("gpt-oss", 11), ("llama4", 11)])
 def test_layer(name, num_tokens):
     """Up to 16 tokens every tile holds all of them; 19 are gathered, or fetched where H is a multiple of 64."""
     config = CONFIGS[name]
@@ -99,25 +98,6 @@ def test_two_runs_give_the_same_bits_and_so_does_a_token_alone():
     first = layer(x, experts, logits, config)
     np.testing.assert_array_equal(layer(x, experts, logits, config), first)
     np.testing.assert_array_equal(layer(x[17:], experts, logits[17:], config)[0], first[17])
-
-
-@pytest.mark.once
-def test_gradients_are_those_of_the_reference():
-    """What the kernels leave undefined (NaN in the interpreter) reaches no gradient."""
-    config = MoEConfig(4, 2, 48, 32, has_bias=True)
-    x, experts, logits = x_of(4, config, 17), experts_of(4, config), logits_of(4, config, 17)
-    cotangent = normal(4, 17, 48)
-
-    def gradients(layer):
-        def loss(x, experts, logits):
-            return jnp.sum(layer(x, experts, logits, config).astype(jnp.float32) * cotangent)
-
-        return jax.grad(loss, argnums=(0, 1, 2))(x, experts, logits)
-
-    actual, expected = gradients(interpreted), gradients(reference.moe)
-    for mine, right in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert np.any(np.asarray(right))
-        check_close(mine, right, 1.5e-2)
 
 
 #           E    k    H     I

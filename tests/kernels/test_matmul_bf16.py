@@ -54,6 +54,7 @@ def test_gated_activation(tile_rows, intermediate):
     run(*problem(1, groups_of(1, 9, 2, 3, tile_rows), 80, 2 * intermediate), activation="silu")
 
 
+@pytest.mark.once
 def test_float16():
     run(*problem(2, groups_of(2, 9, 2, 3, 64), 80, 96, "float16"), activation="silu")
 
@@ -64,6 +65,7 @@ def test_activations_with_bias(activation):
     run(*problem(3, groups_of(3, 9, 2, 3, 64), 80, 96), activation=activation, bias=bias)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("tile_rows", "bias_dtype"), [(64, "bfloat16"), (128, "float16"), (160, "float32")])
 def test_bias(tile_rows, bias_dtype):
     run(*problem(4, groups_of(4, 9, 2, 3, tile_rows), 80, 144), bias=normal(4, 3, 144, dtype=bias_dtype))
@@ -87,6 +89,7 @@ def test_group_sizes(tile_rows):
     check_grouped_matmul(run(implementation="mosaic_interpret"), rows, weights, groups, None, layer, 0)
 
 
+@pytest.mark.once
 def test_fewer_tiles_than_multiprocessors(monkeypatch):
     """Narrow tiles, so that there is work for more multiprocessors."""
     monkeypatch.setattr(_compat, "num_multiprocessors", lambda: 8)
@@ -228,6 +231,7 @@ def test_a_single_token_takes_narrow_tiles(monkeypatch):
     assert matmul_config.default_config(64, True, 768, 128).columns == 64
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kwargs", [dict(only=[0]), dict(only=[2]), dict(missing=1)])
 def test_experts_without_rows_are_not_read(kwargs):
     groups = groups_of(6, 9, 2, 3, 64, **kwargs)
@@ -236,6 +240,7 @@ def test_experts_without_rows_are_not_read(kwargs):
     run(rows, weights.at[unused].set(jnp.nan), groups)
 
 
+@pytest.mark.once
 def test_group_offset():
     groups = groups_of(7, 9, 2, 2, 64)
     operands = problem(7, groups, 80, 80, num_experts=5)
@@ -244,6 +249,7 @@ def test_group_offset():
     assert not np.array_equal(first, second)
 
 
+@pytest.mark.once
 def test_a_row_does_not_see_the_others():
     """The same bits alone in its tile and after rows of NaN."""
     weights = normal(8, 3, 96, 80, dtype="bfloat16", scale=80**-0.5)
