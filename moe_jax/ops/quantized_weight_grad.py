@@ -28,6 +28,8 @@ def quantized_weight_grad(
     Raises:
         ValueError: operands of another format, or of other groups.
     """
+    from moe_jax.kernels.hopper import weight_grad_fp8 as kernel
+
     shape = (groups.group_sizes.shape[0], left.shape[0], right.shape[0])
     for name, operand in (("left", left), ("right", right)):
         if operand.spec != BLOCKS or operand.ndim != 2 or operand.shape[1] != left.shape[1]:
@@ -38,7 +40,12 @@ def quantized_weight_grad(
     if 0 in (*shape, left.shape[1]):
         return jnp.zeros(shape, out_dtype)
 
+    chosen = impl.choose("weight_grad", implementation, kernel.supports(left.values, right.values, out_dtype))
+
     def run(left, right, firsts, counts):
+        if chosen != "xla":
+            operands = left.values, left.scales, right.values, right.scales, firsts, counts
+            return kernel.weight_grad(*operands, out_dtype=out_dtype, interpret=impl.interpret_params(chosen))
         return _plain(left, right, firsts, counts).astype(out_dtype)
 
     counts = -(-groups.group_sizes // GROUP)
