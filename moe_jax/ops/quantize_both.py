@@ -30,7 +30,7 @@ def quantize_both(
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Returns:
-        ``[E, N, K]`` and ``[E, K, N]``.
+        ``[E, N, K]`` and ``[E, K, N]``. They have no derivative of their own: what trains weights in FP8 passes gradients on.
 
     Raises:
         ValueError: sizes that 128 does not divide: blocks would not be the same both ways.
@@ -41,12 +41,29 @@ def quantize_both(
         >>> [(q.shape, q.scales.shape) for q in both]
         [((2, 128, 256), (2, 1, 2)), ((2, 256, 128), (2, 2, 1))]
     """
+    from moe_jax.kernels.hopper import quantize_blocks as kernel
+
     impl.check_name(implementation)
     if weights.shape[1] % GROUP or weights.shape[2] % GROUP:
         raise ValueError(
             f"weights of shape {weights.shape} must have multiples of {GROUP} rows and columns: blocks of {GROUP} x {GROUP} "
             "are the same both ways only if none is cut; pad them"
         )
-    found = quantize(weights, BLOCKS)
-    other = dataclasses.replace(found, values=found.values.swapaxes(1, 2), scales=found.scales.swapaxes(1, 2))
-    return found if natural else None, other if transposed else None
+    # In its own order alone, or where there is nothing, it is left to XLA.
+    chosen = "xla"
+    if transposed and weights.size:
+        chosen = impl.choose("quantize_both", implementation, kernel.supports(weights))
+
+    def run(weights):
+        if chosen == "xla":
+            found = quantize(weights, BLOCKS)
+            return (found if natural else None), (_swapped(found) if transposed else None)
+        interpret = impl.interpret_params(chosen)
+        *own, values, scales = kernel.quantize_both(weights, BLOCKS, natural=natural, interpret=interpret)
+        return (QuantizedArray(*own, spec=BLOCKS) if natural else None), QuantizedArray(values, scales, spec=BLOCKS)
+
+    return impl.without_gradient("quantize_both", run)(weights)
+
+
+def _swapped(array: QuantizedArray) -> QuantizedArray:
+    return dataclasses.replace(array, values=array.values.swapaxes(1, 2), scales=array.scales.swapaxes(1, 2))

@@ -72,14 +72,27 @@ def quantize_transposed(rows: Float[Array, "R M"], groups: Groups, *, implementa
         >>> found.shape, found.scales.shape, found.dequantize()[0, 128:131].tolist()
         ((256, 384), (2, 3), [1.0, 1.0, 0.0])
     """
+    from moe_jax.kernels.hopper import quantize_blocks as kernel
+
     impl.check_name(implementation)
     if rows.shape[1] % GROUP:
         raise ValueError(f"{rows.shape[1]} columns must be a multiple of {GROUP}, as many share a scale; pad them")
 
+    blocks = column_blocks(groups)
+    chosen = "xla"
+    if rows.size and blocks.group.size:
+        chosen = impl.choose("quantize_transposed", implementation, kernel.supports(rows))
+
     def run(rows, *blocks):
+        if chosen != "xla":
+            _, *schedule = blocks
+            interpret = impl.interpret_params(chosen)
+            return QuantizedArray(
+                *kernel.quantize_rows_of_blocks(rows, *schedule, BLOCKS, interpret=interpret), spec=BLOCKS
+            )
         return plain_quantize_transposed(rows, ColumnBlocks(*blocks))
 
-    return impl.without_gradient("quantize_transposed", run)(rows, *column_blocks(groups))
+    return impl.without_gradient("quantize_transposed", run)(rows, *blocks)
 
 
 def plain_quantize_transposed(rows: Float[Array, "R M"], blocks: ColumnBlocks) -> QuantizedArray:
