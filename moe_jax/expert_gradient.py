@@ -105,11 +105,8 @@ def _gradient(
     )
     rows = gather(g, groups, **products.options)
     of_rows = products.back_to_pre_activation(g, rows, experts, groups, h, _of_rows(weights, groups))
-    d_rows = products.back_to_rows(of_rows.pre_activation, experts, groups)
-    found = ExpertWeights(
-        w13=products.of_w13(of_rows.pre_activation, x, groups),
-        w2=products.of_w2(rows, of_rows.activated, groups),
-    )
+    d_rows, of_w13 = products.back_through_up(of_rows.pre_activation, x, experts, groups)
+    found = ExpertWeights(w13=of_w13, w2=products.of_w2(rows, of_rows.activated, groups))
     dx = combine(d_rows, once, None, **products.options)
     has_row = groups.positions >= 0
     d_weights = jnp.where(has_row, of_rows.row_weights[jnp.maximum(groups.positions, 0)], 0)

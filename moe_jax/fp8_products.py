@@ -7,6 +7,8 @@ an input takes the codes of the forward direction, transposed, so it is the deri
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -17,10 +19,10 @@ from moe_jax.ops.combine import combine
 from moe_jax.ops.gather import gather
 from moe_jax.ops.group_tokens import Groups
 from moe_jax.ops.grouped_matmul import grouped_matmul
-from moe_jax.ops.input_grad import ActivationGradients, through_activation
+from moe_jax.ops.input_grad import ActivationGradients, input_grad, through_activation
 from moe_jax.ops.quantize_both import quantize_both
 from moe_jax.ops.quantize_rows import quantize_rows, quantize_tokens
-from moe_jax.ops.quantize_transposed import quantize_transposed
+from moe_jax.ops.quantize_transposed import quantize_rows_both, quantize_transposed
 from moe_jax.ops.weight_grad import weight_grad
 from moe_jax.products import Products
 from moe_jax.quantization.array import QuantizedArray
@@ -83,26 +85,32 @@ class Fp8Products(Products):
         product = self._multiply(quantize_tokens(g, ROWS, groups, **self.options), experts.w2, groups)
         return through_activation(product, h, row_weights, self.config.act)
 
-    def back_to_rows(self, dh: Float[Array, "R N"], experts: ExpertWeights, groups: Groups) -> Float[Array, "R H"]:
-        """The cotangents of the rows that the up-projection took."""
-        if not self.config.fp8_training.input_grad:
-            return super().back_to_rows(dh, experts, groups)
-        return self._multiply(quantize_rows(dh, ROWS, groups=groups, **self.options), experts.w13, groups)
-
-    def of_w13(self, dh: Float[Array, "R N"], x: Float[Array, "T H"], groups: Groups) -> Float[Array, "E N H"]:
-        """The gradient of ``w13``."""
-        if not self.config.fp8_training.weight_grad:
-            return super().of_w13(dh, x, groups)
-        return self._contract_rows(dh, gather(x, groups, **self.options), groups)
+    def back_through_up(
+        self, dh: Float[Array, "R N"], x: Float[Array, "T H"], experts: ExpertWeights, groups: Groups
+    ) -> tuple[Float[Array, "R H"], Float[Array, "E N H"]]:
+        """The cotangents of the rows that the up-projection took, and the gradient of ``w13``."""
+        fp8 = self.config.fp8_training
+        rows = columns = dh
+        if fp8.input_grad and fp8.weight_grad:
+            rows, columns = quantize_rows_both(dh, groups, **self.options)
+        elif fp8.input_grad:
+            rows = quantize_rows(dh, ROWS, groups=groups, **self.options)
+        elif fp8.weight_grad:
+            columns = quantize_transposed(dh, groups, **self.options)
+        back = self._multiply if fp8.input_grad else functools.partial(input_grad, **self.options)
+        gathered = gather(x, groups, **self.options)
+        if fp8.weight_grad:
+            gathered = quantize_transposed(gathered, groups, **self.options)
+        return back(rows, experts.w13, groups), self._contract_rows(columns, gathered, groups)
 
     def of_w2(self, rows: Float[Array, "R H"], activated: Float[Array, "R I"], groups: Groups) -> Float[Array, "E H I"]:
         """The gradient of ``w2``, of the cotangents by row and the activations times router weights."""
         if not self.config.fp8_training.weight_grad:
             return super().of_w2(rows, activated, groups)
-        return self._contract_rows(rows, activated, groups)
+        left, right = (quantize_transposed(operand, groups, **self.options) for operand in (rows, activated))
+        return self._contract_rows(left, right, groups)
 
-    def _contract_rows(self, left: Float[Array, "R M"], right: Float[Array, "R N"], groups: Groups) -> Array:
-        left, right = (quantize_transposed(rows, groups, **self.options) for rows in (left, right))
+    def _contract_rows(self, left: Any, right: Any, groups: Groups) -> Float[Array, "E M N"]:
         return weight_grad(left, right, groups, out_dtype=self.config.dtype, **self.options)
 
     def _multiply(

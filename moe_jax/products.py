@@ -1,4 +1,4 @@
-"""The products of a layer and of its gradient, five in all, each a method: what they take decides how fast they are.
+"""The products of a layer and of its gradient, five in all: what they take decides how fast they are.
 
 `moe_jax.expert_gradient` says what is multiplied with what and in which order. Here all operands are of the layer's dtype;
 `moe_jax.fp8_products` has those of FP8.
@@ -60,13 +60,12 @@ class Products:
         act = self.config.act
         return activation_input_grad(rows, experts.w2, groups, h, row_weights, act, **self.options)
 
-    def back_to_rows(self, dh: Float[Array, "R N"], experts: ExpertWeights, groups: Groups) -> Float[Array, "R H"]:
-        """The cotangents of the rows that the up-projection took."""
-        return input_grad(dh, experts.w13, groups, **self.options)
-
-    def of_w13(self, dh: Float[Array, "R N"], x: Float[Array, "T H"], groups: Groups) -> Float[Array, "E N H"]:
-        """The gradient of ``w13``."""
-        return weight_grad(dh, gather(x, groups, **self.options), groups, **self.options)
+    def back_through_up(
+        self, dh: Float[Array, "R N"], x: Float[Array, "T H"], experts: ExpertWeights, groups: Groups
+    ) -> tuple[Float[Array, "R H"], Float[Array, "E N H"]]:
+        """The cotangents of the rows that the up-projection took, and the gradient of ``w13``."""
+        rows = input_grad(dh, experts.w13, groups, **self.options)
+        return rows, weight_grad(dh, gather(x, groups, **self.options), groups, **self.options)
 
     def of_w2(self, rows: Float[Array, "R H"], activated: Float[Array, "R I"], groups: Groups) -> Float[Array, "E H I"]:
         """The gradient of ``w2``, of the cotangents by row and the activations times router weights."""

@@ -7,8 +7,9 @@ import pytest
 
 from moe_jax import _compat
 from moe_jax.kernels.hopper import quantize_blocks as kernel
+from moe_jax.ops.gather_quantize import plain_gather_quantize
 from moe_jax.ops.quantize_transposed import ColumnBlocks, plain_quantize_transposed
-from moe_jax.quantization.fp8_training import BLOCKS
+from moe_jax.quantization.fp8_training import BLOCKS, ROWS
 from moe_jax.quantization.quantize import quantize
 from tests.layers import normal
 from tests.lowering import like, lower, operations
@@ -49,6 +50,24 @@ def test_rows_become_columns(name, dtype):
     assert codes.shape == expected.values.shape and scales.shape == expected.scales.shape
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_rows_become_columns_and_stay_rows(name):
+    starts, sizes, count, rows, columns = CASES[name]
+    x = rows_of_all_sizes(rows, columns, "bfloat16")
+    schedule = [jnp.asarray(a, jnp.int32) for a in (starts, sizes, [count])]
+    interpret = _compat.interpret_params()
+    alone = kernel.quantize_rows_of_blocks(x, *schedule, BLOCKS, interpret=interpret, **OPTIONS)
+    codes, scales, *other = kernel.quantize_rows_of_blocks(
+        x, *schedule, BLOCKS, row_spec=ROWS, interpret=interpret, **OPTIONS
+    )
+    expected = plain_gather_quantize(x, None, ROWS)
+    held = [start + i for start, size in zip(starts[:count], sizes, strict=False) for i in range(size)]
+    np.testing.assert_array_equal(bits(codes)[held], bits(expected.values)[held])
+    np.testing.assert_array_equal(np.asarray(scales)[:, held], np.asarray(expected.scales)[:, held])
+    np.testing.assert_array_equal(bits(other[0])[:, : 128 * count], bits(alone[0])[:, : 128 * count])
+    np.testing.assert_array_equal(np.asarray(other[1])[:, :count], np.asarray(alone[1])[:, :count])
+
+
 @pytest.mark.parametrize("natural", [True, False])
 def test_weights_in_both_orders(natural):
     w = rows_of_all_sizes(3 * 256, 128, "bfloat16").reshape(3, 256, 128)
@@ -70,5 +89,9 @@ def test_they_lower_for_cuda():
         text = lower(lambda w, natural=natural: kernel.quantize_both(w, BLOCKS, natural=natural), w)
         assert sum(count for name, count in operations(text).items() if name != "reshape") == 1
     blocks = [like(jnp.int32, size) for size in (9, 9, 1)]
-    text = lower(lambda *given: kernel.quantize_rows_of_blocks(*given, BLOCKS), like(jnp.bfloat16, 1000, 384), *blocks)
-    assert sum(operations(text).values()) == 1
+    for row_spec in (None, ROWS):
+
+        def run(*given, row_spec=row_spec):
+            return kernel.quantize_rows_of_blocks(*given, BLOCKS, row_spec=row_spec)
+
+        assert sum(operations(lower(run, like(jnp.bfloat16, 1000, 384), *blocks)).values()) == 1

@@ -25,7 +25,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Shaped
 
 from moe_jax import _compat
-from moe_jax.kernels.hopper import tiles, views
+from moe_jax.kernels.hopper import row_scales, tiles, views
+from moe_jax.kernels.hopper.gather_quantize import scales_shape
 from moe_jax.kernels.hopper.scaling import Scaling
 from moe_jax.quantization.formats import Spec
 from moe_jax.quantization.rounding import F32_MAX
@@ -59,9 +60,12 @@ def quantize_rows_of_blocks(
     sizes: Int[Array, "blocks"],
     count: Int[Array, "1"],
     spec: Spec,
+    *,
+    row_spec: Spec | None = None,
     **options: Any,
-) -> tuple[Shaped[Array, "M columns"], Float[Array, "M_blocks blocks"]]:
-    """Codes ``[M, 128 * blocks]`` of x transposed, and scales: block b has rows `starts[b]` on, `sizes[b]` of them.
+) -> tuple[Shaped[Array, "..."], ...]:
+    """Codes ``[M, 128 * blocks]`` of x transposed, and scales ``[M / 128, blocks]``: block b has rows `starts[b]` on, `sizes[b]`
+    of them. With `row_spec` before these two the codes and scales of the same rows that `gather_quantize` gives.
 
     Args:
         x: rows.
@@ -69,26 +73,35 @@ def quantize_rows_of_blocks(
         sizes: its rows, at most 128; the rest of it is zero.
         count: blocks that are quantized, the first ones; others stay undefined.
         spec: float8_e4m3fn in blocks of 128 x 128.
+        row_spec: float8_e4m3fn in groups of 128 columns, of the rows as they are; None if these are not wanted.
         **options: of the kernel: `config`, `interpret`, `multiprocessors`.
     """
-    (_, columns), blocks = x.shape, starts.shape[0]
-    out_types = [
+    (rows, columns), blocks = x.shape, starts.shape[0]
+    out_types = []
+    if row_spec is not None:
+        out_types = [
+            jax.ShapeDtypeStruct((rows, columns), row_spec.storage_dtype),
+            jax.ShapeDtypeStruct(scales_shape(rows, columns, row_spec), jnp.float32),
+        ]
+    out_types += [
         jax.ShapeDtypeStruct((columns, blocks * SIDE), spec.storage_dtype),
         jax.ShapeDtypeStruct((columns // SIDE, blocks), jnp.float32),
     ]
     across = columns // SIDE
 
     def place(index, refs):
-        starts_g, sizes_g, codes_g, scales_g = refs
+        starts_g, sizes_g, *own, codes_g, scales_g = refs
         block = lax.div(index, jnp.int32(across))
         column = index - block * across
         target = codes_g.at[pl.ds(column * SIDE, SIDE), pl.ds(block * SIDE, SIDE)]
-        return (starts_g[block], column), sizes_g[block], target, None, [scales_g.at[column, block]]
+        return (starts_g[block], column), sizes_g[block], target, own, [scales_g.at[column, block]]
 
     def total(refs):
         return refs[0][0] * across
 
-    return _call(x, [count, starts, sizes], out_types, total, lambda i, refs: place(i, refs[1:]), spec, **options)
+    own = None if row_spec is None else RowsOut(row_spec, x.dtype, options.get("interpret") is not None)
+    operands = [count, starts, sizes]
+    return _call(x, operands, out_types, total, lambda i, refs: place(i, refs[1:]), spec, own, **options)
 
 
 def quantize_both(
@@ -127,7 +140,78 @@ def quantize_both(
 
     total = experts * down * across
     flat = weights.reshape(experts * n, k)
-    return _call(flat, [], out_types, lambda refs: jnp.int32(total), place, spec, natural=natural, **options)
+    own = BlockOut(spec, options.get("interpret") is not None) if natural else None
+    return _call(flat, [], out_types, lambda refs: jnp.int32(total), place, spec, own, **options)
+
+
+class BlockOut:
+    """The codes of a block in its own order, with its scale.
+
+    Args:
+        spec: of the codes.
+        interpret: the kernel is interpreted.
+    """
+
+    def __init__(self, spec: Spec, interpret: bool):
+        self._scaling = Scaling(spec, given=False, interpret=interpret)
+        self.scratch = plgpu.SMEM(
+            (_PIECES, SIDE, _PIECE), spec.storage_dtype, transforms=tiles.transforms(_PIECE, spec.storage_dtype)
+        )
+
+    def fill(self, ref: Any, load: Any, inverse: Any) -> None:
+        """Takes the codes of what `load(piece, first)` gives, float32 ``[64, 64]``, into shared memory."""
+        for piece in range(_PIECES):
+            for first in range(0, SIDE, _PIECE):
+                values = load(piece, first)
+                codes = self._scaling.encode(values, lax.broadcast_in_dim(inverse, values.shape, [0]))
+                ref.at[piece, pl.ds(first, _PIECE)][...] = codes
+
+    def send(self, ref: Any, target: Any, place: tuple[Any, Any], size: Any) -> None:
+        """Sends them on their way."""
+        for piece in range(_PIECES):
+            columns = target.at[:, pl.ds(piece * _PIECE, _PIECE)]
+            plgpu.copy_smem_to_gmem(ref.at[piece], columns, commit_group=False)
+
+
+class RowsOut:
+    """The codes of a block's rows as they are, with a scale for each row: rows that are not the block's are not stored.
+
+    Args:
+        spec: of the codes.
+        dtype: of what is quantized.
+        interpret: the kernel is interpreted.
+    """
+
+    def __init__(self, spec: Spec, dtype: Any, interpret: bool):
+        self._interpret = interpret
+        self._scaling = Scaling(spec, given=False, interpret=interpret)
+        self._codes = views.Operand(1, SIDE, SIDE, _PIECE, spec.storage_dtype, interpret)
+        self.scratch = self._codes.scratch
+
+    def fill(self, ref: Any, load: Any, target: Any, place: tuple[Any, Any], size: Any) -> None:
+        """As `BlockOut.fill`, before the block's scale is known: fewer registers. The scales go to GPU memory at once."""
+        scaling, a_row = self._scaling, plgpu.Layout.WGMMA.reduce(1)
+        row, column = place
+        for first in range(0, SIDE, _PIECE):
+            pieces = [load(piece, first) for piece in range(_PIECES)]
+            order = jnp.maximum(*(jnp.max(scaling.order(values), axis=1) for values in pieces))
+            scale = scaling.scale(scaling.amax(order))
+            inverse = lax.broadcast_in_dim(scaling.reciprocal(scale, a_row), (_PIECE, _PIECE), [0])
+            for piece, values in enumerate(pieces):
+                self._codes.eights(ref).at[0, piece, pl.ds(first, _PIECE)][...] = scaling.encode(values, inverse)
+            row_scales.store(target[1], column, row + first, scale, size - first, a_row, self._interpret)
+
+    def send(self, ref: Any, target: Any, place: tuple[Any, Any], size: Any) -> None:
+        """Sends the codes of the rows that count on their way."""
+        row, column = place
+        for piece in range(_PIECES):
+
+            def send(first, count, piece=piece):
+                part = self._codes.singles(ref).at[0, piece, pl.ds(first, count)]
+                columns = pl.ds(column * SIDE + piece * _PIECE, _PIECE)
+                plgpu.copy_smem_to_gmem(part, target[0].at[pl.ds(row + first, count), columns], commit_group=False)
+
+            views.send_first(send, size, SIDE)
 
 
 def _call(
@@ -137,8 +221,8 @@ def _call(
     total: Any,
     place: Any,
     spec: Spec,
+    own_order: BlockOut | RowsOut | None,
     *,
-    natural: bool = False,
     config: Config = Config(),
     interpret: Any = None,
     multiprocessors: int | None = None,
@@ -153,7 +237,7 @@ def _call(
         place: of the number of a block and the references: its first row and column, how many of its rows count, where its codes
             go transposed and in their own order, and where its scale goes.
         spec: of the codes.
-        natural: codes go out in their own order too.
+        own_order: how codes go out in their own order too; None if they do not.
         config: how the work is shared.
         interpret: for the interpreter.
         multiprocessors: of the device, by default.
@@ -164,7 +248,6 @@ def _call(
     incoming = views.Operand(1, SIDE, SIDE, _PIECE, x.dtype, interpreted)
     above = np.int16(_MAGNITUDE - _INFINITY[x.dtype.name])  # takes infinity to the largest integer
     a_row = plgpu.Layout.WGMMA.reduce(1)
-    own_order = tiles.transforms(_PIECE, spec.storage_dtype)
 
     def body(x_g, *refs):
         refs, (in_s, out_s, full, *own_s) = (
@@ -204,6 +287,11 @@ def _call(
                 found = plgpu.layout_cast(found, plgpu.Layout.WGMMA)
             return lax.bitcast_convert_type(found, jnp.int16)
 
+        def part_of(piece, first):
+            """float32 ``[64, 64]``, rows of a piece from `first` on."""
+            part = incoming.eights(in_s).at[0, piece, pl.ds(first, _PIECE)]
+            return plgpu.load(part, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+
         def largest(halves):
             """The largest magnitude of pieces, NaN passed over: numbers of 16 bits are compared in pairs, as integers."""
             order = jnp.maximum(*((half & _MAGNITUDE) + above for half in halves))
@@ -221,21 +309,18 @@ def _call(
 
         @pl.loop(0, blocks)
         def _block(i):
-            _, size, target, own, scales = place(worker + i * workers, refs)
+            at, size, target, own, scales = place(worker + i * workers, refs)
             plgpu.barrier_wait(full)
             if not isinstance(size, int):
                 pl.when(size < SIDE)(lambda: clear(size))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the codes of the block before have left
+            if isinstance(own_order, RowsOut):
+                own_order.fill(own_s[0], part_of, own, at, size)
             halves = [transposed(piece) for piece in range(_PIECES)]
             scale = scaling.scale(largest(halves))
             inverse = scaling.reciprocal(plgpu.layout_cast(jnp.full((_PIECE,), scale), a_row), a_row)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the codes of the block before have left
-            if natural:
-                for piece in range(_PIECES):
-                    for first in range(0, SIDE, _PIECE):
-                        part = incoming.eights(in_s).at[0, piece, pl.ds(first, _PIECE)]
-                        values = plgpu.load(part, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-                        codes = scaling.encode(values, lax.broadcast_in_dim(inverse, values.shape, [0]))
-                        own_s[0].at[piece, pl.ds(first, _PIECE)][...] = codes
+            if isinstance(own_order, BlockOut):
+                own_order.fill(own_s[0], part_of, inverse)
             plgpu.commit_smem()  # also: every thread has taken the block
             pl.when(i + 1 < blocks)(lambda: fetch(i + 1))
             for piece, half in enumerate(halves):
@@ -245,10 +330,8 @@ def _call(
                 )
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_s, target, commit_group=False)
-            if natural:
-                for piece in range(_PIECES):
-                    columns = own.at[:, pl.ds(piece * _PIECE, _PIECE)]
-                    plgpu.copy_smem_to_gmem(own_s[0].at[piece], columns, commit_group=False)
+            if own_order is not None:
+                own_order.send(own_s[0], own, at, size)
             plgpu.commit_smem_to_gmem_group()
             for ref in scales:
                 ref[...] = scale
@@ -261,8 +344,8 @@ def _call(
         plgpu.SMEM((SIDE, SIDE), spec.storage_dtype, transforms=tiles.transforms(SIDE, spec.storage_dtype)),
         plgpu.Barrier(num_arrivals=_PIECES),
     ]
-    if natural:
-        scratch.append(plgpu.SMEM((_PIECES, SIDE, _PIECE), spec.storage_dtype, transforms=own_order))
+    if own_order is not None:
+        scratch.append(own_order.scratch)
     found = _compat.kernel(
         body,
         out_type=out_types,
