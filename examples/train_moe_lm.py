@@ -2,6 +2,7 @@
 
     python examples/train_moe_lm.py                          # toy size, some minutes on a CPU
     python examples/train_moe_lm.py --balancing bias         # DeepSeek-V3's balancing without a loss
+    python examples/train_moe_lm.py --size small --precision fp8  # FP8 products in the experts, bfloat16 beside them
     python examples/train_moe_lm.py --devices 2              # batch and experts over two devices (virtual ones of a CPU)
     python examples/train_moe_lm.py --size gpu --steps 2000  # bfloat16, a real size
 
@@ -22,7 +23,10 @@ from moe_lm.model import SIZES
 
 
 def main(
-    size: Annotated[str, typer.Option(help="toy, or gpu")] = "toy",
+    size: Annotated[str, typer.Option(help="toy, small, or gpu")] = "toy",
+    precision: Annotated[
+        str | None, typer.Option(help="of the experts: float32, bfloat16 or fp8 (not toy); by default that of the size")
+    ] = None,
     steps: Annotated[int, typer.Option(help="steps of the whole run", min=1)] = 300,
     balancing: Annotated[
         str, typer.Option(help="aux (a loss), bias (without a loss), z (z-loss alone) or none")
@@ -50,8 +54,11 @@ def main(
 
     if balancing not in BALANCING:
         raise typer.BadParameter(f"balancing={balancing!r} must be one of {', '.join(BALANCING)}")
-    model = SIZES[size]
-    rate = learning_rate or (3e-3 if size == "toy" else 6e-4)
+    try:
+        model = SIZES[size].with_precision(precision)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    rate = learning_rate or (6e-4 if size == "gpu" else 3e-3)
     train = TrainConfig(steps=steps, learning_rate=rate, balancing=balancing, seed=seed, devices=devices)
     trainer = Trainer(model, train)
     text = stdlib_bytes()

@@ -13,6 +13,7 @@ from moe_jax.moe import moe_block as moe_block
 from moe_jax.parallel import ExpertPlacement as ExpertPlacement
 from moe_jax.parallel import ParallelConfig as ParallelConfig
 from moe_jax.parallel import determine_expert_map as determine_expert_map
+from moe_jax.quantization import Fp8Training as Fp8Training
 from moe_jax.quantization import QuantFormat as QuantFormat
 from moe_jax.quantization import QuantizedArray as QuantizedArray
 from moe_jax.quantization import dequantize_experts as dequantize_experts

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from moe_jax.activations import Activation, canonical_name, get_activation
 from moe_jax.fields import check_bool, check_int, set_field
 from moe_jax.quantization.formats import QuantFormat, quant_format
+from moe_jax.quantization.fp8_training import Fp8Training
 from moe_jax.routing_methods import METHOD_SPECS, RoutingMethod, RoutingRule
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -181,6 +182,8 @@ class MoEConfig:
             ``top_k=1``.
         quantization: number format of the experts' weights, and of the rows that meet them: a `QuantFormat` or its name, see
             `moe_jax.quantization.quant_format`; a `QuantFormat` once the config is made. None: not quantized.
+        fp8_training: which products of the layer and of its gradient are FP8, of weights that are not quantized:
+            `moe_jax.Fp8Training`. None: none.
         dtype: compute dtype, ``bfloat16``, ``float16`` or ``float32`` (a name or a dtype; a name once the config is
             made); matmuls accumulate in float32 in any case.
         num_shared_experts: experts that every token visits.
@@ -218,6 +221,7 @@ class MoEConfig:
     shared_intermediate_size: int = 0
     shared_expert_gate: bool = False
     quantization: QuantFormat | str | None = None
+    fp8_training: Fp8Training | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k", "hidden_size", "intermediate_size"):
@@ -239,8 +243,20 @@ class MoEConfig:
         _ = self.act  # raises for parameters that the activation does not have
         if self.quantization is not None:
             set_field(self, "quantization", quant_format(self.quantization))
+        if self.fp8_training is not None:
+            self._check_fp8_training()
         self._check_routing()
         self._check_shared()
+
+    def _check_fp8_training(self) -> None:
+        if not isinstance(self.fp8_training, Fp8Training):
+            raise TypeError(f"fp8_training={self.fp8_training!r} must be a moe_jax.Fp8Training, or None")
+        if self.quantization is not None:
+            raise ValueError(
+                f"fp8_training and quantization={self.quantization.name!r} exclude each other: what is trained are weights that "
+                "are not quantized; leave quantization None, or use dequantize_experts and train those"
+            )
+        self.fp8_training.check(self.hidden_size, self.intermediate_size, self.dtype)
 
     def _check_routing(self) -> None:
         routing = self.routing

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +28,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from moe_jax.config import MoEConfig
+from moe_jax.fp8_products import Fp8Products
 from moe_jax.ops.combine import combine
-from moe_jax.ops.down_combine import down_combine
 from moe_jax.ops.gather import gather
 from moe_jax.ops.group_rows import (
     expert_of,
@@ -42,10 +41,8 @@ from moe_jax.ops.group_rows import (
     without_sizes,
 )
 from moe_jax.ops.group_tokens import Groups
-from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.ops.implementation import without_gradient
-from moe_jax.ops.input_grad import activation_input_grad, input_grad
-from moe_jax.ops.weight_grad import weight_grad
+from moe_jax.products import Products
 from moe_jax.types import ExpertWeights
 
 SAVED_NAMES = ("moe_x", "moe_pre_activation", "moe_routing")  # see `moe_jax.training`
@@ -57,26 +54,34 @@ def with_gradient(
     """A layer after grouping, ``layer(x, experts, groups, weights)``, with the gradient of this file.
 
     Where nothing is differentiated it is the same layer; where something is, it runs in the steps above, by the same kernels.
+    With `MoEConfig.fp8_training` of the forward direction it runs in these steps in any case: quantized where they quantize.
 
     Args:
         layer: gather, expert MLP and combine; weights not quantized.
-        config: gives the activation.
+        config: gives the activation, and which products are FP8.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``, for both directions.
     """
-    run = jax.custom_vjp(layer)
-    options = {"implementation": implementation}
+    fp8 = config.fp8_training
+    products = (Products if fp8 is None else Fp8Products)(config, implementation)
+
+    def steps(x, experts, groups, weights, *, backward):
+        here, later = products.weights(experts, backward=backward)
+        h = checkpoint_name(products.up(x, here, groups), SAVED_NAMES[1])
+        return products.down(h, here, groups, weights), later, h
+
+    def alone(*operands):
+        return steps(*operands, backward=False)[0]
+
+    run = jax.custom_vjp(alone if fp8 is not None and fp8.forward else layer)
 
     def forward(x, experts, groups, weights):
         x = checkpoint_name(x, SAVED_NAMES[0])
         groups, weights = jax.tree.map(lambda leaf: checkpoint_name(leaf, SAVED_NAMES[2]), (groups, weights))
-        rows, by_token = gather(x, groups, **options), groups.tokens_as_rows
-        h = grouped_matmul(rows, experts.w13, groups, bias=experts.w13_bias, tokens_as_rows=by_token, **options)
-        h = checkpoint_name(h, SAVED_NAMES[1])
-        y = down_combine(config.act(h), experts.w2, groups, weights, bias=experts.w2_bias, **options)
-        return y, (x, experts, groups, weights, h)
+        y, later, h = steps(x, experts, groups, weights, backward=True)
+        return y, (x, later, groups, weights, h)
 
     def gradient(saved, g):
-        return _gradient(*saved, g, config, options)
+        return _gradient(*saved, g, products)
 
     def backward(saved, g):
         x, experts, weights = without_gradient("the gradient of a layer", gradient)(saved, g)
@@ -94,22 +99,17 @@ def _gradient(
     weights: Float[Array, "T k"] | None,
     h: Float[Array, "R N"],
     g: Float[Array, "T H"],
-    config: MoEConfig,
-    options: dict[str, Any],
+    products: Products,
 ) -> tuple[Array, ExpertWeights, Array | None]:
     """Of x, the experts and the router weights."""
     once, of_weights = first_slots(groups), row_weights(weights, groups)
-    groups = packed(
-        groups, experts.num_local_experts
-    )  # that an up-projection may fetch its rows by token is of no use here
-    rows = gather(g, groups, **options)
-    of_rows = activation_input_grad(rows, experts.w2, groups, h, of_weights, config.act, **options)
-    d_rows = input_grad(of_rows.pre_activation, experts.w13, groups, **options)
-    found = ExpertWeights(
-        w13=weight_grad(of_rows.pre_activation, gather(x, groups, **options), groups, **options),
-        w2=weight_grad(rows, of_rows.activated, groups, **options),
-    )
-    dx = combine(d_rows, once, None, **options)
+    # That an up-projection may fetch its rows by token is of no use here.
+    groups = packed(groups, experts.num_local_experts)
+    rows = gather(g, groups, **products.options)
+    of_rows = products.back_to_pre_activation(g, rows, experts, groups, h, of_weights)
+    d_rows, of_w13 = products.back_through_up(of_rows.pre_activation, x, experts, groups)
+    found = ExpertWeights(w13=of_w13, w2=products.of_w2(rows, of_rows.activated, groups))
+    dx = combine(d_rows, once, None, **products.options)
     has_row = groups.positions >= 0
     d_weights = jnp.where(has_row, of_rows.row_weights[jnp.maximum(groups.positions, 0)], 0)
     if experts.w13_bias is not None:
@@ -122,7 +122,7 @@ def _gradient(
         per_expert = jnp.einsum("tk,tke->te", scale, chosen, precision=lax.Precision.HIGHEST)
         sums = precise_dot(per_expert.T, g.astype(jnp.float32))
         found = dataclasses.replace(found, w2_bias=sums.astype(experts.w2_bias.dtype))
-        products = precise_dot(g.astype(jnp.float32), experts.w2_bias.astype(jnp.float32).T)
-        of_slots = jnp.einsum("te,tke->tk", products, chosen, precision=lax.Precision.HIGHEST)
+        of_biases = precise_dot(g.astype(jnp.float32), experts.w2_bias.astype(jnp.float32).T)
+        of_slots = jnp.einsum("te,tke->tk", of_biases, chosen, precision=lax.Precision.HIGHEST)
         d_weights = d_weights + jnp.where(has_row, of_slots, 0)
     return dx.astype(x.dtype), found, None if weights is None else d_weights.astype(weights.dtype)

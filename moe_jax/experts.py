@@ -59,7 +59,9 @@ def row_multiple(config: MoEConfig) -> int:
     """
     from moe_jax.kernels.hopper.matmul_fp8 import ROW_MULTIPLE
 
-    form = config.quantization
+    form, training = config.quantization, config.fp8_training
+    if training is not None and training.contracts_columns:
+        return ROW_MULTIPLE
     if form is None or not form.multiplies_codes:
         return 1
     return ROW_MULTIPLE if form.activations.granularity == "group" else 1

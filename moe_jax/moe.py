@@ -15,7 +15,7 @@ from moe_jax.ops.combine import combine
 from moe_jax.ops.group_tokens import Groups, group_tokens
 from moe_jax.ops.implementation import check_name, choose
 from moe_jax.routing import route_and_group
-from moe_jax.tuning.plan import LayerPlan, LayerShape, plan_for
+from moe_jax.tuning.plan import LayerPlan, LayerShape, plan_for, training_plan
 from moe_jax.types import ExpertWeights, MoELayerWeights, SharedExpertWeights, TopK
 
 
@@ -137,7 +137,9 @@ def _plan(x: Array, experts: ExpertWeights, config: MoEConfig, implementation: s
     """How the kernels tile the layer; None if they do not run."""
     if choose("moe", implementation, None) == "xla":
         return None
-    return plan_for(LayerShape.of(config, x.shape[0], experts.num_local_experts))
+    shape = LayerShape.of(config, x.shape[0], experts.num_local_experts)
+    training = config.fp8_training
+    return training_plan(shape) if training is not None and training.contracts_columns else plan_for(shape)
 
 
 def _run_experts(

@@ -1,5 +1,6 @@
 """The model: a decoder of bytes whose MLPs are Mixture-of-Experts layers."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import MoEConfig, RoutingConfig
+from moe_jax import Fp8Training, MoEConfig, RoutingConfig
 from moe_jax.nn import MoE
 
 VOCABULARY = 256  # bytes
@@ -15,7 +16,7 @@ VOCABULARY = 256  # bytes
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a model; `SIZES` has two."""
+    """Sizes of a model; `SIZES` has three."""
 
     num_layers: int = 2
     hidden_size: int = 64
@@ -26,6 +27,19 @@ class ModelConfig:
     seq_len: int = 128
     batch_size: int = 16
     dtype: str = "float32"
+    fp8: bool = False
+
+    def __post_init__(self) -> None:
+        _ = self.moe  # raises for sizes and dtypes that FP8 does not take
+
+    def with_precision(self, precision: str | None) -> "ModelConfig":
+        """The same sizes in float32, bfloat16 or FP8 (of the experts' products; bfloat16 beside them); None leaves it."""
+        if precision is None:
+            return self
+        if precision not in ("float32", "bfloat16", "fp8"):
+            raise ValueError(f"precision={precision!r} must be float32, bfloat16 or fp8")
+        fp8 = precision == "fp8"
+        return dataclasses.replace(self, dtype="bfloat16" if fp8 else precision, fp8=fp8)
 
     @property
     def moe(self) -> MoEConfig:
@@ -38,11 +52,13 @@ class ModelConfig:
             routing=RoutingConfig("deepseek_v3"),
             has_correction_bias=True,
             dtype=self.dtype,
+            fp8_training=Fp8Training() if self.fp8 else None,
         )
 
 
 SIZES = {
     "toy": ModelConfig(),
+    "small": ModelConfig(2, 128, 4, 8, 2, 128, seq_len=64, batch_size=8, dtype="bfloat16"),
     "gpu": ModelConfig(12, 1024, 16, 64, 8, 512, seq_len=2048, batch_size=16, dtype="bfloat16"),
 }
 

@@ -271,3 +271,17 @@ def tile_schedule(
         sizes,
         num_tiles[None],
     )
+
+
+def group_starts(groups: Groups) -> Int[Array, " E_local"]:
+    """The first row of each local expert; R for one without rows.
+
+    Example:
+        >>> from moe_jax.ops.group_tokens import group_tokens
+        >>> ids = jnp.array([[0], [2], [2]], jnp.int32)
+        >>> group_starts(group_tokens(ids, num_experts=3, tile_rows=2)).tolist()
+        [0, 3, 1]
+    """
+    # From the tiles: groups need not follow one another (`moe_jax.parallel.batched`).
+    mine = groups.tile_group[None, :] == jnp.arange(groups.group_sizes.shape[0])[:, None]
+    return jnp.min(jnp.where(mine, groups.tile_starts[None, :], groups.num_rows), axis=1, initial=groups.num_rows)

@@ -6,15 +6,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from moe_jax.ops import implementation as impl
-from moe_jax.ops.group_tokens import Groups
+from moe_jax.ops.group_tokens import Groups, group_starts
+from moe_jax.ops.quantized_weight_grad import quantized_weight_grad
+from moe_jax.quantization.array import QuantizedArray
 
 
 def weight_grad(
-    left: Float[Array, "R M"],
-    right: Float[Array, "R N"],
+    left: Float[Array, "R M"] | QuantizedArray,
+    right: Float[Array, "R N"] | QuantizedArray,
     groups: Groups,
     *,
     accumulate: Float[Array, "E M N"] | None = None,
@@ -26,18 +28,20 @@ def weight_grad(
     An expert without rows has exactly zero, and rows of no group, which may be anything, count nowhere.
 
     Args:
-        left: ``[R, M]``, grouped as `groups` says: cotangents of a grouped matmul.
+        left: ``[R, M]``, grouped as `groups` says: cotangents of a grouped matmul. Or both are what
+            `moe_jax.ops.quantize_transposed.quantize_transposed` makes of them.
         right: ``[R, N]``, the same rows: what it multiplied.
         groups: from `group_tokens`.
         accumulate: float32 ``[E, M, N]``, added before anything is rounded; the result is then float32.
-        out_dtype: of the result; that of `left` by default.
+        out_dtype: of the result; that of `left` by default, bfloat16 if it is quantized.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Returns:
         ``[E, M, N]``. It has no derivative of its own.
 
     Raises:
-        TypeError: something to accumulate that is not float32, or another `out_dtype` with it.
+        TypeError: something to accumulate that is not float32, or another `out_dtype` with it; one operand that is quantized,
+            or something to accumulate and quantized ones.
         ValueError: a kernel asked for by name that does not support the problem.
 
     Example:
@@ -50,6 +54,14 @@ def weight_grad(
     from moe_jax.kernels.hopper import weight_grad as kernel
 
     impl.check_name(implementation)
+    if isinstance(left, QuantizedArray) or isinstance(right, QuantizedArray):
+        if type(left) is not type(right) or accumulate is not None:
+            raise TypeError(
+                f"left is {type(left).__name__}, right is {type(right).__name__}: quantize both, or neither; and with quantized "
+                "operands leave accumulate None, and add to the result"
+            )
+        dtype = jnp.dtype(out_dtype or "bfloat16")
+        return quantized_weight_grad(left, right, groups, out_dtype=dtype, implementation=implementation)
     dtype = jnp.dtype(out_dtype or (left.dtype if accumulate is None else jnp.float32))
     if accumulate is not None and (accumulate.dtype != jnp.float32 or dtype != jnp.float32):
         raise TypeError(
@@ -81,20 +93,6 @@ def weight_grad(
         )
 
     return impl.without_gradient("weight_grad", run)(left, right, accumulate, *leaves)
-
-
-def group_starts(groups: Groups) -> Int[Array, " E_local"]:
-    """The first row of each local expert; R for one without rows.
-
-    Example:
-        >>> from moe_jax.ops.group_tokens import group_tokens
-        >>> ids = jnp.array([[0], [2], [2]], jnp.int32)
-        >>> group_starts(group_tokens(ids, num_experts=3, tile_rows=2)).tolist()
-        [0, 3, 1]
-    """
-    # From the tiles: groups need not follow one another (`moe_jax.parallel.batched`).
-    mine = groups.tile_group[None, :] == jnp.arange(groups.group_sizes.shape[0])[:, None]
-    return jnp.min(jnp.where(mine, groups.tile_starts[None, :], groups.num_rows), axis=1, initial=groups.num_rows)
 
 
 def _plain(left: Array, right: Array, groups: Groups, accumulate: Array | None) -> Array:

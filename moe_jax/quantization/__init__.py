@@ -22,6 +22,7 @@ from moe_jax.quantization.formats import QuantFormat as QuantFormat
 from moe_jax.quantization.formats import Spec as Spec
 from moe_jax.quantization.formats import quant_format as quant_format
 from moe_jax.quantization.fp4 import unpack_fp4 as unpack_fp4
+from moe_jax.quantization.fp8_training import Fp8Training as Fp8Training
 from moe_jax.quantization.prepared import PreparedArray as PreparedArray
 from moe_jax.quantization.prepared import prepare as prepare
 from moe_jax.quantization.quantize import dequantize as dequantize

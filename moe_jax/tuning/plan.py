@@ -241,3 +241,21 @@ def plan_for(shape: LayerShape) -> LayerPlan:
 
     tuned = find_tuned(shape)
     return default_plan(shape) if tuned is None else tuned.plan
+
+
+def training_plan(shape: LayerShape) -> LayerPlan:
+    """The plan of a layer some of whose products are FP8 (`moe_jax.Fp8Training`): tiles of rows that these can have too.
+
+    It says how the projections are tiled where they are not quantized; the others follow from `LayerPlan.tile_rows`.
+
+    Args:
+        shape: of the layer, which is not quantized itself.
+
+    Example:
+        >>> shape = LayerShape(128, 131072, 2048, 768, gated=True, dtype="bfloat16")
+        >>> training_plan(shape).tile_rows, default_plan(shape).tile_rows
+        (128, 160)
+    """
+    quantized = default_plan(dataclasses.replace(shape, codes="float8_e4m3fn block"))
+    plan = default_plan(shape, quantized.tile_rows)
+    return dataclasses.replace(plan, up=dataclasses.replace(plan.up, gather=False))

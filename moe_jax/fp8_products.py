@@ -1,0 +1,143 @@
+"""The products of a layer and of its gradient with FP8 operands: which ones, and scaled how, says `moe_jax.Fp8Training`.
+
+What lies between the products is that of any layer, in bfloat16 and float32. Weights are quantized once a step: the gradient of
+an input takes the codes of the forward direction, transposed, so it is the derivative of the very product that was computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moe_jax.kernels.hopper.matmul_config import Config, default_config, eight_bit, rows_first
+from moe_jax.kernels.hopper.matmul_rows_first import TILE_ROWS
+from moe_jax.ops.combine import combine
+from moe_jax.ops.gather import gather
+from moe_jax.ops.group_tokens import Groups
+from moe_jax.ops.grouped_matmul import grouped_matmul
+from moe_jax.ops.input_grad import ActivationGradients, input_grad, through_activation
+from moe_jax.ops.quantize_both import quantize_both
+from moe_jax.ops.quantize_rows import quantize_rows, quantize_tokens
+from moe_jax.ops.quantize_transposed import quantize_rows_both, quantize_transposed
+from moe_jax.ops.weight_grad import weight_grad
+from moe_jax.products import Products
+from moe_jax.quantization.array import QuantizedArray
+from moe_jax.quantization.fp8_training import ROWS
+from moe_jax.quantization.rows import QuantizedRows
+from moe_jax.tuning.fit import within_memory
+from moe_jax.types import ExpertWeights
+
+_CODES = f"{ROWS.dtype} block"  # of `moe_jax.tuning.plan.LayerShape`
+
+
+class Fp8Products(Products):
+    """Those that `config.fp8_training` names in FP8, the others as `Products`."""
+
+    def weights(self, experts: ExpertWeights, *, backward: bool) -> tuple[ExpertWeights, ExpertWeights | None]:
+        """Quantized where FP8 products take them: for the gradient transposed, ``w13`` ``[E, H, N]`` and ``w2`` ``[E, I, H]``."""
+        fp8, here, later = self.config.fp8_training, experts, experts if backward else None
+        transposed = backward and fp8.input_grad
+        if not fp8.forward and not transposed:
+            return here, later
+        found = {
+            name: quantize_both(getattr(experts, name), natural=fp8.forward, transposed=transposed, **self.options)
+            for name in ("w13", "w2")
+        }
+        if fp8.forward:
+            here = dataclasses.replace(here, **{name: natural for name, (natural, _) in found.items()})
+        if transposed:
+            later = dataclasses.replace(later, **{name: other for name, (_, other) in found.items()})
+        return here, later
+
+    def up(self, x: Float[Array, "T H"], experts: ExpertWeights, groups: Groups) -> Float[Array, "R N"]:
+        """The pre-activations of all rows."""
+        if not self.config.fp8_training.forward:
+            return super().up(x, experts, groups)
+        rows = quantize_tokens(x, ROWS, groups, **self.options)
+        return self._multiply(rows, experts.w13, groups, experts.w13_bias, tokens_as_rows=groups.tokens_as_rows)
+
+    def down(
+        self, h: Float[Array, "R N"], experts: ExpertWeights, groups: Groups, weights: Float[Array, "T k"] | None
+    ) -> Float[Array, "T H"]:
+        """From the pre-activations to the output of the layer."""
+        if not self.config.fp8_training.forward:
+            return super().down(h, experts, groups, weights)
+        hidden = quantize_rows(self.config.act(h), ROWS, groups=groups, **self.options)
+        rows = self._multiply(hidden, experts.w2, groups, experts.w2_bias)
+        return combine(rows, groups.positions, weights, **self.options)
+
+    def back_to_pre_activation(
+        self,
+        g: Float[Array, "T H"],
+        rows: Float[Array, "R H"],
+        experts: ExpertWeights,
+        groups: Groups,
+        h: Float[Array, "R N"],
+        row_weights: Float[Array, " R"],
+    ) -> ActivationGradients:
+        """`activation_input_grad` of the cotangents g, which `rows` are by row."""
+        if not self.config.fp8_training.input_grad:
+            return super().back_to_pre_activation(g, rows, experts, groups, h, row_weights)
+        product = self._multiply(quantize_tokens(g, ROWS, groups, **self.options), experts.w2, groups)
+        return through_activation(product, h, row_weights, self.config.act)
+
+    def back_through_up(
+        self, dh: Float[Array, "R N"], x: Float[Array, "T H"], experts: ExpertWeights, groups: Groups
+    ) -> tuple[Float[Array, "R H"], Float[Array, "E N H"]]:
+        """The cotangents of the rows that the up-projection took, and the gradient of ``w13``."""
+        fp8 = self.config.fp8_training
+        rows = columns = dh
+        if fp8.input_grad and fp8.weight_grad:
+            rows, columns = quantize_rows_both(dh, groups, **self.options)
+        elif fp8.input_grad:
+            rows = quantize_rows(dh, ROWS, groups=groups, **self.options)
+        elif fp8.weight_grad:
+            columns = quantize_transposed(dh, groups, **self.options)
+        back = self._multiply if fp8.input_grad else functools.partial(input_grad, **self.options)
+        gathered = gather(x, groups, **self.options)
+        if fp8.weight_grad:
+            gathered = quantize_transposed(gathered, groups, **self.options)
+        return back(rows, experts.w13, groups), self._contract_rows(columns, gathered, groups)
+
+    def of_w2(self, rows: Float[Array, "R H"], activated: Float[Array, "R I"], groups: Groups) -> Float[Array, "E H I"]:
+        """The gradient of ``w2``, of the cotangents by row and the activations times router weights."""
+        if not self.config.fp8_training.weight_grad:
+            return super().of_w2(rows, activated, groups)
+        left, right = (quantize_transposed(operand, groups, **self.options) for operand in (rows, activated))
+        return self._contract_rows(left, right, groups)
+
+    def _contract_rows(self, left: Any, right: Any, groups: Groups) -> Float[Array, "E M N"]:
+        return weight_grad(left, right, groups, out_dtype=self.config.dtype, **self.options)
+
+    def _multiply(
+        self,
+        rows: QuantizedRows,
+        weights: QuantizedArray,
+        groups: Groups,
+        bias: Float[Array, "E N"] | None = None,
+        *,
+        tokens_as_rows: bool = False,
+    ) -> Float[Array, "R N"]:
+        return grouped_matmul(
+            rows,
+            weights,
+            groups,
+            bias=bias,
+            tokens_as_rows=tokens_as_rows,
+            config=_config(groups, weights, self.config.dtype),
+            out_dtype=jnp.dtype(self.config.dtype),
+            **self.options,
+        )
+
+
+def _config(groups: Groups, weights: QuantizedArray, dtype: str) -> Config | None:
+    """With rows on the M side where their tiles are those of that kernel; None leaves the choice to the operation."""
+    if groups.tile_rows != TILE_ROWS or groups.tokens_as_rows:
+        return None
+    tiles = min(groups.num_rows, weights.shape[0])
+    config = rows_first(eight_bit(default_config(groups.tile_rows, False, weights.shape[1], tiles)))
+    return within_memory(config, dtype, _CODES)

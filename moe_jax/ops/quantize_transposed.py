@@ -1,0 +1,141 @@
+"""Rows of groups quantized for a contraction over the rows: as codes of a matrix whose columns they are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moe_jax.ops import implementation as impl
+from moe_jax.ops.gather_quantize import plain_gather_quantize
+from moe_jax.ops.group_tokens import Groups, group_starts, max_tiles, tile_schedule
+from moe_jax.quantization.array import QuantizedArray
+from moe_jax.quantization.fp8_training import BLOCKS, GROUP, ROWS
+from moe_jax.quantization.quantize import quantize
+from moe_jax.quantization.rows import QuantizedRows
+
+
+class ColumnBlocks(NamedTuple):
+    """Where rows of groups stand as columns: in blocks of 128, each of one group, in the order of groups.
+
+    Attributes:
+        group: int32 ``[blocks]``, -1 after the last.
+        starts: int32 ``[blocks]``, the first row.
+        sizes: int32 ``[blocks]``, rows; the other columns of a block are zero.
+        count: int32 ``[1]``, blocks that hold rows; they come first.
+    """
+
+    group: Int[Array, " blocks"]
+    starts: Int[Array, " blocks"]
+    sizes: Int[Array, " blocks"]
+    count: Int[Array, "1"]
+
+
+def column_blocks(groups: Groups) -> ColumnBlocks:
+    """The blocks of groups: their tiles, where these have 128 rows.
+
+        Example:
+            >>> from moe_jax.ops.gather_quantize import plain_gather_quantize
+    from moe_jax.ops.group_tokens import group_tokens
+            >>> groups = group_tokens(jnp.array([[0], [2], [2]], jnp.int32), num_experts=3, tile_rows=2)
+            >>> blocks = column_blocks(groups)
+            >>> blocks.group.tolist(), blocks.starts.tolist(), blocks.sizes.tolist(), blocks.count.tolist()
+            ([0, 2, -1], [0, 1, 0], [1, 2, 0], [2])
+    """
+    if groups.tile_rows == GROUP:
+        return ColumnBlocks(groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles)
+    most = max_tiles(groups.positions.size, groups.group_sizes.shape[0], GROUP)
+    group, starts, sizes, _, count = tile_schedule(groups.group_sizes, group_starts(groups), GROUP, most)
+    return ColumnBlocks(group, starts, sizes, count)
+
+
+def quantize_transposed(rows: Float[Array, "R M"], groups: Groups, *, implementation: str = "auto") -> QuantizedArray:
+    """The rows of all groups as columns, float8_e4m3fn: a scale for each 128 of their elements x a block of `column_blocks`.
+
+        FP8 tensor cores take operands with the contracted axis last: `moe_jax.ops.weight_grad.weight_grad` contracts the rows of
+        an expert. Zeros fill its last block, so that no block belongs to two experts. Blocks after the last that holds rows are
+        undefined on a GPU.
+
+        Args:
+            rows: ``[R, M]``, grouped as `groups` says; M a multiple of 128. Rows of no group count nowhere, whatever they hold.
+            groups: from `moe_jax.ops.group_tokens.group_tokens`.
+            implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
+
+        Returns:
+            ``[M, 128 * blocks]``, with scales ``[M / 128, blocks]``. It has no derivative of its own.
+
+        Raises:
+            ValueError: columns that 128 does not divide.
+
+        Example:
+            >>> from moe_jax.ops.gather_quantize import plain_gather_quantize
+    from moe_jax.ops.group_tokens import group_tokens
+            >>> groups = group_tokens(jnp.array([[0], [2], [2]], jnp.int32), num_experts=3, tile_rows=2)
+            >>> found = quantize_transposed(jnp.ones((3, 256)), groups)
+            >>> found.shape, found.scales.shape, found.dequantize()[0, 128:131].tolist()
+            ((256, 384), (2, 3), [1.0, 1.0, 0.0])
+    """
+    return _both(rows, groups, implementation, of_rows=False)[1]
+
+
+def quantize_rows_both(
+    rows: Float[Array, "R M"], groups: Groups, *, implementation: str = "auto"
+) -> tuple[QuantizedRows, QuantizedArray]:
+    """``quantize_rows(rows, ROWS, groups=groups)`` and ``quantize_transposed(rows, groups)``, read once.
+
+        Args:
+            rows: as in `quantize_transposed`.
+            groups: of the rows.
+            implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
+
+        Returns:
+            What contracts the columns of the rows, and what contracts the rows.
+
+        Raises:
+            ValueError: as `quantize_transposed`.
+
+        Example:
+            >>> from moe_jax.ops.gather_quantize import plain_gather_quantize
+    from moe_jax.ops.group_tokens import group_tokens
+            >>> groups = group_tokens(jnp.array([[0], [2], [2]], jnp.int32), num_experts=3, tile_rows=2)
+            >>> [found.shape for found in quantize_rows_both(jnp.ones((3, 256)), groups)]
+            [(3, 256), (256, 384)]
+    """
+    return _both(rows, groups, implementation, of_rows=True)
+
+
+def _both(
+    rows: Array, groups: Groups, implementation: str, *, of_rows: bool
+) -> tuple[QuantizedRows | None, QuantizedArray]:
+    from moe_jax.kernels.hopper import quantize_blocks as kernel
+
+    impl.check_name(implementation)
+    if rows.shape[1] % GROUP:
+        raise ValueError(f"{rows.shape[1]} columns must be a multiple of {GROUP}, as many share a scale; pad them")
+    blocks = column_blocks(groups)
+    chosen = "xla"
+    if rows.size and blocks.group.size:
+        chosen = impl.choose("quantize_transposed", implementation, kernel.supports(rows))
+
+    def run(rows, *blocks):
+        if chosen == "xla":
+            own = plain_gather_quantize(rows, None, ROWS, total_rows=rows.shape[0]) if of_rows else None
+            return own, plain_quantize_transposed(rows, ColumnBlocks(*blocks))
+        options = {"row_spec": ROWS if of_rows else None, "interpret": impl.interpret_params(chosen)}
+        *own, values, scales = kernel.quantize_rows_of_blocks(rows, *blocks[1:], BLOCKS, **options)
+        return (QuantizedRows(*own, ROWS) if of_rows else None), QuantizedArray(values, scales, spec=BLOCKS)
+
+    return impl.without_gradient("quantize_transposed", run)(rows, *blocks)
+
+
+def plain_quantize_transposed(rows: Float[Array, "R M"], blocks: ColumnBlocks) -> QuantizedArray:
+    """In plain JAX."""
+    columns = rows.shape[1]
+    if rows.shape[0] == 0:
+        rows = jnp.zeros((1, columns), rows.dtype)
+    place = jnp.arange(GROUP)
+    held = place[None, :] < blocks.sizes[:, None]
+    source = jnp.minimum(blocks.starts[:, None] + place[None, :], rows.shape[0] - 1)
+    picked = jnp.where(held[:, :, None], rows[source], 0)
+    return quantize(picked.reshape(-1, columns).T, BLOCKS)

@@ -1,0 +1,68 @@
+"""The gradient of grouped weights of rows that are quantized: its plain form and its kernel."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from moe_jax.ops import implementation as impl
+from moe_jax.ops.group_tokens import Groups
+from moe_jax.quantization.array import QuantizedArray
+from moe_jax.quantization.fp8_training import BLOCKS, GROUP
+
+
+def quantized_weight_grad(
+    left: QuantizedArray, right: QuantizedArray, groups: Groups, *, out_dtype: DTypeLike, implementation: str
+) -> Float[Array, "E M N"]:
+    """`moe_jax.ops.weight_grad.weight_grad` of operands from `moe_jax.ops.quantize_transposed.quantize_transposed`.
+
+    Args:
+        left: ``[M, 128 * blocks]``.
+        right: ``[N, 128 * blocks]``.
+        groups: that both were made with.
+        out_dtype: of the result.
+        implementation: a name that was checked.
+
+    Raises:
+        ValueError: operands of another format, or of other groups.
+    """
+    from moe_jax.kernels.hopper import weight_grad_fp8 as kernel
+
+    shape = (groups.group_sizes.shape[0], left.shape[0], right.shape[0])
+    for name, operand in (("left", left), ("right", right)):
+        if operand.spec != BLOCKS or operand.ndim != 2 or operand.shape[1] != left.shape[1]:
+            raise ValueError(
+                f"{name} has shape {operand.shape} and {operand.spec}, but both must have {left.shape[1]} columns and {BLOCKS}; "
+                "use quantize_transposed with the same groups"
+            )
+    if 0 in (*shape, left.shape[1]):
+        return jnp.zeros(shape, out_dtype)
+
+    chosen = impl.choose("weight_grad", implementation, kernel.supports(left.values, right.values, out_dtype))
+
+    def run(left, right, firsts, counts):
+        if chosen != "xla":
+            operands = left.values, left.scales, right.values, right.scales, firsts, counts
+            return kernel.weight_grad(*operands, out_dtype=out_dtype, interpret=impl.interpret_params(chosen))
+        return _plain(left, right, firsts, counts).astype(out_dtype)
+
+    counts = -(-groups.group_sizes // GROUP)
+    firsts = jnp.cumsum(counts, dtype=jnp.int32) - counts
+    return impl.without_gradient("weight_grad", run)(left, right, firsts, counts)
+
+
+def _plain(
+    left: QuantizedArray, right: QuantizedArray, firsts: Int[Array, " E"], counts: Int[Array, " E"]
+) -> Float[Array, "E M N"]:
+    """One product for each block of columns that holds rows, in float32 on what the codes stand for."""
+    operands = left.dequantize(), right.dequantize()
+    ends = firsts + counts
+
+    def one(block, total):
+        a, b = (lax.dynamic_slice_in_dim(operand, block * GROUP, GROUP, axis=1) for operand in operands)
+        product = lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+        return total.at[jnp.searchsorted(ends, block, side="right")].add(product)
+
+    return lax.fori_loop(0, ends[-1], one, jnp.zeros((ends.shape[0], left.shape[0], right.shape[0]), jnp.float32))

@@ -1,0 +1,87 @@
+"""What of a layer's training runs in FP8: a switch for each direction.
+
+Scales are those of the step itself (current scaling): nothing is kept from one step to the next, and the weights that are
+trained stay as they are, in the layer's dtype or in float32. What is quantized, and how:
+
+- Rows of activations and of gradients, on their way into a product that contracts their columns: a scale for each 128 columns of
+  a row, so that no token depends on another.
+- Weights: a scale for each block of 128 x 128. The gradient of a product's input contracts the other axis of the same weights;
+  square blocks have the same codes and scales in both orders (`moe_jax.ops.quantize_both`).
+- Both operands of a weight gradient, which contracts rows: a scale for each block of 128 rows of one expert x 128 columns
+  (`moe_jax.ops.quantize_transposed`).
+
+These are the granularities of DeepSeek-V3 (arXiv 2412.19437, section 3.3), up to the last, which there is a row of 128 too. All
+sums are float32: tensor cores add up 128 products, which are then scaled and added to float32 registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_jax.fields import check_bool
+from moe_jax.quantization.formats import Spec
+
+GROUP = 128  # elements of a contracted axis that share a scale
+_DTYPE = "float8_e4m3fn"
+ROWS = Spec(_DTYPE, "group", GROUP)
+BLOCKS = Spec(_DTYPE, "block", (GROUP, GROUP))
+
+
+@dataclass(frozen=True)
+class Fp8Training:
+    """Which products of a layer take FP8 operands, float8_e4m3fn; the others keep those of the layer's dtype.
+
+    Activations, their derivatives, the router and the sums over a token's experts are not quantized.
+
+    Attributes:
+        forward: both projections.
+        input_grad: the gradients of their inputs.
+        weight_grad: the gradients of their weights.
+
+    Raises:
+        TypeError: a switch that is not a bool.
+
+    Example:
+        >>> Fp8Training(weight_grad=False)
+        Fp8Training(forward=True, input_grad=True, weight_grad=False)
+        >>> Fp8Training(False, False, False).anything
+        False
+    """
+
+    forward: bool = True
+    input_grad: bool = True
+    weight_grad: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("forward", "input_grad", "weight_grad"):
+            check_bool(self, name)
+
+    @property
+    def anything(self) -> bool:
+        """Whether anything is quantized."""
+        return self.forward or self.input_grad or self.weight_grad
+
+    @property
+    def contracts_columns(self) -> bool:
+        """Whether a grouped matmul takes quantized rows."""
+        return self.forward or self.input_grad
+
+    def check(self, hidden_size: int, intermediate_size: int, dtype: str) -> None:
+        """Whether a layer can be trained so.
+
+        Raises:
+            ValueError: sizes that 128 does not divide, or a dtype that tensor cores do not give.
+        """
+        if not self.anything:
+            return
+        for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
+            if size % GROUP:
+                raise ValueError(
+                    f"fp8_training needs a {name} that is a multiple of {GROUP}, as many elements share a scale; got {size}: "
+                    "pad the layer, or leave fp8_training None"
+                )
+        if dtype == "float32":
+            raise ValueError(
+                "fp8_training with dtype='float32': the products are bfloat16 or float16; use dtype='bfloat16', parameters may "
+                "be float32 all the same (param_dtype of the flax layers)"
+            )

@@ -1,0 +1,97 @@
+"""Blocks quantized and transposed: the kernel in the interpreter against `quantize`, bit for bit, and lowered for CUDA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import _compat
+from moe_jax.kernels.hopper import quantize_blocks as kernel
+from moe_jax.ops.gather_quantize import plain_gather_quantize
+from moe_jax.ops.quantize_transposed import ColumnBlocks, plain_quantize_transposed
+from moe_jax.quantization.fp8_training import BLOCKS, ROWS
+from moe_jax.quantization.quantize import quantize
+from tests.layers import normal
+from tests.lowering import like, lower, operations
+
+# The first row and the rows of each block, blocks that count, rows and columns.
+CASES = {
+    "groups that begin anywhere": ([0, 3, 70], [3, 64, 128], 3, 198, 256),
+    "the last rows, and a block that is none": ([0, 100, 0], [100, 5, 0], 2, 105, 128),
+    "none": ([0, 0], [0, 0], 0, 4, 128),
+}
+OPTIONS = {"multiprocessors": 1, "config": kernel.Config(2)}
+
+
+def bits(codes):
+    return np.asarray(jax.lax.bitcast_convert_type(codes, jnp.uint8))
+
+
+def rows_of_all_sizes(rows, columns, dtype):
+    """Magnitudes that differ by block, zeros, an infinity and a NaN among them."""
+    x = np.array(normal(0, rows, columns)) * 2.0 ** np.arange(columns)[None, :].clip(0, 13)
+    x[rows // 2], x[0, 0], x[1 % rows, columns - 1] = 0, np.inf, np.nan
+    return jnp.asarray(x, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", CASES)
+def test_rows_become_columns(name, dtype):
+    starts, sizes, count, rows, columns = CASES[name]
+    x = rows_of_all_sizes(rows, columns, dtype)
+    starts, sizes, count = (jnp.asarray(a, jnp.int32) for a in (starts, sizes, [count]))
+    codes, scales = kernel.quantize_rows_of_blocks(
+        x, starts, sizes, count, BLOCKS, interpret=_compat.interpret_params(), **OPTIONS
+    )
+    expected = plain_quantize_transposed(x, ColumnBlocks(starts, starts, sizes, count))
+    n = int(count[0])
+    np.testing.assert_array_equal(bits(codes)[:, : 128 * n], bits(expected.values)[:, : 128 * n])
+    np.testing.assert_array_equal(np.asarray(scales)[:, :n], np.asarray(expected.scales)[:, :n])
+    assert codes.shape == expected.values.shape and scales.shape == expected.scales.shape
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_become_columns_and_stay_rows(name):
+    starts, sizes, count, rows, columns = CASES[name]
+    x = rows_of_all_sizes(rows, columns, "bfloat16")
+    schedule = [jnp.asarray(a, jnp.int32) for a in (starts, sizes, [count])]
+    interpret = _compat.interpret_params()
+    alone = kernel.quantize_rows_of_blocks(x, *schedule, BLOCKS, interpret=interpret, **OPTIONS)
+    codes, scales, *other = kernel.quantize_rows_of_blocks(
+        x, *schedule, BLOCKS, row_spec=ROWS, interpret=interpret, **OPTIONS
+    )
+    expected = plain_gather_quantize(x, None, ROWS)
+    held = [start + i for start, size in zip(starts[:count], sizes, strict=False) for i in range(size)]
+    np.testing.assert_array_equal(bits(codes)[held], bits(expected.values)[held])
+    np.testing.assert_array_equal(np.asarray(scales)[:, held], np.asarray(expected.scales)[:, held])
+    np.testing.assert_array_equal(bits(other[0])[:, : 128 * count], bits(alone[0])[:, : 128 * count])
+    np.testing.assert_array_equal(np.asarray(other[1])[:, :count], np.asarray(alone[1])[:, :count])
+
+
+@pytest.mark.parametrize("natural", [True, False])
+def test_weights_in_both_orders(natural):
+    w = rows_of_all_sizes(3 * 256, 128, "bfloat16").reshape(3, 256, 128)
+    *own, codes, scales = kernel.quantize_both(
+        w, BLOCKS, natural=natural, interpret=_compat.interpret_params(), **OPTIONS
+    )
+    expected = quantize(w, BLOCKS)
+    np.testing.assert_array_equal(bits(codes), bits(expected.values).swapaxes(1, 2))
+    np.testing.assert_array_equal(np.asarray(scales), np.asarray(expected.scales).swapaxes(1, 2))
+    assert len(own) == (2 if natural else 0)
+    if natural:
+        np.testing.assert_array_equal(bits(own[0]), bits(expected.values))
+        np.testing.assert_array_equal(np.asarray(own[1]), np.asarray(expected.scales))
+
+
+def test_they_lower_for_cuda():
+    w = like(jnp.bfloat16, 4, 256, 384)
+    for natural in (True, False):
+        text = lower(lambda w, natural=natural: kernel.quantize_both(w, BLOCKS, natural=natural), w)
+        assert sum(count for name, count in operations(text).items() if name != "reshape") == 1
+    blocks = [like(jnp.int32, size) for size in (9, 9, 1)]
+    for row_spec in (None, ROWS):
+
+        def run(*given, row_spec=row_spec):
+            return kernel.quantize_rows_of_blocks(*given, BLOCKS, row_spec=row_spec)
+
+        assert sum(operations(lower(run, like(jnp.bfloat16, 1000, 384), *blocks)).values()) == 1
