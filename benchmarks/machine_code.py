@@ -204,10 +204,15 @@ def _plain(config, activation, k: int, n: int):
     from moe_jax.kernels.hopper.matmul_bf16 import grouped_matmul
 
     def run(rows, weights, *schedule):
-        by_token = dict(row_tokens=schedule[-1], total_rows=ROWS) if config.gather else {}
+        by_token = _by_token(config, schedule)
         return grouped_matmul(rows, weights, *schedule[:4], None, activation, config=config, **by_token)
 
     return run, [_like(ROWS, k, dtype="bfloat16"), _like(EXPERTS, n, k, dtype="bfloat16")]
+
+
+def _by_token(config, schedule) -> dict:
+    """What a kernel that fetches its rows by their tokens takes beside `_schedule`'s first four."""
+    return dict(row_tokens=schedule[-1], total_rows=ROWS) if config.gather else {}
 
 
 def _input_grad(projection: str, tile_rows: int, changes: dict[str, int], k: int, n: int):
@@ -246,7 +251,8 @@ def _quantized(rule, changes: dict[str, int], activation, k: int, n: int, quanti
         config = dataclasses.replace(rule, **changes)
 
         def decode_four_bits(rows, weights, *schedule):
-            return matmul_bf16.grouped_matmul(rows, weights, *schedule, None, activation, config=config)
+            by_token = _by_token(config, schedule)
+            return matmul_bf16.grouped_matmul(rows, weights, *schedule[:4], None, activation, config=config, **by_token)
 
         return config, decode_four_bits, [_like(ROWS, k, dtype="bfloat16"), jax.eval_shape(prepare, weights)]
     scales = weights.scales.shape if weights.scales.ndim > 1 else (EXPERTS, 1)
@@ -256,7 +262,14 @@ def _quantized(rule, changes: dict[str, int], activation, k: int, n: int, quanti
 
         def decode(rows, weights, scales, *schedule):
             return matmul_bf16.grouped_matmul(
-                rows, weights, *schedule, None, activation, config=config, weight_scales=scales
+                rows,
+                weights,
+                *schedule[:4],
+                None,
+                activation,
+                config=config,
+                weight_scales=scales,
+                **_by_token(config, schedule),
             )
 
         return config, decode, [_like(ROWS, k, dtype="bfloat16"), *operands]

@@ -131,8 +131,6 @@ def _four_bit_misfit(config: Config) -> str | None:
     """What the kernel of weights of four bits cannot do beyond that."""
     if config.columns != WGMMA_ROWS:
         return f"columns={config.columns} must be {WGMMA_ROWS} for weights of four bits: a block has so many rows"
-    if config.gather:
-        return "gather=True must be False for weights of four bits, for the registers"
     if config.tile_rows > MOST_FOUR_BIT:
         return (
             f"tile_rows={config.tile_rows} must be at most {MOST_FOUR_BIT} for weights of four bits, for the registers"

@@ -145,17 +145,18 @@ def few_counts(config: Config) -> Config:
 
 
 def four_bit(config: Config) -> Config:
-    """The same tiles for weights of four bits: a stage of few rows takes more of K; no clusters, no rows by token.
+    """The same tiles for weights of four bits: a stage of few rows takes more of K; no clusters.
 
     Blocks of 64 rows are decoded whole (no narrow tiles). By the count of registers (`benchmarks/machine_code.py`): with 192
-    rows ptxas lets products wait for each other, and rows fetched by their tokens spill.
+    rows ptxas lets products wait for each other; rows fetched by their tokens spill no more than with 16-bit weights, and
+    nothing in a loop of products.
 
     Example:
         >>> four_bit(Config((8,), consumers=1, columns=16, tile_k=512)).tile_k
         256
     """
     counts = tuple(c for c in few_counts(config).row_counts if c <= MOST_FOUR_BIT)
-    wide = dict(row_counts=counts, cluster=1, gather=False, columns=WGMMA_ROWS)
+    wide = dict(row_counts=counts, cluster=1, columns=WGMMA_ROWS)
     if config.consumers == 1:
         wide |= dict(tile_k=256, stages=6)
     return dataclasses.replace(config, **wide)
