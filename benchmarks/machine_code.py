@@ -1,5 +1,5 @@
-"""What ptxas makes of a grouped matmul, or of its weights' gradient: registers, spills, and the instructions of each loop of
-products. Needs no GPU.
+"""What ptxas makes of a grouped matmul, or of its weights' gradient: registers, spills, whether products wait for each other, and
+the instructions of each loop of products. Needs no GPU.
 
 python benchmarks/machine_code.py up --tile-rows 160 --k 2048 --n 1536
 python benchmarks/machine_code.py down --tile-rows 192 --k 768 --n 2048 --config stages=3,cluster=1
@@ -23,7 +23,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -132,7 +132,7 @@ def _nvdisasm() -> str:
 
 
 def kernel_of(
-    projection: str, tile_rows: int, k: int, n: int, changes: dict[str, int], quantization: str | None = None
+    projection: str, tile_rows: int, k: int, n: int, changes: dict[str, Any], quantization: str | None = None
 ) -> tuple[bytes, object]:
     """The serialized grouped matmul of a projection, or of a gradient, and its configuration."""
     from moe_jax.kernels.hopper.matmul_config import default_config
@@ -174,7 +174,7 @@ def _module(run, *operands) -> bytes:
     return found[0]
 
 
-def _weight_grad(changes: dict[str, int], m: int, n: int) -> tuple[bytes, object]:
+def _weight_grad(changes: dict[str, Any], m: int, n: int) -> tuple[bytes, object]:
     """The kernel of a gradient ``[E, m, n]``, and its configuration."""
     from moe_jax.kernels.hopper import weight_grad as kernel
 
@@ -215,7 +215,7 @@ def _by_token(config, schedule) -> dict:
     return dict(row_tokens=schedule[-1], total_rows=ROWS) if config.gather else {}
 
 
-def _input_grad(projection: str, tile_rows: int, changes: dict[str, int], k: int, n: int):
+def _input_grad(projection: str, tile_rows: int, changes: dict[str, Any], k: int, n: int):
     """The configuration and the kernel of the gradient of a projection's input, contracted over k, and its operands."""
     from moe_jax.kernels.hopper import input_grad
 
@@ -232,7 +232,7 @@ def _input_grad(projection: str, tile_rows: int, changes: dict[str, int], k: int
     return config, run, [*operands, _like(ROWS, 2 * n, dtype="bfloat16"), _like(ROWS, dtype="float32")]
 
 
-def _quantized(rule, changes: dict[str, int], activation, k: int, n: int, quantization: str):
+def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quantization: str):
     """The configuration and the kernel of a number format, and its operands: rows of codes, or rows for codes to be decoded."""
     import jax
 
@@ -294,19 +294,26 @@ def main(
     tile_rows: int = 160,
     k: int = 2048,
     n: int = 1536,
-    config: Annotated[str, typer.Option(help="changes to the rule's configuration, as stages=3,cluster=1")] = "",
+    config: Annotated[
+        str, typer.Option(help="changes to the rule's configuration, as stages=3,row_counts=128/160")
+    ] = "",
     quantization: Annotated[str | None, typer.Option(help="number format of the experts")] = None,
     keep: Annotated[Path | None, typer.Option(help="an empty folder for the code")] = None,
 ) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    changes = {name: int(value) for name, value in (item.split("=") for item in config.split(",") if item)}
+    items = (item.split("=") for item in config.split(",") if item)
+    changes = {name: tuple(map(int, value.split("/"))) if "/" in value else int(value) for name, value in items}
     module, used = kernel_of(projection, tile_rows, k, n, changes, quantization)
     print(used)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) if keep is None else keep
         compile_kernel(module, folder)
         report = next(folder.glob("*.ptxas")).read_text()
-        print("; ".join(re.findall(r"\d+ bytes spill \w+|Used \d+ registers", report)))
+        print(
+            "; ".join(
+                re.findall(r"\d+ bytes spill \w+|Used \d+ registers|wgmma\S+ instructions are serialized", report)
+            )
+        )
         for loop in loops(next(folder.glob("*.sass*")).read_text()):
             print("  ".join(f"{field} {value}" for field, value in loop._asdict().items()))
 

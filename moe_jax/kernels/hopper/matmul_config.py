@@ -22,6 +22,7 @@ _PROMOTED = 96  # with scales of blocks: `matmul_fp8` says why
 _ROWS_FIRST = 128  # and with rows on the M side: `matmul_rows_first`
 MANY_PROMOTED = 256  # rows an expert from which on those are faster
 MOST_FOUR_BIT = 160  # rows of a tile, of weights of four bits: two decoded blocks stand in registers beside the sums
+MOST_FETCHED_FOUR_BIT = 144  # where the rows are fetched by their tokens, which takes registers from the consumers
 _BETWEEN = 8  # columns that a multiprocessor could make in the time from one tile to the next, with one token
 
 
@@ -147,9 +148,8 @@ def few_counts(config: Config) -> Config:
 def four_bit(config: Config) -> Config:
     """The same tiles for weights of four bits: a stage of few rows takes more of K; no clusters.
 
-    Blocks of 64 rows are decoded whole (no narrow tiles). By the count of registers (`benchmarks/machine_code.py`): with 192
-    rows ptxas lets products wait for each other; rows fetched by their tokens spill no more than with 16-bit weights, and
-    nothing in a loop of products.
+    Blocks of 64 rows are decoded whole (no narrow tiles). With more rows than `MOST_FOUR_BIT`, or with rows fetched by their
+    tokens more than `MOST_FETCHED_FOUR_BIT`, ptxas lets products wait for each other (`benchmarks/machine_code.py`).
 
     Example:
         >>> four_bit(Config((8,), consumers=1, columns=16, tile_k=512)).tile_k
