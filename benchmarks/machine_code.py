@@ -1,5 +1,5 @@
-"""What ptxas makes of a grouped matmul, or of its weights' gradient: registers, spills, and the instructions of each loop of
-products. Needs no GPU.
+"""What ptxas makes of a grouped matmul, or of its weights' gradient: registers, spills, whether products wait for each other, and
+the instructions of each loop of products. Needs no GPU.
 
 python benchmarks/machine_code.py up --tile-rows 160 --k 2048 --n 1536
 python benchmarks/machine_code.py down --tile-rows 192 --k 768 --n 2048 --config stages=3,cluster=1
@@ -23,7 +23,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -132,7 +132,7 @@ def _nvdisasm() -> str:
 
 
 def kernel_of(
-    projection: str, tile_rows: int, k: int, n: int, changes: dict[str, int], quantization: str | None = None
+    projection: str, tile_rows: int, k: int, n: int, changes: dict[str, Any], quantization: str | None = None
 ) -> tuple[bytes, object]:
     """The serialized grouped matmul of a projection, or of a gradient, and its configuration."""
     from moe_jax.kernels.hopper.matmul_config import default_config
@@ -174,7 +174,7 @@ def _module(run, *operands) -> bytes:
     return found[0]
 
 
-def _weight_grad(changes: dict[str, int], m: int, n: int) -> tuple[bytes, object]:
+def _weight_grad(changes: dict[str, Any], m: int, n: int) -> tuple[bytes, object]:
     """The kernel of a gradient ``[E, m, n]``, and its configuration."""
     from moe_jax.kernels.hopper import weight_grad as kernel
 
@@ -204,13 +204,18 @@ def _plain(config, activation, k: int, n: int):
     from moe_jax.kernels.hopper.matmul_bf16 import grouped_matmul
 
     def run(rows, weights, *schedule):
-        by_token = dict(row_tokens=schedule[-1], total_rows=ROWS) if config.gather else {}
+        by_token = _by_token(config, schedule)
         return grouped_matmul(rows, weights, *schedule[:4], None, activation, config=config, **by_token)
 
     return run, [_like(ROWS, k, dtype="bfloat16"), _like(EXPERTS, n, k, dtype="bfloat16")]
 
 
-def _input_grad(tile_rows: int, changes: dict[str, int], k: int, n: int):
+def _by_token(config, schedule) -> dict:
+    """What a kernel that fetches its rows by their tokens takes beside `_schedule`'s first four."""
+    return dict(row_tokens=schedule[-1], total_rows=ROWS) if config.gather else {}
+
+
+def _input_grad(tile_rows: int, changes: dict[str, Any], k: int, n: int):
     """The configuration and the kernel of the gradient of a projection's input, contracted over k, and its operands."""
     from moe_jax.kernels.hopper import input_grad
 
@@ -219,7 +224,7 @@ def _input_grad(tile_rows: int, changes: dict[str, int], k: int, n: int):
     return config, lambda *given: input_grad.input_grad(*given, config=config), operands
 
 
-def _quantized(rule, changes: dict[str, int], activation, k: int, n: int, quantization: str):
+def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quantization: str):
     """The configuration and the kernel of a number format, and its operands: rows of codes, or rows for codes to be decoded."""
     import jax
 
@@ -238,7 +243,8 @@ def _quantized(rule, changes: dict[str, int], activation, k: int, n: int, quanti
         config = dataclasses.replace(rule, **changes)
 
         def decode_four_bits(rows, weights, *schedule):
-            return matmul_bf16.grouped_matmul(rows, weights, *schedule, None, activation, config=config)
+            by_token = _by_token(config, schedule)
+            return matmul_bf16.grouped_matmul(rows, weights, *schedule[:4], None, activation, config=config, **by_token)
 
         return config, decode_four_bits, [_like(ROWS, k, dtype="bfloat16"), jax.eval_shape(prepare, weights)]
     scales = weights.scales.shape if weights.scales.ndim > 1 else (EXPERTS, 1)
@@ -248,7 +254,14 @@ def _quantized(rule, changes: dict[str, int], activation, k: int, n: int, quanti
 
         def decode(rows, weights, scales, *schedule):
             return matmul_bf16.grouped_matmul(
-                rows, weights, *schedule, None, activation, config=config, weight_scales=scales
+                rows,
+                weights,
+                *schedule[:4],
+                None,
+                activation,
+                config=config,
+                weight_scales=scales,
+                **_by_token(config, schedule),
             )
 
         return config, decode, [_like(ROWS, k, dtype="bfloat16"), *operands]
@@ -271,19 +284,26 @@ def main(
     tile_rows: int = 160,
     k: int = 2048,
     n: int = 1536,
-    config: Annotated[str, typer.Option(help="changes to the rule's configuration, as stages=3,cluster=1")] = "",
+    config: Annotated[
+        str, typer.Option(help="changes to the rule's configuration, as stages=3,row_counts=128/160")
+    ] = "",
     quantization: Annotated[str | None, typer.Option(help="number format of the experts")] = None,
     keep: Annotated[Path | None, typer.Option(help="an empty folder for the code")] = None,
 ) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    changes = {name: int(value) for name, value in (item.split("=") for item in config.split(",") if item)}
+    items = (item.split("=") for item in config.split(",") if item)
+    changes = {name: tuple(map(int, value.split("/"))) if "/" in value else int(value) for name, value in items}
     module, used = kernel_of(projection, tile_rows, k, n, changes, quantization)
     print(used)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) if keep is None else keep
         compile_kernel(module, folder)
         report = next(folder.glob("*.ptxas")).read_text()
-        print("; ".join(re.findall(r"\d+ bytes spill \w+|Used \d+ registers", report)))
+        print(
+            "; ".join(
+                re.findall(r"\d+ bytes spill \w+|Used \d+ registers|wgmma\S+ instructions are serialized", report)
+            )
+        )
         for loop in loops(next(folder.glob("*.sass*")).read_text()):
             print("  ".join(f"{field} {value}" for field, value in loop._asdict().items()))
 

@@ -122,6 +122,13 @@ def groups_of(seed, num_tokens, top_k, num_experts, tile_rows, *, only=None, mis
     return _group(jnp.asarray(ids, jnp.int32), num_experts=num_experts, tile_rows=tile_rows, implementation="xla")
 
 
+def groups_by_token(seed, num_tokens, tile_rows):
+    """Groups that say the token of each row: all tokens, none, some and some others."""
+    others = np.random.default_rng(seed).choice([-1, 2, 3], num_tokens)
+    ids = jnp.asarray(np.stack([np.zeros_like(others), others], axis=1), jnp.int32)
+    return group_tokens(ids, num_experts=4, tile_rows=tile_rows, row_tokens=True, implementation="mosaic_interpret")
+
+
 def groups_with_sizes(seed, sizes, tile_rows) -> Groups:
     """Groups of these sizes, a pair a token."""
     ids = np.random.default_rng([seed, 33]).permutation(np.repeat(np.arange(len(sizes)), sizes))[:, None]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from moe_jax.activations import Activation, get_activation
 from moe_jax.kernels.hopper.matmul_bf16 import supports
-from moe_jax.kernels.hopper.matmul_config import MOST_FOUR_BIT, WGMMA_ROWS, Config, most_rows
+from moe_jax.kernels.hopper.matmul_config import MOST_FETCHED_FOUR_BIT, MOST_FOUR_BIT, WGMMA_ROWS, Config, most_rows
 from moe_jax.kernels.hopper.matmul_fp8 import GROUP
 from moe_jax.kernels.hopper.row_scales import held
 from moe_jax.kernels.hopper.views import ALIGNED, COLUMNS, STORED
@@ -131,11 +131,11 @@ def _four_bit_misfit(config: Config) -> str | None:
     """What the kernel of weights of four bits cannot do beyond that."""
     if config.columns != WGMMA_ROWS:
         return f"columns={config.columns} must be {WGMMA_ROWS} for weights of four bits: a block has so many rows"
-    if config.gather:
-        return "gather=True must be False for weights of four bits, for the registers"
-    if config.tile_rows > MOST_FOUR_BIT:
+    most = MOST_FETCHED_FOUR_BIT if config.gather and config.consumers == 2 else MOST_FOUR_BIT
+    if config.tile_rows > most:
+        fetched = ", with rows fetched by their tokens," if config.gather else ""
         return (
-            f"tile_rows={config.tile_rows} must be at most {MOST_FOUR_BIT} for weights of four bits, for the registers"
+            f"tile_rows={config.tile_rows} must be at most {most} for weights of four bits{fetched} for the registers"
         )
     return None
 

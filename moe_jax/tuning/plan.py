@@ -8,6 +8,7 @@ from typing import NamedTuple
 from moe_jax.config import MoEConfig
 from moe_jax.kernels.hopper.matmul_config import (
     MANY_PROMOTED,
+    MOST_FETCHED_FOUR_BIT,
     MOST_FOUR_BIT,
     Config,
     default_config,
@@ -212,13 +213,17 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
         up = dataclasses.replace(up, quantizes=quantizes and quantizes_misfit("up", up, shape) is None)
         return LayerPlan(up.tile_rows, *(within_memory(config, shape.dtype, shape.codes) for config in (up, down)))
     gather = fetches_by_token(shape.mean_rows, shape.hidden_size, shape.intermediate_size)
+    four_bits = Codes.of(shape.codes).four_bits
     if tile_rows is None:
         tile_rows = tile_rows_for(shape.mean_rows, shape.num_pairs, gather)
-    if Codes.of(shape.codes).four_bits:
+        tile_rows = min(tile_rows, MOST_FETCHED_FOUR_BIT) if four_bits and gather else tile_rows
+    if four_bits:
         tile_rows = min(tile_rows, MOST_FOUR_BIT)
+        gather = gather and tile_rows % 16 == 0 and tile_rows <= MOST_FETCHED_FOUR_BIT
         sides = (shape.gated, shape.intermediate_size), (False, shape.hidden_size)
-        configs = (four_bit(default_config(tile_rows, gated, n_out, tiles)) for gated, n_out in sides)
-        return LayerPlan(tile_rows, *(within_memory(config, shape.dtype, shape.codes) for config in configs))
+        up, down = (four_bit(default_config(tile_rows, gated, n_out, tiles)) for gated, n_out in sides)
+        up = dataclasses.replace(up, gather=gather)
+        return LayerPlan(tile_rows, *(within_memory(config, shape.dtype, shape.codes) for config in (up, down)))
     up = default_config(tile_rows, shape.gated, shape.intermediate_size, tiles)
     up = dataclasses.replace(up, gather=gather and up.cluster == 1 and tile_rows % 16 == 0)
     down = default_config(tile_rows, False, shape.hidden_size, tiles)

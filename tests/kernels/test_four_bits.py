@@ -9,11 +9,14 @@ import pytest
 from moe_jax import MoEConfig, _compat
 from moe_jax.kernels.hopper import matmul_bf16 as kernel
 from moe_jax.kernels.hopper.matmul_config import Config, four_bit
+from moe_jax.ops.gather import plain_gather
 from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.quantization import prepare, quant_format, quantize
 from moe_jax.tuning.plan import LayerShape, default_plan
+from tests.contracts import groups_by_token
 from tests.kernels.test_codes import ACT, MANY, Rows, problem_of
 from tests.kernels.test_matmul_fp8 import expected
+from tests.layers import normal
 from tests.lowering import assert_lowers_to_kernels, like, mosaic_code
 from tests.util import assert_discriminates, check_close
 
@@ -59,6 +62,37 @@ def test_it_is_the_kernel_of_16_bits_on_what_they_stand_for(name):
     _, x, weights, *_ = problem(name)
     prepared = prepare(weights, x.dtype.name)
     assert np.array_equal(run(name, prepared), run(name, prepared.dequantize(x.dtype)))
+
+
+@pytest.mark.parametrize(
+    ("form", "config"),
+    [
+        ("nvfp4", Config((8, 64), consumers=1, tile_k=128, stages=3, gather=True)),
+        ("int4_group32_zp", Config((48, 96), stages=3, gather=True)),
+    ],
+)
+def test_rows_fetched_by_their_tokens(form, config):
+    """A group of none, of a few rows and of two tiles; K ends within a stage of 128; the bits of rows gathered before."""
+    groups = groups_by_token(15, config.tile_rows + 9, config.tile_rows)
+    x = normal(15, config.tile_rows + 9, 192, dtype="bfloat16")
+    weights = quantize(normal([15, 1], 4, 256, 192, scale=192**-0.5), quant_format(form).weights, halves=2)
+    out, right = (
+        grouped_matmul(
+            rows,
+            prepare(weights),
+            groups,
+            activation=ACT,
+            tokens_as_rows=rows is x,
+            config=config,
+            implementation="mosaic_interpret",
+        )
+        for rows in (x, plain_gather(x, groups.positions))
+    )
+    total = int(groups.group_sizes.sum())
+    np.testing.assert_array_equal(out[:total], right[:total])
+    check_close(
+        out[:total], expected(Rows(plain_gather(x, groups.positions)), weights, groups, None, True)[:total], 6e-3
+    )
 
 
 @pytest.mark.once
@@ -127,4 +161,4 @@ def test_tiles():
     few = four_bit(Config((8, 64), consumers=1, columns=32, tile_k=256, stages=4))
     assert (few.columns, few.tile_k, few.tile_rows) == (64, 256, 64)
     many = four_bit(Config((128, 160), cluster=2, gather=True))
-    assert (many.cluster, many.gather, many.tile_rows) == (1, False, 160)
+    assert (many.cluster, many.gather, many.tile_rows) == (1, True, 160)

@@ -15,7 +15,7 @@ from moe_jax.ops.gather import plain_gather
 from moe_jax.ops.group_tokens import default_tile_rows, group_tokens, max_tiles
 from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.ops.route_groups import route_groups
-from tests.contracts import check_grouped_matmul, groups_of, groups_with_sizes, rows_of
+from tests.contracts import check_grouped_matmul, groups_by_token, groups_of, groups_with_sizes, rows_of
 from tests.layers import normal, quick_jit
 from tests.lowering import assert_lowers_to_kernels, like, mosaic_code
 from tests.util import check_close
@@ -137,13 +137,6 @@ def test_tokens_as_rows(num_tokens):
     for one, other in zip(mine, right, strict=True):
         assert np.asarray(other, np.float32).any()
         check_close(one, other, 1e-2)
-
-
-def groups_by_token(seed, num_tokens, tile_rows):
-    """Groups that say the token of each row: all tokens, none, some and some others."""
-    others = np.random.default_rng(seed).choice([-1, 2, 3], num_tokens)
-    ids = jnp.asarray(np.stack([np.zeros_like(others), others], axis=1), jnp.int32)
-    return group_tokens(ids, num_experts=4, tile_rows=tile_rows, row_tokens=True, implementation="mosaic_interpret")
 
 
 @pytest.mark.parametrize(

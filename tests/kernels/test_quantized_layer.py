@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from moe_jax import MoEConfig, moe, quantize_experts
-from moe_jax.quantization import reference
+from moe_jax.quantization import prepare_experts, reference
 from moe_jax.routing import route
 from moe_jax.tuning.plan import LayerShape, default_plan
 from tests.layers import experts_of, logits_of, quick_jit, x_of
@@ -16,14 +16,15 @@ from tests.util import assert_discriminates, check_close
 
 
 @pytest.mark.parametrize(
-    ("name", "num_tokens"), [("fp8_block", 5), ("fp8_tensor", 19), ("int8_weight", 19), ("int4_group32", 5)]
+    ("name", "num_tokens"),
+    [("fp8_block", 5), ("fp8_tensor", 19), ("int8_weight", 19), ("int4_group32", 5), ("nvfp4", 19)],
 )
 def test_layer(name, num_tokens):
-    """A few tokens are quantized where they are; one scale for all rows takes a kernel of its own; int4 is dequantized before."""
+    """A few tokens are quantized where they are; one scale for all rows takes a kernel of its own; four bits are decoded."""
     config = MoEConfig(4, 2, 128, 64, quantization=name)
     x, logits = x_of(0, config, num_tokens), logits_of(0, config, num_tokens)
     experts = quantize_experts(experts_of(0, config), name)
-    out = moe(x, experts, logits, config, implementation="mosaic_interpret")
+    out = moe(x, prepare_experts(experts), logits, config, implementation="mosaic_interpret")
     oracle = quick_jit(lambda *a: reference.apply_experts(*a[:2], route(a[2], config), config, config.quantization))
     right = oracle(x, experts, logits)
     check_close(out, right, 1e-2)
@@ -41,12 +42,14 @@ def test_a_plan_that_does_not_quantize_rows_as_they_leave_has_a_kernel_more(monk
     assert num_kernels(lower(layer, like("bfloat16", 1000, 256), experts, like("float32", 1000, 8))) == 7
 
 
-@pytest.mark.parametrize(("name", "kernels"), [("fp8_block", 6), ("int8_channel", 7), ("fp8_weight_channel", 5)])
+@pytest.mark.parametrize(
+    ("name", "kernels"), [("fp8_block", 6), ("int8_channel", 7), ("fp8_weight_channel", 5), ("nvfp4", 5)]
+)
 def test_lowers_for_cuda_to_mosaic_alone(monkeypatch, name, kernels):
     """Routing, grouping, gather with quantizing, up, quantizing (of blocks up does it), down, combine; codes alone need none."""
     monkeypatch.undo()
     config = MoEConfig(8, 4, 256, 128, quantization=name)
-    experts = jax.eval_shape(lambda: quantize_experts(experts_of(0, config), name))
+    experts = jax.eval_shape(lambda: prepare_experts(quantize_experts(experts_of(0, config), name)))
     layer = functools.partial(moe, config=config, implementation="mosaic")
     text = lower(layer, like("bfloat16", 1000, 256), experts, like("float32", 1000, 8))
     assert num_kernels(text) == kernels

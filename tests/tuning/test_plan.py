@@ -46,6 +46,15 @@ def test_blocks_of_many_rows_stand_first(mean, inner, tile_rows, first, quantize
     assert misfit(shape, plan) is None
 
 
+@pytest.mark.parametrize("codes", ["", "weights float4_e2m1fn group", "weights int4 group"])
+@pytest.mark.parametrize("mean", [8.0, 32.0, 256.0, 1024.0])
+def test_rows_are_fetched_by_token_whatever_the_bits_of_weights(mean, codes):
+    shape = LayerShape(128, round(mean * 128), 2048, 768, True, "bfloat16", codes)
+    plan = default_plan(shape)
+    assert plan.up.gather == matmul_config.fetches_by_token(mean, 2048, 768)
+    assert not plan.down.gather and misfit(shape, plan) is None
+
+
 def test_a_rank_expects_its_share_of_the_pairs():
     config = MoEConfig(256, 8, 7168, 2048)
     assert LayerShape.of(config, 100) == LayerShape(256, 800, 7168, 2048, gated=True, dtype="bfloat16")

@@ -22,6 +22,7 @@ _PROMOTED = 96  # with scales of blocks: `matmul_fp8` says why
 _ROWS_FIRST = 128  # and with rows on the M side: `matmul_rows_first`
 MANY_PROMOTED = 256  # rows an expert from which on those are faster
 MOST_FOUR_BIT = 160  # rows of a tile, of weights of four bits: two decoded blocks stand in registers beside the sums
+MOST_FETCHED_FOUR_BIT = 144  # where the rows are fetched by their tokens, which takes registers from the consumers
 _BETWEEN = 8  # columns that a multiprocessor could make in the time from one tile to the next, with one token
 
 
@@ -145,17 +146,17 @@ def few_counts(config: Config) -> Config:
 
 
 def four_bit(config: Config) -> Config:
-    """The same tiles for weights of four bits: a stage of few rows takes more of K; no clusters, no rows by token.
+    """The same tiles for weights of four bits: a stage of few rows takes more of K; no clusters.
 
-    Blocks of 64 rows are decoded whole (no narrow tiles). By the count of registers (`benchmarks/machine_code.py`): with 192
-    rows ptxas lets products wait for each other, and rows fetched by their tokens spill.
+    Blocks of 64 rows are decoded whole (no narrow tiles). With more rows than `MOST_FOUR_BIT`, or with rows fetched by their
+    tokens more than `MOST_FETCHED_FOUR_BIT`, ptxas lets products wait for each other (`benchmarks/machine_code.py`).
 
     Example:
         >>> four_bit(Config((8,), consumers=1, columns=16, tile_k=512)).tile_k
         256
     """
     counts = tuple(c for c in few_counts(config).row_counts if c <= MOST_FOUR_BIT)
-    wide = dict(row_counts=counts, cluster=1, gather=False, columns=WGMMA_ROWS)
+    wide = dict(row_counts=counts, cluster=1, columns=WGMMA_ROWS)
     if config.consumers == 1:
         wide |= dict(tile_k=256, stages=6)
     return dataclasses.replace(config, **wide)
