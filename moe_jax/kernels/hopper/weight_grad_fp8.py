@@ -7,7 +7,8 @@ The machine is that of `matmul_rows_first`: a producer warp, a ring of stages of
 rows by 128 columns twice. Every 128 a sum is scaled, by the product of the scales of two blocks, and added to float32 registers.
 How many steps a tile takes is read on the GPU; an expert without rows takes none, and its gradient is zero.
 
-Every element is summed over blocks in order, in one accumulator: the same bits run after run. By ptxas nothing spills, and a step has 159 vector instructions a thread, 128 of which scale and add up.
+Every element is summed over blocks in order, in one accumulator: the same bits run after run. By ptxas nothing spills, and a
+step has 159 vector instructions a thread, 128 of which scale and add up.
 """
 
 from __future__ import annotations
