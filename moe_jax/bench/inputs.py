@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import MoEConfig
-from moe_jax.quantization import prepare_experts, quantize_experts
-from moe_jax.quantization.prepared import unprepared
+from moe_jax.quantization import quantize_experts
+from moe_jax.quantization.experts import prepare_where_possible
 from moe_jax.types import ExpertWeights
 
 ROUTINGS = ("uniform", "zipf", "half", "eight")
@@ -61,9 +61,7 @@ def in_format(weights: ExpertWeights, config: MoEConfig) -> ExpertWeights:
     form = config.quantization
     if form is None:
         return weights
-    weights = quantize_experts(weights, form)
-    if unprepared(form.weights, config.dtype) is None:
-        weights = prepare_experts(weights, config.dtype)
+    weights = prepare_where_possible(quantize_experts(weights, form), config.dtype)
     if form.activations is None or not form.activations.static:
         return weights
     scales = (jnp.full(config.num_experts, largest / form.activations.reach, jnp.float32) for largest in LARGEST)

@@ -128,7 +128,7 @@ def measure_ceilings(dtype: str, on_gpu: bool, form: QuantFormat | None = None) 
     Args:
         dtype: the compute dtype.
         on_gpu: measure at a size for one.
-        form: of the experts; what is multiplied are codes, if activations are quantized too.
+        form: of the experts; what is multiplied are codes, if rows are.
     """
     size, rows = (8192, 2**16) if on_gpu else (512, 2**12)
     matmul_us, matmul, reason = _matmul(size, dtype, on_gpu, form)
@@ -147,8 +147,8 @@ def measure_ceilings(dtype: str, on_gpu: bool, form: QuantFormat | None = None) 
 def _matmul(size: int, dtype: str, on_gpu: bool, form: QuantFormat | None) -> tuple[float, str, str | None]:
     """Microseconds of a large matmul, the dtype of its operands, and why that is not the format's."""
     reason = None
-    if form is not None and not form.is_weight_only:
-        codes = form.weights.dtype
+    if form is not None and form.row_spec is not None:
+        codes = form.row_spec.dtype  # four-bit weights are decoded to that of the rows
         if not on_gpu:
             reason = f"no GPU here, whose {codes} rate would count; the rate is that of {dtype}"
         else:

@@ -14,6 +14,7 @@ from moe_jax.checkpoints.experts import cast, read_experts, resolve_dtype
 from moe_jax.checkpoints.reader import Checkpoint
 from moe_jax.checkpoints.stored_matrix import StoredMatrix, quantization_of, quantized_names
 from moe_jax.config import MoEConfig
+from moe_jax.quantization.experts import prepare_where_possible
 from moe_jax.types import ExpertWeights, MoELayerWeights, SharedExpertWeights
 
 _SHARED_PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -26,6 +27,8 @@ def load_layer(
     expert_map: Integer[Array | np.ndarray, " E"] | None = None,
     dtype: str | None = None,
     quantization_config: Mapping[str, Any] | None = None,
+    *,
+    prepare: bool = False,
 ) -> MoELayerWeights:
     """Loads the MoE block of one decoder layer from a Hugging Face safetensors checkpoint.
 
@@ -55,6 +58,10 @@ def load_layer(
         dtype: of the expert and shared expert weights that are not quantized, ``bfloat16``, ``float16`` or ``float32``; None is
             ``config.dtype``.
         quantization_config: what to read instead of the ``config.json`` or ``hf_quant_config.json`` beside the checkpoint.
+        prepare: puts experts of four bits into the order in which the kernels of Hopper GPUs decode them, for rows of
+            ``config.dtype`` (`moe_jax.quantization.prepare_experts`): say so where those will run. Without it a layer does that
+            in every call, with a warning. What has no such order (other formats, float32 rows) stays as it is. Prepared
+            matrices cannot be split or saved as a checkpoint.
 
     Returns:
         `MoELayerWeights`. ``router`` ``[E, H]`` and ``router_bias`` ``[E]`` stay in the dtype they are stored in;
@@ -89,7 +96,7 @@ def load_layer(
         check_tensors(block, wanted)
         others = [name for name in block.names if not name.startswith("experts.")]  # read_experts checks the experts
         check_nothing_unknown(block, others, wanted)
-        experts = read_experts(block, config, expert_map, dtype)
+        experts = _read_experts(block, config, expert_map, dtype, prepare)
         target = resolve_dtype(dtype, config)
         return MoELayerWeights(
             experts=experts,
@@ -109,6 +116,8 @@ def load_experts(
     expert_map: Integer[Array | np.ndarray, " E"] | None = None,
     dtype: str | None = None,
     quantization_config: Mapping[str, Any] | None = None,
+    *,
+    prepare: bool = False,
 ) -> ExpertWeights:
     """Loads only the routed experts of one decoder layer; arguments and errors are those of `load_layer`.
 
@@ -130,7 +139,14 @@ def load_experts(
     """
     with Checkpoint(path) as checkpoint:
         block = find_block(checkpoint, operator.index(layer), quantization_config)
-        return read_experts(block, config, expert_map, dtype)
+        return _read_experts(block, config, expert_map, dtype, prepare)
+
+
+def _read_experts(
+    block: Block, config: MoEConfig, expert_map: object, dtype: str | None, prepare: bool
+) -> ExpertWeights:
+    experts = read_experts(block, config, expert_map, dtype)
+    return prepare_where_possible(experts, config.dtype) if prepare else experts
 
 
 class _Names(NamedTuple):

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from moe_jax.quantization.array import QuantizedArray
 from moe_jax.quantization.formats import QuantFormat, Spec, quant_format
-from moe_jax.quantization.prepared import prepare
+from moe_jax.quantization.prepared import prepare, unprepared
 from moe_jax.quantization.quantize import dequantize, quantize
 from moe_jax.types import ExpertWeights
 
@@ -106,6 +106,19 @@ def prepare_experts(experts: ExpertWeights, dtype: DTypeLike = "bfloat16", *, pr
             for weights in (experts.w13, experts.w2)
         )
     return dataclasses.replace(experts, w13=w13, w2=w2)
+
+
+def prepare_where_possible(experts: ExpertWeights, dtype: DTypeLike) -> ExpertWeights:
+    """`prepare_experts`, but weights in formats that have no such order for rows of `dtype` stay as they are.
+
+    Example:
+        >>> experts = ExpertWeights(w13=jnp.ones((4, 2 * 64, 64)), w2=jnp.ones((4, 64, 64)))
+        >>> prepare_where_possible(quantize_experts(experts, "nvfp4"), "float32").w13.values.dtype.name
+        'uint8'
+    """
+    matrices = (experts.w13, experts.w2)
+    possible = all(isinstance(w, QuantizedArray) and unprepared(w.spec, dtype) is None for w in matrices)
+    return prepare_experts(experts, dtype) if possible else experts
 
 
 def _halves(experts: ExpertWeights) -> int:

@@ -19,6 +19,7 @@ from moe_jax.bench.processes import RemoteEntrant
 from moe_jax.bench.roofline import Ceilings, expert_bytes, measure_ceilings
 from moe_jax.quantization import FORMATS
 from moe_jax.quantization import reference as quantized_reference
+from moe_jax.quantization.prepared import PreparedArray
 from moe_jax.reference import route
 from tests.layers import plain
 
@@ -53,6 +54,27 @@ def test_end_to_end(bench):
     assert found["cutlass"] == {"reason": "takes fp8_channel of the quantized weights, not fp8_tensor"}
     for words in ("E6-k2-H32-I48, float32, fp8_tensor", "bit-equal: two runs ", "takes no quantized weights"):
         assert words in outcome.stdout
+
+
+@pytest.mark.parametrize("form", ["nvfp4", "mxfp4", "int4_group32"])
+def test_four_bits(bench, monkeypatch, form):
+    """Prepared weights, counted with their scales; the sample is that of the codes; peers that take none say so."""
+    seen = []
+
+    def layer(x, weights, logits, **keywords):
+        seen.append((weights.w13, weights.w2))
+        return moe(x, weights, logits, **keywords)
+
+    monkeypatch.setattr(measure, "moe", layer)
+    outcome, result = bench(
+        *("--quantization", form, "--dtype", "bfloat16", "--tokens", 4, "--checks", "--compare", "torch,vllm,deepgemm")
+    )
+    assert outcome.exit_code == 0, outcome.output
+    assert all(isinstance(w, PreparedArray) for pair in seen for w in pair) and seen
+    (row,) = result["rows"]
+    assert 0 <= row["error"] < 1e-2 and 0.03 < row["error_unquantized"] < 0.3
+    assert row["two_runs_bit_equal"] and row["alone_bit_equal"]
+    assert all("layer_us" not in peer and form in peer["reason"] for peer in row["peers"].values())
 
 
 def test_a_wrong_scale_in_the_layer_is_seen(bench, monkeypatch):
@@ -115,6 +137,8 @@ def test_weights_are_counted_as_they_are_stored():
     assert of(None) == 3 * 3 * 256 * 128 * 2
     assert of("fp8_channel") == 3 * (3 * 256 * 128 + 4 * (2 * 128 + 256))
     assert of("fp8_block") == 3 * (3 * 256 * 128 + 4 * (2 * 2 + 2))
+    assert of("nvfp4") == 3 * (3 * 256 * 128 * 9 // 16 + 4 * (2 + 1))
+    assert of("mxfp4") == 3 * (3 * 256 * 128 * 17 // 32)
     assert of("int4_group64_zp") == 3 * (3 * 256 * 128 // 2 + 5 * 3 * 256 * 128 // 64)
 
 
@@ -145,6 +169,7 @@ def test_ceilings_of_a_format(monkeypatch):
 
     assert of(None) == of("fp8_weight_block") == ("bfloat16", None)
     assert of("fp8_block") == ("float8_e4m3fn", None)
+    assert of("nvfp4_fp8") == ("float8_e4m3fn", None) and of("nvfp4") == of("nvfp4_w4a4") == ("bfloat16", None)
     matmul, reason = of("int8_channel")
     assert matmul == "bfloat16" and "int8 failed (RuntimeError: no such algorithm)" in reason
     assert "no GPU" in of("fp8_block", on_gpu=False)[1]

@@ -10,14 +10,17 @@ import pytest
 
 from moe_jax.checkpoints import Checkpoint, load_experts, load_layer, quant_format_from_hf
 from moe_jax.quantization import QuantizedArray, Spec, dequantize, merge_half_scales, quant_format
+from moe_jax.quantization.prepared import PreparedArray, unprepared
 from moe_jax.types import ExpertWeights
 from tests.checkpoints import files
 from tests.checkpoints import quantized_files as quantized
 from tests.checkpoints.quantized_files import CONFIG, DOWN, GATE, MIXTRAL, MLP, ROUTER, SCHEMES, UP, E, H, I
 from tests.quantization.cases import quantize
+from tests.util import check_close
 
 EXPERT_MAP = np.array([-1, 1, -1, 0], np.int32)  # local experts 0, 1 are 3, 1
 HERE = [3, 1]
+BFLOAT16 = dataclasses.replace(CONFIG, dtype="bfloat16")
 
 
 @pytest.fixture(params=SCHEMES)
@@ -64,6 +67,25 @@ def test_every_scheme(scheme, tmp_path):
     found = quant_format_from_hf(scheme.config, MLP + "experts.0.up_proj")
     assert found.name == scheme.format and found.weights == layer.experts.w13.spec
     assert quant_format_from_hf(scheme.config) == found
+
+
+def test_four_bits_are_prepared_where_that_is_asked_for(scheme, tmp_path):
+    path = quantized.save(quantized.tensors(scheme), tmp_path, scheme.config)
+    natural, prepared = load_experts(path, 0, BFLOAT16), load_layer(path, 0, BFLOAT16, prepare=True).experts
+    if unprepared(natural.w13.spec, BFLOAT16.dtype) is not None:
+        assert_same(prepared, natural)
+        return
+    for name in ("w13", "w2"):
+        of_kernel, mine = getattr(prepared, name), getattr(natural, name)
+        assert isinstance(of_kernel, PreparedArray) and of_kernel.shape == mine.shape
+        check_close(of_kernel.dequantize(), mine.dequantize(), 2.5e-3)  # scales of int4 are rounded
+    assert_same(load_experts(path, 0, BFLOAT16, prepare=True), prepared)
+    assert_same(load_experts(path, 0, dataclasses.replace(CONFIG, dtype="float32"), prepare=True), natural)
+
+
+def test_some_schemes_can_be_prepared():
+    found = {scheme.format for scheme in SCHEMES.values() if not unprepared(scheme.weights, BFLOAT16.dtype)}
+    assert found >= {"nvfp4", "mxfp4"}
 
 
 def test_only_local_experts_are_read(scheme, tmp_path, monkeypatch):

@@ -148,8 +148,9 @@ def few_counts(config: Config) -> Config:
 def four_bit(config: Config) -> Config:
     """The same tiles for weights of four bits: a stage of few rows takes more of K; no clusters.
 
-    Blocks of 64 rows are decoded whole (no narrow tiles). With more rows than `MOST_FOUR_BIT`, or with rows fetched by their
-    tokens more than `MOST_FETCHED_FOUR_BIT`, ptxas lets products wait for each other (`benchmarks/machine_code.py`).
+    Blocks of 64 rows are decoded whole (no narrow tiles). What ptxas says (`benchmarks/machine_code.py`): from 176 rows on, and
+    from 160 on where rows are fetched by their tokens, it lets every product wait for the one before, so that nothing is decoded
+    meanwhile. From 144 rows on it does so too with three row counts or more; up to 128 rows with none.
 
     Example:
         >>> four_bit(Config((8,), consumers=1, columns=16, tile_k=512)).tile_k
