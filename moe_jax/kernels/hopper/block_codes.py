@@ -29,37 +29,38 @@ _MAGNITUDE = np.int16(0x7FFF)  # all bits but the sign
 
 
 class Block:
-    """Blocks of one dtype in shared memory.
+    """Blocks of one dtype in shared memory, in a ring of stages.
 
     Args:
         dtype: bfloat16 or float16.
         interpret: the kernel is interpreted.
+        stages: of the ring.
     """
 
-    def __init__(self, dtype: Any, interpret: bool):
+    def __init__(self, dtype: Any, interpret: bool, stages: int = 1):
         self._dtype, self._interpret = jnp.dtype(dtype), interpret
-        self._operand = views.Operand(1, SIDE, SIDE, PIECE, dtype, interpret)
+        self._operand = views.Operand(stages, SIDE, SIDE, PIECE, dtype, interpret)
         self._above = np.int16(_MAGNITUDE - INFINITY[self._dtype.name])  # takes infinity to the largest integer
         self.scratch = self._operand.scratch
 
-    def single(self, ref: Any, piece: int) -> Any:
+    def single(self, ref: Any, piece: int, stage: Any = 0) -> Any:
         """A piece as copies from any row on fill it."""
-        return self._operand.singles(ref).at[0, piece]
+        return self._operand.singles(ref).at[stage, piece]
 
-    def eights(self, ref: Any, piece: int) -> Any:
+    def eights(self, ref: Any, piece: int, stage: Any = 0) -> Any:
         """A piece as registers take it."""
-        return self._operand.eights(ref).at[0, piece]
+        return self._operand.eights(ref).at[stage, piece]
 
-    def part(self, ref: Any, piece: int, first: int) -> Any:
+    def part(self, ref: Any, stage: Any, piece: int, first: int) -> Any:
         """float32 ``[64, 64]``, rows of a piece from `first` on."""
-        part = self.eights(ref, piece).at[pl.ds(first, PIECE)]
+        part = self.eights(ref, piece, stage).at[pl.ds(first, PIECE)]
         return plgpu.load(part, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
 
-    def clear(self, ref: Any, size: Any) -> None:
+    def clear(self, ref: Any, stage: Any, size: Any) -> None:
         """Zeros in the rows of a block from `size` on, if there are any."""
 
         def clear_part(piece, first):
-            part = self.eights(ref, piece).at[pl.ds(first, PIECE)]
+            part = self.eights(ref, piece, stage).at[pl.ds(first, PIECE)]
             held = plgpu.load(part, layout=plgpu.Layout.WGMMA)
             row = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, held.shape, 0), plgpu.Layout.WGMMA)
             part[...] = jnp.where(row + first < size, held, jnp.zeros_like(held))
@@ -71,9 +72,9 @@ class Block:
                     pl.when(size < first + PIECE)(functools.partial(clear_part, piece, first))
             plgpu.commit_smem()
 
-    def transposed(self, ref: Any) -> list[Any]:
+    def transposed(self, ref: Any, stage: Any) -> list[Any]:
         """int16 ``[64 columns, 128 rows]``, the bits of each piece."""
-        return [self._transposed(self.eights(ref, piece)) for piece in range(PIECES)]
+        return [self._transposed(self.eights(ref, piece, stage)) for piece in range(PIECES)]
 
     def _transposed(self, tile: Any) -> Any:
         if self._interpret:

@@ -41,6 +41,7 @@ class Config:
     """How many CTAs share a multiprocessor."""
 
     ctas_per_sm: int = 3
+    ctas_by_token: int = 2  # with two blocks each
 
 
 def supports(x: Any) -> str | None:
@@ -175,9 +176,11 @@ def _call(
         multiprocessors: of the device, by default.
     """
     interpreted = interpret is not None
-    workers = config.ctas_per_sm * (multiprocessors or _compat.num_multiprocessors())
-    block, columns_out = Block(x.dtype, interpreted), ColumnsOut(spec, interpreted)
     by_token = row_tokens is not None
+    stages = 2 if by_token else 1
+    ctas = config.ctas_by_token if by_token else config.ctas_per_sm
+    workers = ctas * (multiprocessors or _compat.num_multiprocessors())
+    block, columns_out = Block(x.dtype, interpreted, stages), ColumnsOut(spec, interpreted)
     given = [x, row_tokens] if by_token else [x]
 
     def body(x_g, *refs):
@@ -188,41 +191,50 @@ def _call(
         blocks = tiles.share(total(refs), worker, workers)
         copier = RowsByToken(x_g, SIDE, interpreted) if by_token else None
 
-        def fetch(i):
-            (row, column), size, *_ = place(worker + i * workers, refs)
+        def tokens_of(i):
+            (row, _), size, *_ = place(worker + i * workers, refs)
+            return copier.tokens(tokens_g, row, size)
+
+        def fetch(i, tokens=None):
+            (row, column), *_ = place(worker + i * workers, refs)
             if by_token:
-                pieces = [block.eights(in_s, piece) for piece in range(PIECES)]
-                copier.start(copier.tokens(tokens_g, row, size), pieces, column * SIDE, full)
+                pieces = [block.eights(in_s, piece, lax.rem(i, stages)) for piece in range(PIECES)]
+                copier.start(tokens, pieces, column * SIDE, full)
                 return
             for piece in range(PIECES):
                 source = x_g.at[pl.ds(row, SIDE), pl.ds(column * SIDE + piece * PIECE, PIECE)]
                 plgpu.copy_gmem_to_smem(source, block.single(in_s, piece), full)
 
-        def wait():
-            if by_token:
-                copier.finish(0)
-                plgpu.commit_smem()  # the copies of the other threads too
-            else:
+        def wait(i):
+            """For a block. Those of tokens have two places: the next one is asked for as soon as this one is there."""
+            if not by_token:
                 plgpu.barrier_wait(full)
+                return
+            tokens = tokens_of(jnp.minimum(i + 1, blocks - 1))
+            copier.finish(0)
+            plgpu.commit_smem()  # the copies of the other threads too
+            pl.when(i + 1 < blocks)(lambda: fetch(i + 1, tokens))
 
-        pl.when(blocks > 0)(lambda: fetch(0))
+        pl.when(blocks > 0)(lambda: fetch(0, tokens_of(0) if by_token else None))
 
         @pl.loop(0, blocks)
         def _block(i):
             at, size, target, own, scales = place(worker + i * workers, refs)
-            wait()
+            stage = lax.rem(i, stages) if by_token else 0
+            wait(i)
             if not isinstance(size, int):
-                block.clear(in_s, size)
+                block.clear(in_s, stage, size)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the codes of the block before have left
-            load = functools.partial(block.part, in_s)
+            load = functools.partial(block.part, in_s, stage)
             if isinstance(own_order, RowsOut):
                 own_order.fill(own_s[0], load, own, at, size)
-            halves = block.transposed(in_s)
+            halves = block.transposed(in_s, stage)
             scale, inverse = columns_out.scale(block.largest(halves))
             if isinstance(own_order, BlockOut):
                 own_order.fill(own_s[0], load, inverse)
             plgpu.commit_smem()  # also: every thread has taken the block
-            pl.when(i + 1 < blocks)(lambda: fetch(i + 1))
+            if not by_token:
+                pl.when(i + 1 < blocks)(lambda: fetch(i + 1))
             columns_out.fill(out_s, map(block.values, halves), inverse)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_s, target, commit_group=False)
