@@ -30,10 +30,8 @@ from jaxtyping import Array, Float
 from moe_jax.config import MoEConfig
 from moe_jax.fp8_products import Fp8Products
 from moe_jax.ops.combine import combine
-from moe_jax.ops.gather import gather
 from moe_jax.ops.group_rows import (
     expert_of,
-    first_slots,
     packed,
     precise_dot,
     row_weights,
@@ -102,22 +100,22 @@ def _gradient(
     products: Products,
 ) -> tuple[Array, ExpertWeights, Array | None]:
     """Of x, the experts and the router weights."""
-    once, of_weights = first_slots(groups), row_weights(weights, groups)
+    positions, of_weights = groups.positions, row_weights(weights, groups)
     # That an up-projection may fetch its rows by token is of no use here.
     groups = packed(groups, experts.num_local_experts)
-    rows = gather(g, groups, **products.options)
-    of_rows = products.back_to_pre_activation(g, rows, experts, groups, h, of_weights)
+    rows = products.cotangents(g, groups)
+    of_rows = products.back_to_pre_activation(rows, experts, groups, h, of_weights)
     d_rows, of_w13 = products.back_through_up(of_rows.pre_activation, x, experts, groups)
     found = ExpertWeights(w13=of_w13, w2=products.of_w2(rows, of_rows.activated, groups))
-    dx = combine(d_rows, once, None, **products.options)
-    has_row = groups.positions >= 0
-    d_weights = jnp.where(has_row, of_rows.row_weights[jnp.maximum(groups.positions, 0)], 0)
+    dx = combine(d_rows, groups.positions, None, **products.options)
+    has_row = positions >= 0
+    d_weights = jnp.where(has_row, of_rows.row_weights[jnp.maximum(positions, 0)], 0)
     if experts.w13_bias is not None:
         sums = sums_of_groups(of_rows.pre_activation, groups)
         found = dataclasses.replace(found, w13_bias=sums.astype(experts.w13_bias.dtype))
     if experts.w2_bias is not None:
         # A token adds its cotangent to the bias of each of its experts, times its weight: no row is needed.
-        chosen = jax.nn.one_hot(expert_of(groups.positions, groups), groups.group_sizes.shape[0], dtype=jnp.float32)
+        chosen = jax.nn.one_hot(expert_of(positions, groups), groups.group_sizes.shape[0], dtype=jnp.float32)
         scale = jnp.where(has_row, 1.0 if weights is None else weights, 0)
         per_expert = jnp.einsum("tk,tke->te", scale, chosen, precision=lax.Precision.HIGHEST)
         sums = precise_dot(per_expert.T, g.astype(jnp.float32))

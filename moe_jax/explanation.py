@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from moe_jax.config import MoEConfig
 from moe_jax.ops.implementation import platform_reason
 from moe_jax.quantization.rows import QuantizedRows
 from moe_jax.tuning.cache import device_kind, find_tuned
-from moe_jax.tuning.plan import LayerPlan, LayerShape, default_plan, plan_for
+from moe_jax.tuning.plan import LayerPlan, LayerShape, default_plan, plan_for, training_plan
 
 
 class Explanation(NamedTuple):
@@ -32,7 +33,7 @@ class Explanation(NamedTuple):
 def explain(
     config: MoEConfig, num_tokens: int, platform: str | None = None, *, num_local_experts: int | None = None
 ) -> list[Explanation]:
-    """The implementations of each operation of a layer, in the order in which ``auto`` tries them.
+    """The implementations of each operation of a layer, forward, in the order in which ``auto`` tries them.
 
     Args:
         config: the layer.
@@ -72,7 +73,9 @@ def explain_plan(
     reason = platform_reason(platform)
     if reason is not None:
         return f"{what} none, the kernels do not run ({reason})"
-    shape = LayerShape.of(config, num_tokens, num_local_experts)
+    shape, training = LayerShape.of(config, num_tokens, num_local_experts), config.fp8_training
+    if training is not None and training.contracts_columns:
+        return f"{what} that of FP8 training, {_words(training_plan(shape))} (nothing is tuned for it)"
     tuned = find_tuned(shape)
     if tuned is not None:
         return f"{what} tuned with {tuned.shape.num_pairs} pairs, {_words(tuned.plan)} ({tuned.path})"
@@ -95,6 +98,8 @@ def _kernel_reasons(config: MoEConfig, num_tokens: int, num_local: int) -> list[
     def like(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype)
 
+    if config.fp8_training is not None and config.fp8_training.forward:  # rows and weights are those of this format
+        config = dataclasses.replace(config, quantization="fp8_block", fp8_training=None)
     pairs = num_tokens * config.top_k
     plan = plan_for(LayerShape.of(config, num_tokens, num_local))
     tile_rows = plan.tile_rows

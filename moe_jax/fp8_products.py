@@ -70,19 +70,32 @@ class Fp8Products(Products):
         rows = self._multiply(hidden, experts.w2, groups, experts.w2_bias)
         return combine(rows, groups.positions, weights, **self.options)
 
+    def cotangents(self, g: Float[Array, "T H"], groups: Groups) -> tuple[Any, Any]:
+        """By row, once for the product that contracts H and once for the one that contracts rows."""
+        fp8 = self.config.fp8_training
+        if fp8.input_grad and fp8.weight_grad:
+            return quantize_rows_both(g, groups, by_token=True, **self.options)
+        rows = columns = None
+        if not fp8.input_grad or not fp8.weight_grad:
+            rows = columns = gather(g, groups, **self.options)
+        if fp8.input_grad:
+            rows = quantize_tokens(g, ROWS, groups, **self.options)
+        if fp8.weight_grad:
+            columns = quantize_transposed(g, groups, by_token=True, **self.options)
+        return rows, columns
+
     def back_to_pre_activation(
         self,
-        g: Float[Array, "T H"],
-        rows: Float[Array, "R H"],
+        rows: tuple[Any, Any],
         experts: ExpertWeights,
         groups: Groups,
         h: Float[Array, "R N"],
         row_weights: Float[Array, " R"],
     ) -> ActivationGradients:
-        """`activation_input_grad` of the cotangents g, which `rows` are by row."""
+        """`activation_input_grad` of `cotangents`."""
         if not self.config.fp8_training.input_grad:
-            return super().back_to_pre_activation(g, rows, experts, groups, h, row_weights)
-        product = self._multiply(quantize_tokens(g, ROWS, groups, **self.options), experts.w2, groups)
+            return super().back_to_pre_activation(rows[0], experts, groups, h, row_weights)
+        product = self._multiply(rows[0], experts.w2, groups)
         return through_activation(product, h, row_weights, self.config.act)
 
     def back_through_up(
@@ -98,17 +111,17 @@ class Fp8Products(Products):
         elif fp8.weight_grad:
             columns = quantize_transposed(dh, groups, **self.options)
         back = self._multiply if fp8.input_grad else functools.partial(input_grad, **self.options)
-        gathered = gather(x, groups, **self.options)
         if fp8.weight_grad:
-            gathered = quantize_transposed(gathered, groups, **self.options)
+            gathered = quantize_transposed(x, groups, by_token=True, **self.options)
+        else:
+            gathered = gather(x, groups, **self.options)
         return back(rows, experts.w13, groups), self._contract_rows(columns, gathered, groups)
 
-    def of_w2(self, rows: Float[Array, "R H"], activated: Float[Array, "R I"], groups: Groups) -> Float[Array, "E H I"]:
-        """The gradient of ``w2``, of the cotangents by row and the activations times router weights."""
+    def of_w2(self, rows: tuple[Any, Any], activated: Float[Array, "R I"], groups: Groups) -> Float[Array, "E H I"]:
+        """The gradient of ``w2``, of `cotangents` and the activations times router weights."""
         if not self.config.fp8_training.weight_grad:
-            return super().of_w2(rows, activated, groups)
-        left, right = (quantize_transposed(operand, groups, **self.options) for operand in (rows, activated))
-        return self._contract_rows(left, right, groups)
+            return super().of_w2(rows[1], activated, groups)
+        return self._contract_rows(rows[1], quantize_transposed(activated, groups, **self.options), groups)
 
     def _contract_rows(self, left: Any, right: Any, groups: Groups) -> Float[Array, "E M N"]:
         return weight_grad(left, right, groups, out_dtype=self.config.dtype, **self.options)

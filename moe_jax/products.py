@@ -47,16 +47,19 @@ class Products:
         """From the pre-activations to the output of the layer."""
         return down_combine(self.config.act(h), experts.w2, groups, weights, bias=experts.w2_bias, **self.options)
 
+    def cotangents(self, g: Float[Array, "T H"], groups: Groups) -> Any:
+        """Those of all rows, as the two products of the down-projection's gradient take them."""
+        return gather(g, groups, **self.options)
+
     def back_to_pre_activation(
         self,
-        g: Float[Array, "T H"],
-        rows: Float[Array, "R H"],
+        rows: Any,
         experts: ExpertWeights,
         groups: Groups,
         h: Float[Array, "R N"],
         row_weights: Float[Array, " R"],
     ) -> ActivationGradients:
-        """`activation_input_grad` of the cotangents g, which `rows` are by row."""
+        """`activation_input_grad` of `cotangents`."""
         act = self.config.act
         return activation_input_grad(rows, experts.w2, groups, h, row_weights, act, **self.options)
 
@@ -67,6 +70,6 @@ class Products:
         rows = input_grad(dh, experts.w13, groups, **self.options)
         return rows, weight_grad(dh, gather(x, groups, **self.options), groups, **self.options)
 
-    def of_w2(self, rows: Float[Array, "R H"], activated: Float[Array, "R I"], groups: Groups) -> Float[Array, "E H I"]:
-        """The gradient of ``w2``, of the cotangents by row and the activations times router weights."""
+    def of_w2(self, rows: Any, activated: Float[Array, "R I"], groups: Groups) -> Float[Array, "E H I"]:
+        """The gradient of ``w2``, of `cotangents` and the activations times router weights."""
         return weight_grad(rows, activated, groups, **self.options)

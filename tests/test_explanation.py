@@ -7,7 +7,8 @@ import jax
 import pytest
 
 import moe_jax
-from moe_jax import Explanation, MoEConfig, RoutingConfig, explain
+from moe_jax import Explanation, Fp8Training, MoEConfig, RoutingConfig, explain
+from moe_jax.explanation import explain_plan
 from moe_jax.tuning.plan import LayerShape, default_plan
 from tests.layers import experts_of, logits_of, x_of
 from tests.lowering import like, lower, num_kernels
@@ -138,3 +139,12 @@ def test_number_formats():
     assert "dequantized before" in reasons["decode (up)"] and reasons["grouped_matmul (up)"] is None
     odd = kernel_reasons(MoEConfig(8, 2, 80, 48, quantization="fp8_channel"))
     assert "size=80" in odd["grouped_matmul (up)"] and "size=48" in odd["grouped_matmul (down)"]
+
+
+def test_fp8_training():
+    config = MoEConfig(128, 8, 2048, 768, fp8_training=Fp8Training())
+    ops = {e.op for e in explain(config, 16384, "gpu") if e.implementation == "mosaic" and e.reason is None}
+    assert {"gather_quantize (up)", "gather_quantize (down)", "grouped_matmul (up)"} <= ops
+    assert "that of FP8 training, tile_rows=128" in explain_plan(config, 16384, "gpu")
+    only = dataclasses.replace(config, fp8_training=Fp8Training(False, False, True))
+    assert "gather" in {e.op for e in explain(only, 16384, "gpu")} and "FP8" not in explain_plan(only, 16384, "gpu")

@@ -24,7 +24,9 @@ def without_sizes(groups: Groups) -> Groups:
 
 
 def packed(groups: Groups, num_experts: int) -> Groups:
-    """The same with the sizes of its groups, which follow from those of tiles, and without the tokens of its rows.
+    """The same with the sizes of its groups, which follow from those of tiles, and rows that are one pair's each.
+
+    The tokens of tiles and rows are left out; of a token's slots that share a row, the first has it (`first_slots`).
 
     Args:
         groups: perhaps `without_sizes`.
@@ -38,7 +40,8 @@ def packed(groups: Groups, num_experts: int) -> Groups:
     """
     of_tiles = jax.nn.one_hot(groups.tile_group, num_experts, dtype=jnp.int32, axis=0) * groups.tile_sizes[None]
     sizes = jnp.sum(of_tiles, axis=1)
-    return dataclasses.replace(groups, group_sizes=sizes, tile_tokens=None, row_tokens=None)
+    once = first_slots(groups)
+    return dataclasses.replace(groups, positions=once, group_sizes=sizes, tile_tokens=None, row_tokens=None)
 
 
 def row_weights(weights: Float[Array, "T k"] | None, groups: Groups) -> Float[Array, " R"]:

@@ -85,16 +85,18 @@ def padded_rows(num_pairs: int, num_local_experts: int, row_multiple: int) -> in
 
 
 def row_tokens(positions: Int[Array, "T k"], num_rows: int | None = None) -> Int[Array, " R"]:
-    """The token of each row; -1 for rows without one. There are as many rows as pairs, or `num_rows`.
+    """The token of each row; -1 for rows without one. There are as many rows as pairs, or `num_rows`; no two pairs share one.
 
     Example:
         >>> row_tokens(jnp.array([[1, 0], [2, -1]])).tolist()
         [0, 0, 1, -1]
     """
     num_rows = positions.size if num_rows is None else num_rows
-    rows = jnp.where(positions < 0, num_rows, positions).reshape(-1)
-    token = jnp.arange(positions.size, dtype=jnp.int32) // max(1, positions.shape[1])
-    return jnp.full(num_rows, -1, jnp.int32).at[rows].set(token, mode="drop")
+    pair = jnp.arange(positions.size, dtype=jnp.int32)
+    # Pairs without a row are past the last one, each at another place: XLA would sort what may repeat.
+    rows = jnp.where(positions.reshape(-1) < 0, num_rows + pair, positions.reshape(-1))
+    token = pair // max(1, positions.shape[1])
+    return jnp.full(num_rows, -1, jnp.int32).at[rows].set(token, mode="drop", unique_indices=True)
 
 
 def max_tiles(num_pairs: int, num_local_experts: int, tile_rows: int) -> int:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from moe_jax.activations import Activation
 from moe_jax.ops.combine import combine
 from moe_jax.ops.gather import gather
-from moe_jax.ops.group_rows import first_slots, held_rows, packed, sums_of_groups
+from moe_jax.ops.group_rows import held_rows, packed, sums_of_groups
 from moe_jax.ops.group_tokens import Groups
 from moe_jax.ops.input_grad import input_grad
 from moe_jax.ops.weight_grad import weight_grad
@@ -40,8 +40,7 @@ def matmul_gradient(
         tokens_as_rows: as there.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
     """
-    once, groups = first_slots(groups), packed(groups, weights.shape[0])
-    options = {"implementation": implementation}
+    groups, options = packed(groups, weights.shape[0]), {"implementation": implementation}
     # Undefined rows become zeros: they would reach whatever the rows were made of.
     held = held_rows(groups)[:, None]
     d_h = jnp.where(held, cotangent, 0)
@@ -50,7 +49,7 @@ def matmul_gradient(
         d_h = jax.vjp(activation, h)[1](d_h)[0]
     d_rows = input_grad(d_h, weights, groups, **options)
     of_rows = gather(rows, groups, **options) if tokens_as_rows else rows
-    d_rows = combine(d_rows, once, None, **options) if tokens_as_rows else jnp.where(held, d_rows, 0)
+    d_rows = combine(d_rows, groups.positions, None, **options) if tokens_as_rows else jnp.where(held, d_rows, 0)
     d_weights = weight_grad(d_h, of_rows, groups, **options)
     d_bias = None if bias is None else sums_of_groups(d_h, groups).astype(bias.dtype)
     return d_rows, d_weights, d_bias

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.ops import implementation as impl
+from moe_jax.ops.gather import plain_gather
 from moe_jax.ops.gather_quantize import plain_gather_quantize
-from moe_jax.ops.group_tokens import Groups, group_starts, max_tiles, tile_schedule
+from moe_jax.ops.group_tokens import Groups, group_starts, max_tiles, row_tokens, tile_schedule
 from moe_jax.quantization.array import QuantizedArray
 from moe_jax.quantization.fp8_training import BLOCKS, GROUP, ROWS
 from moe_jax.quantization.quantize import quantize
@@ -35,13 +36,12 @@ class ColumnBlocks(NamedTuple):
 def column_blocks(groups: Groups) -> ColumnBlocks:
     """The blocks of groups: their tiles, where these have 128 rows.
 
-        Example:
-            >>> from moe_jax.ops.gather_quantize import plain_gather_quantize
-    from moe_jax.ops.group_tokens import group_tokens
-            >>> groups = group_tokens(jnp.array([[0], [2], [2]], jnp.int32), num_experts=3, tile_rows=2)
-            >>> blocks = column_blocks(groups)
-            >>> blocks.group.tolist(), blocks.starts.tolist(), blocks.sizes.tolist(), blocks.count.tolist()
-            ([0, 2, -1], [0, 1, 0], [1, 2, 0], [2])
+    Example:
+        >>> from moe_jax.ops.group_tokens import group_tokens
+        >>> groups = group_tokens(jnp.array([[0], [2], [2]], jnp.int32), num_experts=3, tile_rows=2)
+        >>> blocks = column_blocks(groups)
+        >>> blocks.group.tolist(), blocks.starts.tolist(), blocks.sizes.tolist(), blocks.count.tolist()
+        ([0, 2, -1], [0, 1, 0], [1, 2, 0], [2])
     """
     if groups.tile_rows == GROUP:
         return ColumnBlocks(groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles)
@@ -50,63 +50,65 @@ def column_blocks(groups: Groups) -> ColumnBlocks:
     return ColumnBlocks(group, starts, sizes, count)
 
 
-def quantize_transposed(rows: Float[Array, "R M"], groups: Groups, *, implementation: str = "auto") -> QuantizedArray:
+def quantize_transposed(
+    rows: Float[Array, "R_or_T M"], groups: Groups, *, by_token: bool = False, implementation: str = "auto"
+) -> QuantizedArray:
     """The rows of all groups as columns, float8_e4m3fn: a scale for each 128 of their elements x a block of `column_blocks`.
 
-        FP8 tensor cores take operands with the contracted axis last: `moe_jax.ops.weight_grad.weight_grad` contracts the rows of
-        an expert. Zeros fill its last block, so that no block belongs to two experts. Blocks after the last that holds rows are
-        undefined on a GPU.
+    FP8 tensor cores take operands with the contracted axis last: `moe_jax.ops.weight_grad.weight_grad` contracts the rows of
+    an expert. Zeros fill its last block, so that no block belongs to two experts. Blocks after the last that holds rows are
+    undefined on a GPU.
 
-        Args:
-            rows: ``[R, M]``, grouped as `groups` says; M a multiple of 128. Rows of no group count nowhere, whatever they hold.
-            groups: from `moe_jax.ops.group_tokens.group_tokens`.
-            implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
+    Args:
+        rows: ``[R, M]``, grouped as `groups` says; M a multiple of 128. Rows of no group count nowhere, whatever they hold.
+        groups: from `moe_jax.ops.group_tokens.group_tokens`.
+        by_token: `rows` are hidden states instead, ``[T, M]``, and each row is that of its token: a gather that writes nothing.
+        implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
-        Returns:
-            ``[M, 128 * blocks]``, with scales ``[M / 128, blocks]``. It has no derivative of its own.
+    Returns:
+        ``[M, 128 * blocks]``, with scales ``[M / 128, blocks]``. It has no derivative of its own.
 
-        Raises:
-            ValueError: columns that 128 does not divide.
+    Raises:
+        ValueError: columns that 128 does not divide.
 
-        Example:
-            >>> from moe_jax.ops.gather_quantize import plain_gather_quantize
-    from moe_jax.ops.group_tokens import group_tokens
-            >>> groups = group_tokens(jnp.array([[0], [2], [2]], jnp.int32), num_experts=3, tile_rows=2)
-            >>> found = quantize_transposed(jnp.ones((3, 256)), groups)
-            >>> found.shape, found.scales.shape, found.dequantize()[0, 128:131].tolist()
-            ((256, 384), (2, 3), [1.0, 1.0, 0.0])
+    Example:
+        >>> from moe_jax.ops.group_tokens import group_tokens
+        >>> groups = group_tokens(jnp.array([[0], [2], [2]], jnp.int32), num_experts=3, tile_rows=2)
+        >>> found = quantize_transposed(jnp.ones((3, 256)), groups)
+        >>> found.shape, found.scales.shape, found.dequantize()[0, 128:131].tolist()
+        ((256, 384), (2, 3), [1.0, 1.0, 0.0])
     """
-    return _both(rows, groups, implementation, of_rows=False)[1]
+    return _both(rows, groups, by_token, implementation, of_rows=False)[1]
 
 
 def quantize_rows_both(
-    rows: Float[Array, "R M"], groups: Groups, *, implementation: str = "auto"
+    rows: Float[Array, "R_or_T M"], groups: Groups, *, by_token: bool = False, implementation: str = "auto"
 ) -> tuple[QuantizedRows, QuantizedArray]:
     """``quantize_rows(rows, ROWS, groups=groups)`` and ``quantize_transposed(rows, groups)``, read once.
 
-        Args:
-            rows: as in `quantize_transposed`.
-            groups: of the rows.
-            implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
+    Args:
+        rows: as in `quantize_transposed`.
+        groups: of the rows.
+        by_token: as there; the first is then ``quantize_tokens(rows, ROWS, groups)``.
+        implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
-        Returns:
-            What contracts the columns of the rows, and what contracts the rows.
+    Returns:
+        What contracts the columns of the rows, and what contracts the rows.
 
-        Raises:
-            ValueError: as `quantize_transposed`.
+    Raises:
+        ValueError: as `quantize_transposed`.
 
-        Example:
-            >>> from moe_jax.ops.gather_quantize import plain_gather_quantize
-    from moe_jax.ops.group_tokens import group_tokens
-            >>> groups = group_tokens(jnp.array([[0], [2], [2]], jnp.int32), num_experts=3, tile_rows=2)
-            >>> [found.shape for found in quantize_rows_both(jnp.ones((3, 256)), groups)]
-            [(3, 256), (256, 384)]
+    Example:
+        >>> from moe_jax.ops.group_tokens import group_tokens
+        >>> groups = group_tokens(jnp.array([[0, 2], [2, -1]], jnp.int32), num_experts=3, tile_rows=2)
+        >>> [found.shape for found in quantize_rows_both(jnp.ones((2, 256)), groups, by_token=True)]
+        [(4, 256), (256, 384)]
     """
-    return _both(rows, groups, implementation, of_rows=True)
+    return _both(rows, groups, by_token, implementation, of_rows=True)
 
 
 def _both(
-    rows: Array, groups: Groups, implementation: str, *, of_rows: bool
+    rows: Array, groups: Groups, by_token: bool, implementation: str, *, of_rows: bool
 ) -> tuple[QuantizedRows | None, QuantizedArray]:
     from moe_jax.kernels.hopper import quantize_blocks as kernel
 
@@ -118,15 +120,21 @@ def _both(
     if rows.size and blocks.group.size:
         chosen = impl.choose("quantize_transposed", implementation, kernel.supports(rows))
 
-    def run(rows, *blocks):
+    def run(rows, positions, *blocks):
         if chosen == "xla":
-            own = plain_gather_quantize(rows, None, ROWS, total_rows=rows.shape[0]) if of_rows else None
-            return own, plain_quantize_transposed(rows, ColumnBlocks(*blocks))
+            own = None
+            if of_rows:
+                total_rows = groups.num_rows if by_token else rows.shape[0]
+                own = plain_gather_quantize(rows, positions if by_token else None, ROWS, total_rows=total_rows)
+            gathered = plain_gather(rows, positions, groups.num_rows) if by_token else rows
+            return own, plain_quantize_transposed(gathered, ColumnBlocks(*blocks))
         options = {"row_spec": ROWS if of_rows else None, "interpret": impl.interpret_params(chosen)}
+        if by_token:
+            options["row_tokens"] = row_tokens(positions, groups.num_rows + GROUP)
         *own, values, scales = kernel.quantize_rows_of_blocks(rows, *blocks[1:], BLOCKS, **options)
         return (QuantizedRows(*own, ROWS) if of_rows else None), QuantizedArray(values, scales, spec=BLOCKS)
 
-    return impl.without_gradient("quantize_transposed", run)(rows, *blocks)
+    return impl.without_gradient("quantize_transposed", run)(rows, groups.positions, *blocks)
 
 
 def plain_quantize_transposed(rows: Float[Array, "R M"], blocks: ColumnBlocks) -> QuantizedArray:

@@ -20,7 +20,7 @@ CASES = {
     "the last rows, and a block that is none": ([0, 100, 0], [100, 5, 0], 2, 105, 128),
     "none": ([0, 0], [0, 0], 0, 4, 128),
 }
-OPTIONS = {"multiprocessors": 1, "config": kernel.Config(2)}
+OPTIONS = {"multiprocessors": 1, "config": kernel.Config(2, 1)}
 
 
 def bits(codes):
@@ -68,6 +68,31 @@ def test_rows_become_columns_and_stay_rows(name):
     np.testing.assert_array_equal(np.asarray(other[1])[:, :count], np.asarray(alone[1])[:, :count])
 
 
+@pytest.mark.parametrize("row_spec", [None, ROWS])
+@pytest.mark.parametrize("name", ["groups that begin anywhere", "none"])
+def test_rows_fetched_by_token(name, row_spec):
+    """The same bits as of rows that were gathered before, where these are of a group."""
+    starts, sizes, count, rows, columns = CASES[name]
+    x = rows_of_all_sizes(50, columns, "bfloat16")
+    tokens = np.full(rows + 128, -1, np.int32)
+    held = [start + i for start, size in zip(starts[:count], sizes, strict=False) for i in range(size)]
+    tokens[held] = np.random.default_rng(3).integers(0, 50, len(held))
+    schedule = [jnp.asarray(a, jnp.int32) for a in (starts, sizes, [count])]
+    options = {"row_spec": row_spec, "interpret": _compat.interpret_params(), **OPTIONS}
+    *own, codes, scales = kernel.quantize_rows_of_blocks(
+        x, *schedule, BLOCKS, row_tokens=jnp.asarray(tokens), **options
+    )
+    *own_gathered, codes_gathered, scales_gathered = kernel.quantize_rows_of_blocks(
+        x[tokens[:rows]], *schedule, BLOCKS, **options
+    )
+    assert codes.shape == codes_gathered.shape and len(own) == len(own_gathered)
+    np.testing.assert_array_equal(bits(codes)[:, : 128 * count], bits(codes_gathered)[:, : 128 * count])
+    np.testing.assert_array_equal(np.asarray(scales)[:, :count], np.asarray(scales_gathered)[:, :count])
+    if row_spec is not None:
+        np.testing.assert_array_equal(bits(own[0])[held], bits(own_gathered[0])[held])
+        np.testing.assert_array_equal(np.asarray(own[1])[:, held], np.asarray(own_gathered[1])[:, held])
+
+
 @pytest.mark.parametrize("natural", [True, False])
 def test_weights_in_both_orders(natural):
     w = rows_of_all_sizes(3 * 256, 128, "bfloat16").reshape(3, 256, 128)
@@ -91,7 +116,10 @@ def test_they_lower_for_cuda():
     blocks = [like(jnp.int32, size) for size in (9, 9, 1)]
     for row_spec in (None, ROWS):
 
-        def run(*given, row_spec=row_spec):
-            return kernel.quantize_rows_of_blocks(*given, BLOCKS, row_spec=row_spec)
+        def run(x, starts, sizes, count, row_tokens=None, row_spec=row_spec):
+            options = {"row_spec": row_spec, "row_tokens": row_tokens}
+            return kernel.quantize_rows_of_blocks(x, starts, sizes, count, BLOCKS, **options)
 
-        assert sum(operations(lower(run, like(jnp.bfloat16, 1000, 384), *blocks)).values()) == 1
+        x = like(jnp.bfloat16, 1000, 384)
+        assert sum(operations(lower(run, x, *blocks)).values()) == 1
+        assert sum(operations(lower(run, x, *blocks, like(jnp.int32, 2128))).values()) == 1

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.ops.gather import gather
 from moe_jax.ops.quantize_both import quantize_both
-from moe_jax.ops.quantize_transposed import column_blocks, quantize_transposed
+from moe_jax.ops.quantize_transposed import column_blocks, quantize_rows_both, quantize_transposed
 from moe_jax.ops.weight_grad import weight_grad
 from moe_jax.quantization.fp8_training import BLOCKS
 from moe_jax.quantization.quantize import quantize
@@ -50,6 +51,25 @@ def test_gradients_of_weights(tile_rows):
     check_close(found, exact, 5e-2)
     flat = np.asarray(exact).reshape(-1, 256)
     assert_discriminates(lambda a: check_close(a, flat, 5e-2), np.asarray(found).reshape(flat.shape))
+
+
+@pytest.mark.parametrize("tile_rows", [16, 128])
+def test_rows_of_tokens_are_those_that_were_gathered(tile_rows):
+    """Both orders, the same bits; tokens without a row, and rows without a token, count nowhere."""
+    groups, x = groups_of(7, 150, 2, 4, tile_rows, missing=0.2), normal(7, 150, 256, dtype="bfloat16")
+    options = {"implementation": "xla"}
+    rows = gather(x, groups, **options)
+    held = group_of_rows(groups) >= 0
+    assert not held.all()
+    for found, expected in [
+        (quantize_rows_both(x, groups, by_token=True, **options), quantize_rows_both(rows, groups, **options)),
+        ((None, quantize_transposed(x, groups, by_token=True, **options)), (None, transposed(rows, groups, **options))),
+    ]:
+        np.testing.assert_array_equal(found[1].dequantize(), expected[1].dequantize())
+        if found[0] is not None:
+            np.testing.assert_array_equal(*(np.asarray(of.values, np.float32)[held] for of in (found[0], expected[0])))
+            num_rows = len(held)
+            np.testing.assert_array_equal(*(of.scales[:, :num_rows][:, held] for of in (found[0], expected[0])))
 
 
 def test_no_rows_at_all():

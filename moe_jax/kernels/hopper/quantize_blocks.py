@@ -1,10 +1,11 @@
 """A matrix quantized in blocks of 128 x 128 and transposed, in one pass over it, on Hopper; also in its own order.
 
-A warpgroup takes a block at a time. TMA brings it into swizzled shared memory, as two pieces of 64 columns. Registers take each
-piece transposed, as the layout of wgmma has it: lanes exchange pairs of 16-bit numbers, for which there are instructions, while
-codes of 8 bits would have to be taken apart. The block's largest magnitude gives its scale, and codes leave through shared memory
-in rows of 128 bytes. The next block is on its way meanwhile. Several CTAs share a multiprocessor: one computes while the others
-wait for memory.
+A warpgroup takes a block at a time. TMA brings it into swizzled shared memory, and registers take it transposed (`block_codes`).
+The block's largest magnitude gives its scale, and codes leave through shared memory in rows of 128 bytes. The next block is on
+its way meanwhile. Several CTAs share a multiprocessor: one computes while the others wait for memory.
+
+Rows may be those of tokens, fetched from wherever these lie (`rows_by_token`). Then all blocks of the first 128 columns are
+visited before those of the next: 128 columns of all tokens stay in L2, from where the token's other rows take them.
 
 Blocks may begin at any row and may have fewer rows than 128; what lies after them is zero, whatever it was. In its own order a
 block has the same codes and scale (weights), or a scale for each row (`RowsOut`, cotangents): shared memory is read twice, memory
@@ -22,24 +23,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Shaped
 
 from moe_jax import _compat
-from moe_jax.kernels.hopper import row_scales, tiles, views
+from moe_jax.kernels.hopper import tiles
+from moe_jax.kernels.hopper.block_codes import INFINITY, PIECE, PIECES, SIDE, Block, BlockOut, ColumnsOut, RowsOut
 from moe_jax.kernels.hopper.gather_quantize import scales_shape
-from moe_jax.kernels.hopper.scaling import Scaling
+from moe_jax.kernels.hopper.rows_by_token import RowsByToken
 from moe_jax.quantization.formats import Spec
-from moe_jax.quantization.rounding import F32_MAX
-
-SIDE = 128  # of a block
-_PIECE = 64  # columns that a swizzle of 128 bytes spans
-_PIECES = SIDE // _PIECE
-_MAGNITUDE = np.int16(0x7FFF)  # all bits but the sign
-_INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +41,12 @@ class Config:
     """How many CTAs share a multiprocessor."""
 
     ctas_per_sm: int = 3
+    ctas_by_token: int = 2  # with two blocks each
 
 
 def supports(x: Any) -> str | None:
     """Why this kernel cannot quantize `x` [..., columns]; None if it can."""
-    if jnp.dtype(x.dtype).name not in _INFINITY:
+    if jnp.dtype(x.dtype).name not in INFINITY:
         return f"dtype {x.dtype} must be bfloat16 or float16"
     if x.shape[-1] % SIDE:
         return f"{x.shape[-1]} columns must be a multiple of {SIDE}, of whole blocks"
@@ -59,13 +54,14 @@ def supports(x: Any) -> str | None:
 
 
 def quantize_rows_of_blocks(
-    x: Float[Array, "R M"],
+    x: Float[Array, "R_or_T M"],
     starts: Int[Array, "blocks"],
     sizes: Int[Array, "blocks"],
     count: Int[Array, "1"],
     spec: Spec,
     *,
     row_spec: Spec | None = None,
+    row_tokens: Int[Array, "padded_rows"] | None = None,
     **options: Any,
 ) -> tuple[Shaped[Array, "..."], ...]:
     """Codes ``[M, 128 * blocks]`` of x transposed, and scales ``[M / 128, blocks]``: block b has rows `starts[b]` on, `sizes[b]`
@@ -78,9 +74,11 @@ def quantize_rows_of_blocks(
         count: blocks that are quantized, the first ones; others stay undefined.
         spec: float8_e4m3fn in blocks of 128 x 128.
         row_spec: float8_e4m3fn in groups of 128 columns, of the rows as they are; None if these are not wanted.
+        row_tokens: the row of x that each of R rows is, and 128 more numbers; None if they are the rows of x.
         **options: of the kernel: `config`, `interpret`, `multiprocessors`.
     """
     (rows, columns), blocks = x.shape, starts.shape[0]
+    rows = rows if row_tokens is None else row_tokens.shape[0] - SIDE
     out_types = []
     if row_spec is not None:
         out_types = [
@@ -94,18 +92,17 @@ def quantize_rows_of_blocks(
     across = columns // SIDE
 
     def place(index, refs):
-        starts_g, sizes_g, *own, codes_g, scales_g = refs
-        block = lax.div(index, jnp.int32(across))
-        column = index - block * across
-        target = codes_g.at[pl.ds(column * SIDE, SIDE), pl.ds(block * SIDE, SIDE)]
-        return (starts_g[block], column), sizes_g[block], target, own, [scales_g.at[column, block]]
+        count_g, starts_g, sizes_g, *own, codes_g, scales_g = refs
+        line = jnp.int32(across) if row_tokens is None else count_g[0]
+        outer = lax.div(index, line)
+        inner = index - outer * line
+        number, column = (outer, inner) if row_tokens is None else (inner, outer)
+        target = codes_g.at[pl.ds(column * SIDE, SIDE), pl.ds(number * SIDE, SIDE)]
+        return (starts_g[number], column), sizes_g[number], target, own, [scales_g.at[column, number]]
 
-    def total(refs):
-        return refs[0][0] * across
-
-    own = None if row_spec is None else RowsOut(row_spec, x.dtype, options.get("interpret") is not None)
-    operands = [count, starts, sizes]
-    return _call(x, operands, out_types, total, lambda i, refs: place(i, refs[1:]), spec, own, **options)
+    own = None if row_spec is None else RowsOut(row_spec, options.get("interpret") is not None)
+    options["row_tokens"] = row_tokens
+    return _call(x, [count, starts, sizes], out_types, lambda refs: refs[0][0] * across, place, spec, own, **options)
 
 
 def quantize_both(
@@ -148,76 +145,6 @@ def quantize_both(
     return _call(flat, [], out_types, lambda refs: jnp.int32(total), place, spec, own, **options)
 
 
-class BlockOut:
-    """The codes of a block in its own order, with its scale.
-
-    Args:
-        spec: of the codes.
-        interpret: the kernel is interpreted.
-    """
-
-    def __init__(self, spec: Spec, interpret: bool):
-        self._scaling = Scaling(spec, given=False, interpret=interpret)
-        self.scratch = plgpu.SMEM(
-            (_PIECES, SIDE, _PIECE), spec.storage_dtype, transforms=tiles.transforms(_PIECE, spec.storage_dtype)
-        )
-
-    def fill(self, ref: Any, load: Any, inverse: Any) -> None:
-        """Takes the codes of what `load(piece, first)` gives, float32 ``[64, 64]``, into shared memory."""
-        for piece in range(_PIECES):
-            for first in range(0, SIDE, _PIECE):
-                values = load(piece, first)
-                codes = self._scaling.encode(values, lax.broadcast_in_dim(inverse, values.shape, [0]))
-                ref.at[piece, pl.ds(first, _PIECE)][...] = codes
-
-    def send(self, ref: Any, target: Any, place: tuple[Any, Any], size: Any) -> None:
-        """Sends them on their way."""
-        for piece in range(_PIECES):
-            columns = target.at[:, pl.ds(piece * _PIECE, _PIECE)]
-            plgpu.copy_smem_to_gmem(ref.at[piece], columns, commit_group=False)
-
-
-class RowsOut:
-    """The codes of a block's rows as they are, with a scale for each row: rows that are not the block's are not stored.
-
-    Args:
-        spec: of the codes.
-        dtype: of what is quantized.
-        interpret: the kernel is interpreted.
-    """
-
-    def __init__(self, spec: Spec, dtype: Any, interpret: bool):
-        self._interpret = interpret
-        self._scaling = Scaling(spec, given=False, interpret=interpret)
-        self._codes = views.Operand(1, SIDE, SIDE, _PIECE, spec.storage_dtype, interpret)
-        self.scratch = self._codes.scratch
-
-    def fill(self, ref: Any, load: Any, target: Any, place: tuple[Any, Any], size: Any) -> None:
-        """As `BlockOut.fill`, before the block's scale is known: fewer registers. The scales go to GPU memory at once."""
-        scaling, a_row = self._scaling, plgpu.Layout.WGMMA.reduce(1)
-        row, column = place
-        for first in range(0, SIDE, _PIECE):
-            pieces = [load(piece, first) for piece in range(_PIECES)]
-            order = jnp.maximum(*(jnp.max(scaling.order(values), axis=1) for values in pieces))
-            scale = scaling.scale(scaling.amax(order))
-            inverse = lax.broadcast_in_dim(scaling.reciprocal(scale, a_row), (_PIECE, _PIECE), [0])
-            for piece, values in enumerate(pieces):
-                self._codes.eights(ref).at[0, piece, pl.ds(first, _PIECE)][...] = scaling.encode(values, inverse)
-            row_scales.store(target[1], column, row + first, scale, size - first, a_row, self._interpret)
-
-    def send(self, ref: Any, target: Any, place: tuple[Any, Any], size: Any) -> None:
-        """Sends the codes of the rows that count on their way."""
-        row, column = place
-        for piece in range(_PIECES):
-
-            def send(first, count, piece=piece):
-                part = self._codes.singles(ref).at[0, piece, pl.ds(first, count)]
-                columns = pl.ds(column * SIDE + piece * _PIECE, _PIECE)
-                plgpu.copy_smem_to_gmem(part, target[0].at[pl.ds(row + first, count), columns], commit_group=False)
-
-            views.send_first(send, size, SIDE)
-
-
 def _call(
     x: Array,
     operands: list[Array],
@@ -227,6 +154,7 @@ def _call(
     spec: Spec,
     own_order: BlockOut | RowsOut | None,
     *,
+    row_tokens: Int[Array, "padded_rows"] | None = None,
     config: Config = Config(),
     interpret: Any = None,
     multiprocessors: int | None = None,
@@ -237,101 +165,77 @@ def _call(
         x: the rows of all blocks.
         operands: what else it reads.
         out_types: what it makes.
-        total: of all references but that of x, how many blocks there are.
+        total: of all references but those of x and `row_tokens`, how many blocks there are.
         place: of the number of a block and the references: its first row and column, how many of its rows count, where its codes
             go transposed and in their own order, and where its scale goes.
         spec: of the codes.
         own_order: how codes go out in their own order too; None if they do not.
+        row_tokens: the row of x that each row is, and a block more; None if they are the rows of x.
         config: how the work is shared.
         interpret: for the interpreter.
         multiprocessors: of the device, by default.
     """
     interpreted = interpret is not None
-    workers = config.ctas_per_sm * (multiprocessors or _compat.num_multiprocessors())
-    scaling = Scaling(spec, given=False, interpret=interpreted)
-    incoming = views.Operand(1, SIDE, SIDE, _PIECE, x.dtype, interpreted)
-    above = np.int16(_MAGNITUDE - _INFINITY[x.dtype.name])  # takes infinity to the largest integer
-    a_row = plgpu.Layout.WGMMA.reduce(1)
+    by_token = row_tokens is not None
+    stages = 2 if by_token else 1
+    ctas = config.ctas_by_token if by_token else config.ctas_per_sm
+    workers = ctas * (multiprocessors or _compat.num_multiprocessors())
+    block, columns_out = Block(x.dtype, interpreted, stages), ColumnsOut(spec, interpreted)
+    given = [x, row_tokens] if by_token else [x]
 
     def body(x_g, *refs):
-        refs, (in_s, out_s, full, *own_s) = (
-            refs[: len(operands) + len(out_types)],
-            refs[len(operands) + len(out_types) :],
-        )
+        tokens_g, refs = (refs[0], refs[1:]) if by_token else (None, refs)
+        refs, scratch = refs[: len(operands) + len(out_types)], refs[len(operands) + len(out_types) :]
+        in_s, out_s, full, *own_s = scratch
         worker = lax.axis_index("sm")
         blocks = tiles.share(total(refs), worker, workers)
+        copier = RowsByToken(x_g, SIDE, interpreted) if by_token else None
 
-        def fetch(i):
+        def tokens_of(i):
+            (row, _), size, *_ = place(worker + i * workers, refs)
+            return copier.tokens(tokens_g, row, size)
+
+        def fetch(i, tokens=None):
             (row, column), *_ = place(worker + i * workers, refs)
-            for piece in range(_PIECES):
-                source = x_g.at[pl.ds(row, SIDE), pl.ds(column * SIDE + piece * _PIECE, _PIECE)]
-                plgpu.copy_gmem_to_smem(source, incoming.singles(in_s).at[0, piece], full)
+            if by_token:
+                pieces = [block.eights(in_s, piece, lax.rem(i, stages)) for piece in range(PIECES)]
+                copier.start(tokens, pieces, column * SIDE, full)
+                return
+            for piece in range(PIECES):
+                source = x_g.at[pl.ds(row, SIDE), pl.ds(column * SIDE + piece * PIECE, PIECE)]
+                plgpu.copy_gmem_to_smem(source, block.single(in_s, piece), full)
 
-        def clear(size):
-            """Zeros in the rows of a block that do not count."""
+        def wait(i):
+            """For a block. Those of tokens have two places: the next one is asked for as soon as this one is there."""
+            if not by_token:
+                plgpu.barrier_wait(full)
+                return
+            tokens = tokens_of(jnp.minimum(i + 1, blocks - 1))
+            copier.finish(0)
+            plgpu.commit_smem()  # the copies of the other threads too
+            pl.when(i + 1 < blocks)(lambda: fetch(i + 1, tokens))
 
-            def clear_part(piece, first):
-                part = incoming.eights(in_s).at[0, piece, pl.ds(first, _PIECE)]
-                held = plgpu.load(part, layout=plgpu.Layout.WGMMA)
-                row = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, held.shape, 0), plgpu.Layout.WGMMA)
-                part[...] = jnp.where(row + first < size, held, jnp.zeros_like(held))
-
-            for piece in range(_PIECES):
-                for first in range(0, SIDE, _PIECE):
-                    pl.when(size < first + _PIECE)(functools.partial(clear_part, piece, first))
-            plgpu.commit_smem()
-
-        def transposed(piece):
-            """int16 ``[64 columns, 128 rows]``, the bits of a piece."""
-            tile = incoming.eights(in_s).at[0, piece]
-            if interpreted:
-                found = tile[...].T
-            else:
-                found = plgpu.load(tile.T, layout=plgpu.Layout.WGMMA_TRANSPOSED)
-                found = plgpu.layout_cast(found, plgpu.Layout.WGMMA)
-            return lax.bitcast_convert_type(found, jnp.int16)
-
-        def part_of(piece, first):
-            """float32 ``[64, 64]``, rows of a piece from `first` on."""
-            part = incoming.eights(in_s).at[0, piece, pl.ds(first, _PIECE)]
-            return plgpu.load(part, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-
-        def largest(halves):
-            """The largest magnitude of pieces, NaN passed over: numbers of 16 bits are compared in pairs, as integers."""
-            order = jnp.maximum(*((half & _MAGNITUDE) + above for half in halves))
-            while order.shape[1] > 8:
-                middle = order.shape[1] // 2
-                order = jnp.maximum(order[:, :middle], order[:, middle:])
-            order = jnp.max(jnp.max(order.astype(jnp.int32), axis=1), axis=0)
-            bits = (jnp.maximum(order, above) - above).astype(jnp.int16)  # NaN alone is negative
-            return jnp.minimum(lax.bitcast_convert_type(bits, x.dtype).astype(jnp.float32), F32_MAX)
-
-        def values_of(half):
-            return lax.bitcast_convert_type(half, x.dtype).astype(jnp.float32)
-
-        pl.when(blocks > 0)(lambda: fetch(0))
+        pl.when(blocks > 0)(lambda: fetch(0, tokens_of(0) if by_token else None))
 
         @pl.loop(0, blocks)
         def _block(i):
             at, size, target, own, scales = place(worker + i * workers, refs)
-            plgpu.barrier_wait(full)
+            stage = lax.rem(i, stages) if by_token else 0
+            wait(i)
             if not isinstance(size, int):
-                pl.when(size < SIDE)(lambda: clear(size))
+                block.clear(in_s, stage, size)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the codes of the block before have left
+            load = functools.partial(block.part, in_s, stage)
             if isinstance(own_order, RowsOut):
-                own_order.fill(own_s[0], part_of, own, at, size)
-            halves = [transposed(piece) for piece in range(_PIECES)]
-            scale = scaling.scale(largest(halves))
-            inverse = scaling.reciprocal(plgpu.layout_cast(jnp.full((_PIECE,), scale), a_row), a_row)
+                own_order.fill(own_s[0], load, own, at, size)
+            halves = block.transposed(in_s, stage)
+            scale, inverse = columns_out.scale(block.largest(halves))
             if isinstance(own_order, BlockOut):
-                own_order.fill(own_s[0], part_of, inverse)
+                own_order.fill(own_s[0], load, inverse)
             plgpu.commit_smem()  # also: every thread has taken the block
-            pl.when(i + 1 < blocks)(lambda: fetch(i + 1))
-            for piece, half in enumerate(halves):
-                values = values_of(half)
-                out_s.at[pl.ds(piece * _PIECE, _PIECE)][...] = scaling.encode(
-                    values, lax.broadcast_in_dim(inverse, values.shape, [0])
-                )
+            if not by_token:
+                pl.when(i + 1 < blocks)(lambda: fetch(i + 1))
+            columns_out.fill(out_s, map(block.values, halves), inverse)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_s, target, commit_group=False)
             if own_order is not None:
@@ -343,11 +247,7 @@ def _call(
         plgpu.wait_smem_to_gmem(0)
 
     body.__name__ = "quantize_blocks"
-    scratch = [
-        incoming.scratch,
-        plgpu.SMEM((SIDE, SIDE), spec.storage_dtype, transforms=tiles.transforms(SIDE, spec.storage_dtype)),
-        plgpu.Barrier(num_arrivals=_PIECES),
-    ]
+    scratch = [block.scratch, columns_out.scratch, plgpu.Barrier(num_arrivals=1 if by_token else PIECES)]
     if own_order is not None:
         scratch.append(own_order.scratch)
     found = _compat.kernel(
@@ -358,5 +258,5 @@ def _call(
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=_compat.LANE),
         interpret=interpret,
-    )(x, *operands)
+    )(*given, *operands)
     return tuple(found)
