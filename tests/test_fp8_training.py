@@ -251,7 +251,7 @@ def test_on_a_gpu_all_products_are_kernels():
 
     text = lower(gradients, like(jnp.bfloat16, 4096, 2048), experts, like(jnp.float32, 4096, 128))
     assert not {"dot_general", "while"} & operations(text).keys()
-    assert sum(count for name, count in operations(text).items() if name.startswith("mosaic_gpu")) >= 15
+    assert sum(count for name, count in operations(text).items() if name.startswith("mosaic_gpu")) >= 14
 
 
 def test_a_layer_learns_as_in_bfloat16():
