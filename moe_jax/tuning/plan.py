@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from moe_jax.config import MoEConfig
 from moe_jax.kernels.hopper.matmul_config import (
+    MANY_FETCHED_FOUR_BIT,
     MANY_PROMOTED,
     MOST_FETCHED_FOUR_BIT,
     MOST_FOUR_BIT,
@@ -214,6 +215,7 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
         return LayerPlan(up.tile_rows, *(within_memory(config, shape.dtype, shape.codes) for config in (up, down)))
     gather = fetches_by_token(shape.mean_rows, shape.hidden_size, shape.intermediate_size)
     four_bits = Codes.of(shape.codes).four_bits
+    gather = gather and not (four_bits and shape.mean_rows < MANY_FETCHED_FOUR_BIT)
     if tile_rows is None:
         tile_rows = tile_rows_for(shape.mean_rows, shape.num_pairs, gather)
         tile_rows = min(tile_rows, MOST_FETCHED_FOUR_BIT) if four_bits and gather else tile_rows

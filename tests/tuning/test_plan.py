@@ -47,12 +47,23 @@ def test_blocks_of_many_rows_stand_first(mean, inner, tile_rows, first, quantize
 
 
 @pytest.mark.parametrize("codes", ["", "weights float4_e2m1fn group", "weights int4 group"])
-@pytest.mark.parametrize("mean", [8.0, 32.0, 256.0, 1024.0])
-def test_rows_are_fetched_by_token_whatever_the_bits_of_weights(mean, codes):
+@pytest.mark.parametrize("mean", [8.0, 32.0, 128.0, 256.0, 1024.0])
+def test_rows_are_fetched_by_token_where_that_pays(mean, codes):
+    """With weights of four bits many rows alone."""
     shape = LayerShape(128, round(mean * 128), 2048, 768, True, "bfloat16", codes)
     plan = default_plan(shape)
-    assert plan.up.gather == matmul_config.fetches_by_token(mean, 2048, 768)
+    assert plan.up.gather == (matmul_config.fetches_by_token(mean, 2048, 768) and (not codes or mean >= 192))
     assert not plan.down.gather and misfit(shape, plan) is None
+
+
+@pytest.mark.parametrize(("mean", "counts"), [(64.0, (32, 64, 96, 128)), (128.0, (128, 160)), (256.0, (128, 144))])
+def test_wide_tiles_of_decoded_weights_have_two_row_counts(mean, counts):
+    shape = LayerShape(128, round(mean * 128), 2048, 768, True, "bfloat16", "weights float4_e2m1fn group")
+    assert (
+        default_plan(shape).up.row_counts[-len(counts) :]
+        == default_plan(shape).down.row_counts[-len(counts) :]
+        == counts
+    )
 
 
 def test_a_rank_expects_its_share_of_the_pairs():

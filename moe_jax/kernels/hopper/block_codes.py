@@ -190,4 +190,4 @@ class RowsOut:
                 columns = pl.ds(column * SIDE + piece * PIECE, PIECE)
                 plgpu.copy_smem_to_gmem(part, target[0].at[pl.ds(row + first, count), columns], commit_group=False)
 
-            views.send_first(send, size, SIDE)
+            views.send_first(send, size, SIDE, row_bytes=PIECE)  # codes of a byte

@@ -23,6 +23,7 @@ _ROWS_FIRST = 128  # and with rows on the M side: `matmul_rows_first`
 MANY_PROMOTED = 256  # rows an expert from which on those are faster
 MOST_FOUR_BIT = 160  # rows of a tile, of weights of four bits: two decoded blocks stand in registers beside the sums
 MOST_FETCHED_FOUR_BIT = 144  # where the rows are fetched by their tokens, which takes registers from the consumers
+MANY_FETCHED_FOUR_BIT = 192  # rows an expert from which on that was measured to pay
 _BETWEEN = 8  # columns that a multiprocessor could make in the time from one tile to the next, with one token
 
 
@@ -150,13 +151,20 @@ def four_bit(config: Config) -> Config:
 
     Blocks of 64 rows are decoded whole (no narrow tiles). What ptxas says (`benchmarks/machine_code.py`): from 176 rows on, and
     from 160 on where rows are fetched by their tokens, it lets every product wait for the one before, so that nothing is decoded
-    meanwhile. From 144 rows on it does so too with three row counts or more; up to 128 rows with none.
+    meanwhile. From 144 rows on it does so too with three row counts or more; up to 128 rows with none. So wide tiles have two row
+    counts. Narrower ones, with more counts, decode a matrix more often than they save products: qwen3-30b-a3b, NVFP4, 4096 tokens
+    on an H100, both projections: 500 us with 128 and 144 rows, 635 with six counts up to 160, 656 with five up to 128
+    (benchmarks/results/2026-11-27-h100-four-bits-many-rows.txt).
 
     Example:
         >>> four_bit(Config((8,), consumers=1, columns=16, tile_k=512)).tile_k
         256
+        >>> four_bit(Config((64, 128, 136, 144))).row_counts
+        (128, 144)
     """
     counts = tuple(c for c in few_counts(config).row_counts if c <= MOST_FOUR_BIT)
+    if counts[-1] > _SOME[-1]:
+        counts = (_SOME[-1], counts[-1])
     wide = dict(row_counts=counts, cluster=1, columns=WGMMA_ROWS)
     if config.consumers == 1:
         wide |= dict(tile_k=256, stages=6)

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax import _compat
 
+LINE = 128  # bytes, of which copies begin at a multiple
 COLUMNS = 64  # of a staged block: as many rows of weights as one wgmma takes
 ALIGNED = 1024  # bytes: where a buffer of shared memory may begin
 STORED = 32  # rows of an output that leave shared memory together: two such buffers a consumer are enough
@@ -31,15 +32,23 @@ def tiled(shape: tuple[int, ...], rows: int, dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((rows, columns)), swizzle))
 
 
-def send_first(send: Callable[[Any, int], None], size: Any, most: int) -> None:
-    """Calls `send(first, count)` for the first `size` of up to `most` rows: all together, by eights and the rest one by one."""
+def send_first(send: Callable[[Any, int], None], size: Any, most: int, *, row_bytes: int = LINE) -> None:
+    """Calls `send(first, count)` for the first `size` of up to `most` rows: all together, by eights and the rest one by one.
+
+    A copy begins at a multiple of 128 bytes of shared memory, or the kernel ends with a misaligned address, which the interpreter
+    does not notice. So rows of 64 bytes go two by two, and a last one alone: it has an even number.
+    """
+    together = LINE // row_bytes
     pl.when(size >= most)(lambda: send(0, most))
 
     @pl.when(size < most)
     def _():
         eights = jnp.maximum(size, 0) // 8
         pl.loop(0, eights)(lambda run: send(run * 8, 8))
-        pl.loop(eights * 8, jnp.maximum(size, 0))(lambda row: send(row, 1))
+        begin, left = eights * 8, jnp.maximum(size, 0) - eights * 8
+        pl.loop(0, left // together)(lambda run: send(begin + run * together, together))
+        if together > 1:
+            pl.when(left % together > 0)(lambda: send(begin + left - 1, 1))
 
 
 class Operand:
