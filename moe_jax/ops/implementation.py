@@ -44,8 +44,29 @@ def platform_reason(platform: str | None = None) -> str | None:
     return None if platform in ("gpu", "cuda", "hopper") else f"platform {platform} has no Mosaic GPU kernels"
 
 
+def blackwell_reason(platform: str | None = None) -> str | None:
+    """Why the kernels for Blackwell GPUs cannot run on the device of a jit call (or on `platform`); None if they can.
+
+    ``auto`` and ``mosaic`` take these where an operation has one and `platform_reason` gives a reason against those for Hopper.
+
+    Example:
+        >>> blackwell_reason("cpu"), blackwell_reason("blackwell")
+        ('platform cpu is no Blackwell GPU', None)
+    """
+    if platform is None:
+        device = _compat.default_device()
+        if device.platform in ("gpu", "cuda"):
+            capability = str(getattr(device, "compute_capability", "unknown"))
+            return None if capability.startswith("10.") else f"compute capability {capability} is not Blackwell's 10.x"
+        platform = device.platform
+    if platform in ("gpu", "cuda"):
+        return f"platform {platform} is taken for a Hopper GPU, compute capability 9.0, not Blackwell's 10.x"
+    return None if platform == "blackwell" else f"platform {platform} is no Blackwell GPU"
+
+
 @functools.cache
-def _warn_once(op: str, reason: str) -> None:
+def warn_once(op: str, reason: str) -> None:
+    """Warns, once for each reason, that a GPU runs the plain-JAX form of an operation."""
     message = f"{op} runs its plain-JAX form on this GPU, which is slow: {reason}"
     warnings.warn(message, SlowPathWarning, stacklevel=4)
 
@@ -71,7 +92,7 @@ def choose(op: str, implementation: str, reason: str | None) -> str:
     if platform_reason() is not None:
         return "xla"
     if reason is not None:
-        _warn_once(op, reason)
+        warn_once(op, reason)
         return "xla"
     return "mosaic"
 

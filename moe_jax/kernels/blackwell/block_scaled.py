@@ -2,16 +2,16 @@
 
 Written without such a GPU: interpreted on a CPU, lowered and compiled for sm_100a, **not yet run on hardware**.
 
-A warpgroup has a warp that asks TMA for stages and a warp that issues `tcgen05.mma`, which reads codes from shared memory and scales
-from tensor memory and leaves its sums there; a second warpgroup takes them from it, scales them, applies bias and activation and
-stores them. Rows of a group are on the M side, one a lane of tensor memory: with two tiles of sums in it, one is stored while the
-next is multiplied.
+A warpgroup has a warp that asks TMA for stages and a warp that issues `tcgen05.mma`, which reads codes from shared memory and
+scales from tensor memory and leaves its sums there; a second warpgroup takes them from it, scales them, applies bias and
+activation and stores them. Rows of a group are on the M side, one a lane of tensor memory. Without a gate it holds two tiles of
+sums: one is stored while the next is multiplied.
 
-- Scales come in tiles of 128 x 4, the order in which `tcgen05.cp` copies them (`moe_jax.quantization.scale_layout`). A tile of rows
-  begins with any row, so scales of rows are brought into that order tile by tile (`scales.of_tiles`), zeros where it has no row.
-- Rows are fetched in runs of 128, 64 ... 1 as the bits of a tile's size say, and stored all together, by eights and one by one: no
-  row past the end of a tile is read or written. What stands in their place in shared memory meets only sums that nobody stores.
-- Sums are float32 in tensor memory, over all of K in its order.
+- Scales come in tiles of 128 x 4, the order in which `tcgen05.cp` copies them (`moe_jax.quantization.scale_layout`). A tile of
+  rows begins with any row, so scales of rows are brought into that order tile by tile (`scales.of_tiles`).
+- Rows are fetched in runs of 128, 64 ... 1 as the bits of a tile's size say, and stored all together, by eights and one by one:
+  no row past the end of a tile is read or written. What is in shared memory in their place goes into sums that are not stored.
+- Sums are float32 in tensor memory, over all of K in its order; the interpreter multiplies as `emulation` says.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The product of a stage where there are no block-scaled tensor cores: in the interpreter of Pallas.
 
-That one knows tensor memory and `tcgen05.mma`, but not with scales: `TcGen05Mma` asserts that there are none (jax 0.11.2 and
-0.12.0.1), and `async_copy_scales_to_tmem` has no rule at all. So codes are multiplied by their scales first, in float32, into shared
-memory that is there in the interpreter alone, and an unscaled product of these is issued in the place of the scaled one. Schedule,
-copies, ring, barriers and epilogue are those of the GPU.
+That one knows tensor memory and `tcgen05.mma`, but not with scales (jax 0.11.2 and 0.12.0.1): `TcGen05Mma` asserts that there are
+none, and `async_copy_scales_to_tmem`, which has no rule, raises "source must be an SMEM ref". So codes are multiplied by their
+scales first, in float32, into shared memory that is there in the interpreter alone, and an unscaled product of these is issued in
+the place of the scaled one. Schedule, copies, ring, barriers and epilogue are those of the GPU.
 """
 
 from __future__ import annotations
