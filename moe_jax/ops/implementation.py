@@ -2,6 +2,7 @@
 
 Names: ``xla`` (plain JAX, any device), ``mosaic`` (our Pallas kernels for Hopper GPUs), ``mosaic_interpret`` (the same kernels
 interpreted on a CPU: slow, for tests), ``auto`` (``mosaic`` on a Hopper GPU where the kernel supports the problem, else ``xla``).
+On a Blackwell GPU ``auto`` and ``mosaic`` also take the kernels for those, see `blackwell_reason`.
 """
 
 from __future__ import annotations
@@ -65,10 +66,14 @@ def blackwell_reason(platform: str | None = None) -> str | None:
 
 
 @functools.cache
-def warn_once(op: str, reason: str) -> None:
-    """Warns, once for each reason, that a GPU runs the plain-JAX form of an operation."""
+def _warn_once(op: str, reason: str) -> None:
     message = f"{op} runs its plain-JAX form on this GPU, which is slow: {reason}"
     warnings.warn(message, SlowPathWarning, stacklevel=4)
+
+
+def warn_once(op: str, reason: str) -> None:
+    """Warns, once for each reason, that a GPU runs the plain-JAX form of an operation."""
+    _warn_once(op, reason)
 
 
 def choose(op: str, implementation: str, reason: str | None) -> str:
@@ -92,7 +97,7 @@ def choose(op: str, implementation: str, reason: str | None) -> str:
     if platform_reason() is not None:
         return "xla"
     if reason is not None:
-        warn_once(op, reason)
+        _warn_once(op, reason)
         return "xla"
     return "mosaic"
 

@@ -81,8 +81,8 @@ def quantize_block_scaled(
 
     Example:
         >>> rows = quantize_block_scaled(jnp.array([[6.0, -3.0]]), Spec("float4_e2m1fn", "group", 16, "float8_e4m3fn"))
-        >>> rows.values.tolist(), rows.scales.tolist(), rows.global_scale.shape, rows.dequantize().tolist()
-        ([[215]], [[448.0]], (1,), [[6.0, -3.0]])
+        >>> rows.shape, rows.values.tolist(), rows.scales.tolist(), rows.global_scale.shape
+        ((1, 2), [[215]], [[448.0]], (1,))
     """
     found = quantize(rows[:, None], spec, global_scale=_of_all(global_scale, rows.shape[0]))
     scales = scale_to_float32(found.scales[:, 0]).T

@@ -186,7 +186,7 @@ def device(monkeypatch):
         gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability)
         monkeypatch.setattr(_compat, "default_device", lambda: gpu)
 
-    impl.warn_once.cache_clear()
+    impl._warn_once.cache_clear()
     return pretend
 
 
