@@ -162,11 +162,14 @@ def grouped_matmul(
                         if emulated is not None:
                             emulated(sums(i, half), a, b, a_scales, b_scales, refs[11:], slot, half, **how)
                             continue
-                        a_scales_t, *b_scales_t = refs[11:]
+                        # A stage's own columns: a copy may overtake a product that was issued before it.
+                        a_scales_t, b_scales_t = (
+                            ref.at[:, pl.ds(slot * (4 * c), 4 * c)] for ref in (refs[11], refs[12 + half])
+                        )
                         if half == 0:
                             plgpu.async_copy_scales_to_tmem(a_scales, a_scales_t)
-                        plgpu.async_copy_scales_to_tmem(b_scales, b_scales_t[half])
-                        plgpu.tcgen05_mma(sums(i, half), a, b.T, a_scale=a_scales_t, b_scale=b_scales_t[half], **how)
+                        plgpu.async_copy_scales_to_tmem(b_scales, b_scales_t)
+                        plgpu.tcgen05_mma(sums(i, half), a, b.T, a_scale=a_scales_t, b_scale=b_scales_t, **how)
 
                 plgpu.tcgen05_commit_arrive(done.at[lax.rem(i, buffers)])
 
@@ -198,7 +201,7 @@ def grouped_matmul(
     operands = [rows, row_scales, weights, weight_scales, tile_group, tile_starts, tile_sizes, num_tiles]
     operands += [given for given in optional if given is not None]
     ordered = functools.partial(plgpu.Barrier, num_arrivals=1, orders_tensor_core=True)
-    scales_t = plgpu.TMEM((TILE_ROWS, 4 * c), scale_dtype, layout=plgpu.TMEMLayout.SCALES_LAYOUT)
+    scales_t = plgpu.TMEM((TILE_ROWS, 4 * c * stages), scale_dtype, layout=plgpu.TMEMLayout.SCALES_LAYOUT)
     scratch = [
         operand.scratch,
         tiled((stages, halves, BLOCK, tk), 8, rows.dtype),

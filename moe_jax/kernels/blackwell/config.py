@@ -7,7 +7,7 @@ import dataclasses
 TILE_ROWS = 128  # rows of a tile: the M side of tcgen05's instructions, a lane of tensor memory each
 BLOCK = 128  # rows of weights that one instruction takes, and that a tile of scales has
 LINE = 128  # bytes of a row in shared memory: the widest swizzle
-TMEM_COLUMNS = 256  # of the sums; the scales of a step take up to 48 of the 256 that are left
+TMEM_COLUMNS = 256  # of the sums; the scales of all stages take at most 160 of the 256 that are left
 SHARED_BYTES = 232448  # that a block of threads can have
 
 
