@@ -92,6 +92,7 @@ def test_groups_of_the_standard_format(case):
     check(x, w, groups, bias=bias, activation=ACT if gated else None)
 
 
+@pytest.mark.once
 def test_float16_and_one_scale_for_all_rows():
     groups = groups_with_sizes(1, (4, 13), 64)
     x, w = operands("NVFP4", groups.num_rows, 2, 256, 128, one_scale=True)
@@ -114,6 +115,7 @@ def test_batches_with_counts_and_garbage_past_them(name, k):
     check(x, w, groups)
 
 
+@pytest.mark.once
 def test_a_nan_stays_in_its_row():
     groups = groups_with_sizes(1, (6, 3), 128)
     x, w = operands("MXFP8", 9, 2, 128, 64)
