@@ -6,9 +6,10 @@ python benchmarks/machine_code.py down --tile-rows 192 --k 768 --n 2048 --config
 python benchmarks/machine_code.py up --tile-rows 128 --k 2048 --n 1536 --quantization fp8_block --config quantizes=1
 python benchmarks/machine_code.py weight_grad --k 1536 --n 2048 --config stages=4,buffers=2
 python benchmarks/machine_code.py up-grad --tile-rows 192 --k 1536 --n 2048
+python benchmarks/machine_code.py up --k 2048 --n 1536 --quantization nvfp4_w4a4 --blackwell
 
 Needs `jax[cuda13]` and nvdisasm (of a CUDA toolkit, or of the triton package). Without a driver a C compiler makes a stand-in for
-libcuda, which says that there is a Hopper GPU and launches nothing.
+libcuda, which says that there is a Hopper GPU, or a Blackwell one, and launches nothing. Loops of Blackwell are not taken apart.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ R cuDeviceGetCount(int *n) { *n = 1; return 0; }
 R cuDeviceGet(int *d, int i) { *d = 0; return 0; }
 R cuCtxGetDevice(int *d) { *d = 0; return 0; }
 R cuCtxGetCurrent(void **c) { *c = (void *)1; return 0; }
-R cuDeviceGetAttribute(int *v, int a, int d) { *v = a == 75 ? 9 : a == 76 ? 0 : a == 16 ? 132 : 1; return 0; }
+R cuDeviceGetAttribute(int *v, int a, int d) { *v = a == 75 ? MAJOR : a == 76 ? 0 : a == 16 ? 132 : 1; return 0; }
 R cuModuleLoadData(void **m, const void *image) { *m = (void *)1; return 0; }
 R cuModuleGetFunction(void **f, void *m, const char *name) { *f = (void *)1; return 0; }
 R cuFuncSetAttribute(void *f, int a, int v) { return 0; }
@@ -87,8 +88,11 @@ def _loop(lines: list[str]) -> Loop:
     return Loop(columns, ops["HGMMA"], uniform, vector, ops["R2UR"], ops["LDL"] + ops["STL"])
 
 
-def compile_kernel(module: bytes, folder: Path) -> None:
-    """Compiles a serialized Mosaic kernel; its code and ptxas' report are left in the folder."""
+def compile_kernel(module: bytes, folder: Path, major: int = 9) -> None:
+    """Compiles a serialized Mosaic kernel; its code and ptxas' report are left in the folder.
+
+    Without a driver it is compiled for compute capability `major`.0, with one for the GPU there.
+    """
     import jax_plugins.xla_cuda13 as plugin
 
     packages = Path(plugin.__file__).parents[2]
@@ -112,7 +116,16 @@ def compile_kernel(module: bytes, folder: Path) -> None:
     except OSError:
         (folder / "cuda.c").write_text(STAND_IN)
         library = str(folder / "libcuda.so.1")
-        made = ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, str(folder / "cuda.c")]
+        made = [
+            "cc",
+            "-shared",
+            "-fPIC",
+            f"-DMAJOR={major}",
+            "-Wl,-soname,libcuda.so.1",
+            "-o",
+            library,
+            str(folder / "cuda.c"),
+        ]
         subprocess.run(made, check=True)
         ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     compile_ = ctypes.CDLL(plugin._get_library_path()).MosaicGpuCompile
@@ -197,6 +210,28 @@ def _like(*shape: int, dtype: str = "int32"):
     import jax
 
     return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _block_scaled(activation, k: int, n: int, quantization: str) -> bytes:
+    """The kernel for Blackwell GPUs of a format whose rows are quantized as its weights."""
+    import jax
+
+    from moe_jax.ops.block_scaled_matmul import block_scaled_matmul
+    from moe_jax.ops.group_tokens import Groups, max_tiles
+    from moe_jax.ops.quantize_rows import quantize_block_scaled
+    from moe_jax.quantization import quant_format, quantize
+
+    form, halves = quant_format(quantization), 2 if activation else 1
+    rows = jax.eval_shape(lambda x: quantize_block_scaled(x, form.activations), _like(ROWS, k, dtype="bfloat16"))
+    weights = _like(EXPERTS, n, k, dtype="bfloat16")
+    weights = jax.eval_shape(lambda w: quantize(w, form.weights, halves=halves), weights)
+    schedule = [_like(max_tiles(ROWS, EXPERTS, 128))] * 3
+    groups = Groups(_like(ROWS, 1), *schedule, _like(EXPERTS), _like(1), tile_rows=128)
+
+    def multiply(rows, weights, groups):
+        return block_scaled_matmul(rows, weights, groups, groups.tile_group, activation=activation)
+
+    return _module(multiply, rows, weights, groups)
 
 
 def _plain(config, activation, k: int, n: int):
@@ -288,20 +323,26 @@ def main(
         str, typer.Option(help="changes to the rule's configuration, as stages=3,row_counts=128/160")
     ] = "",
     quantization: Annotated[str | None, typer.Option(help="number format of the experts")] = None,
+    blackwell: Annotated[bool, typer.Option(help="the block-scaled kernel for Blackwell GPUs")] = False,
     keep: Annotated[Path | None, typer.Option(help="an empty folder for the code")] = None,
 ) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     items = (item.split("=") for item in config.split(",") if item)
     changes = {name: tuple(map(int, value.split("/"))) if "/" in value else int(value) for name, value in items}
-    module, used = kernel_of(projection, tile_rows, k, n, changes, quantization)
-    print(used)
+    if blackwell:
+        module = _block_scaled(_activation(projection), k, n, quantization or "nvfp4_w4a4")
+    else:
+        module, used = kernel_of(projection, tile_rows, k, n, changes, quantization)
+        print(used)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) if keep is None else keep
-        compile_kernel(module, folder)
+        compile_kernel(module, folder, 10 if blackwell else 9)
         report = next(folder.glob("*.ptxas")).read_text()
         print(
             "; ".join(
-                re.findall(r"\d+ bytes spill \w+|Used \d+ registers|wgmma\S+ instructions are serialized", report)
+                re.findall(
+                    r"for 'sm_\w+'|\d+ bytes spill \w+|Used \d+ registers|wgmma\S+ instructions are serialized", report
+                )
             )
         )
         for loop in loops(next(folder.glob("*.sass*")).read_text()):

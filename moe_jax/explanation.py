@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import MoEConfig
-from moe_jax.ops.implementation import platform_reason
+from moe_jax.ops.implementation import blackwell_reason, platform_reason
 from moe_jax.quantization.rows import QuantizedRows
 from moe_jax.tuning.cache import device_kind, find_tuned
 from moe_jax.tuning.plan import LayerPlan, LayerShape, default_plan, plan_for, training_plan
@@ -21,7 +21,8 @@ class Explanation(NamedTuple):
 
     Attributes:
         op: the operation.
-        implementation: ``mosaic`` or ``xla``.
+        implementation: ``mosaic``, ``mosaic_blackwell`` (kernels for Blackwell GPUs, not yet run on hardware; of block-scaled
+            products alone) or ``xla``.
         reason: why it cannot run; None if it can. The first implementation without a reason is what ``auto`` takes.
     """
 
@@ -48,7 +49,11 @@ def explain(
     """
     on_platform = platform_reason(platform)
     found = []
-    for op, reason in _kernel_reasons(config, num_tokens, num_local_experts or config.num_experts):
+    num_local = num_local_experts or config.num_experts
+    on_blackwell = _blackwell_reasons(config, num_tokens, num_local)
+    for op, reason in _kernel_reasons(config, num_tokens, num_local):
+        if op in on_blackwell:
+            found.append(Explanation(op, "mosaic_blackwell", blackwell_reason(platform) or on_blackwell[op]))
         found.append(Explanation(op, "mosaic", on_platform or reason))
         found.append(Explanation(op, "xla", None))
     return found
@@ -127,6 +132,37 @@ def _kernel_reasons(config: MoEConfig, num_tokens: int, num_local: int) -> list[
         ("grouped_matmul (down)", matmul_bf16.supports(like(dtype, pairs, intermediate), w2, None, None, tile_rows)),
         ("combine", combine.supports(y)),
     ]
+
+
+def _blackwell_reasons(config: MoEConfig, num_tokens: int, num_local: int) -> dict[str, str | None]:
+    """Of block-scaled products, where rows are quantized and weights are NVFP4, MXFP4 or MXFP8."""
+    from moe_jax.ops import block_scaled_matmul
+    from moe_jax.ops.group_tokens import default_tile_rows
+    from moe_jax.quantization import quantize
+
+    form = config.quantization
+    if form is None or form.activations is None or block_scaled_matmul.format_of(form.weights) is None:
+        return {}
+    pairs = num_tokens * config.top_k
+    tile_rows = default_tile_rows(pairs, num_local, "xla")
+    hidden, intermediate, dtype = config.hidden_size, config.intermediate_size, jnp.dtype(config.dtype)
+    shapes = {"up": (num_local, config.w13_rows, hidden), "down": (num_local, hidden, intermediate)}
+    found = {}
+    for name, shape in shapes.items():
+        halves, act = (2 if config.is_gated else 1, config.act) if name == "up" else (1, None)
+        codes = functools.partial(quantize, spec=form.weights, halves=halves)
+        weights = jax.eval_shape(codes, jax.ShapeDtypeStruct(shape, dtype))
+        rows = QuantizedRows(
+            jax.ShapeDtypeStruct((pairs, shape[2]), form.activations.storage_dtype), None, form.activations
+        )
+        reason = block_scaled_matmul.reason_against(rows, weights, act, tile_rows, dtype)
+        if form.emulates and reason is None:
+            reason = (
+                "a layer emulates rows of four bits; ops.grouped_matmul takes those that "
+                "ops.quantize_rows.quantize_block_scaled makes"
+            )
+        found[f"grouped_matmul ({name})"] = reason
+    return found
 
 
 def _quantized_reasons(

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import pytest
 
 import moe_jax
-from moe_jax import Explanation, Fp8Training, MoEConfig, RoutingConfig, explain
+from moe_jax import Explanation, Fp8Training, MoEConfig, RoutingConfig, _compat, explain
 from moe_jax.explanation import explain_plan
 from moe_jax.tuning.plan import LayerShape, default_plan
 from tests.layers import experts_of, logits_of, x_of
@@ -148,3 +149,26 @@ def test_fp8_training():
     assert "that of FP8 training, tile_rows=128" in explain_plan(config, 16384, "gpu")
     only = dataclasses.replace(config, fp8_training=Fp8Training(False, False, True))
     assert "gather" in {e.op for e in explain(only, 16384, "gpu")} and "FP8" not in explain_plan(only, 16384, "gpu")
+
+
+def test_block_scaled_products_have_a_kernel_for_blackwell_gpus(monkeypatch):
+    """On such a GPU it is taken where sizes allow; the layer's other operations, and those of a Hopper GPU, stay as they are."""
+    matmuls = {"grouped_matmul (up)", "grouped_matmul (down)"}
+
+    def on_blackwell(name, platform=None, **sizes):
+        config = dataclasses.replace(GOOD, quantization=name, **sizes)
+        items = explain(config, 16, platform)
+        return chosen(items), {i.op: i.reason for i in items if i.implementation == "mosaic_blackwell"}
+
+    _, reasons = on_blackwell("mxfp8", "gpu")
+    assert reasons.keys() == matmuls and all("Hopper" in reason for reason in reasons.values())
+    device = types.SimpleNamespace(platform="gpu", compute_capability="10.0", device_kind="Blackwell")
+    monkeypatch.setattr(_compat, "default_device", lambda: device)
+    taken, _ = on_blackwell("mxfp8", intermediate_size=128)
+    assert {op for op, name in taken.items() if name == "mosaic_blackwell"} == matmuls
+    assert set(taken.values()) == {"mosaic_blackwell", "xla"}
+    _, reasons = on_blackwell("mxfp8", intermediate_size=192)
+    assert reasons["grouped_matmul (up)"] is None and "size=192" in reasons["grouped_matmul (down)"]
+    _, reasons = on_blackwell("nvfp4_w4a4", hidden_size=256, intermediate_size=256)
+    assert all("emulates" in reason for reason in reasons.values())
+    assert on_blackwell("fp8_block")[1] == on_blackwell("nvfp4")[1] == {}

@@ -2,6 +2,7 @@
 
 Names: ``xla`` (plain JAX, any device), ``mosaic`` (our Pallas kernels for Hopper GPUs), ``mosaic_interpret`` (the same kernels
 interpreted on a CPU: slow, for tests), ``auto`` (``mosaic`` on a Hopper GPU where the kernel supports the problem, else ``xla``).
+On a Blackwell GPU ``auto`` and ``mosaic`` also take the kernels for those, see `blackwell_reason`.
 """
 
 from __future__ import annotations
@@ -44,10 +45,35 @@ def platform_reason(platform: str | None = None) -> str | None:
     return None if platform in ("gpu", "cuda", "hopper") else f"platform {platform} has no Mosaic GPU kernels"
 
 
+def blackwell_reason(platform: str | None = None) -> str | None:
+    """Why the kernels for Blackwell GPUs cannot run on the device of a jit call (or on `platform`); None if they can.
+
+    ``auto`` and ``mosaic`` take these where an operation has one and `platform_reason` gives a reason against those for Hopper.
+
+    Example:
+        >>> blackwell_reason("cpu"), blackwell_reason("blackwell")
+        ('platform cpu is no Blackwell GPU', None)
+    """
+    if platform is None:
+        device = _compat.default_device()
+        if device.platform in ("gpu", "cuda"):
+            capability = str(getattr(device, "compute_capability", "unknown"))
+            return None if capability.startswith("10.") else f"compute capability {capability} is not Blackwell's 10.x"
+        platform = device.platform
+    if platform in ("gpu", "cuda"):
+        return f"platform {platform} is taken for a Hopper GPU, compute capability 9.0, not Blackwell's 10.x"
+    return None if platform == "blackwell" else f"platform {platform} is no Blackwell GPU"
+
+
 @functools.cache
 def _warn_once(op: str, reason: str) -> None:
     message = f"{op} runs its plain-JAX form on this GPU, which is slow: {reason}"
     warnings.warn(message, SlowPathWarning, stacklevel=4)
+
+
+def warn_once(op: str, reason: str) -> None:
+    """Warns, once for each reason, that a GPU runs the plain-JAX form of an operation."""
+    _warn_once(op, reason)
 
 
 def choose(op: str, implementation: str, reason: str | None) -> str:

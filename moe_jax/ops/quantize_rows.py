@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from moe_jax.ops.gather_quantize import gather_quantize
 from moe_jax.ops.group_tokens import Groups
 from moe_jax.quantization.formats import Spec
+from moe_jax.quantization.quantize import quantize
+from moe_jax.quantization.rounding import scale_to_float32
 from moe_jax.quantization.rows import QuantizedRows
 
 
@@ -64,3 +67,30 @@ def quantize_rows(
         )
     num_rows = jnp.sum(groups.group_sizes, dtype=jnp.int32)[None] if shared else None
     return gather_quantize(rows, None, spec, num_rows=num_rows, scales=scales, implementation=implementation)
+
+
+def quantize_block_scaled(
+    rows: Float[Array, "R K"], spec: Spec, *, global_scale: ArrayLike | None = None
+) -> QuantizedRows:
+    """Rows as block-scaled tensor cores take them, NVFP4, MXFP4 or MXFP8, each by itself; in plain JAX on any device.
+
+    Args:
+        rows: ``[R, K]``.
+        spec: of the activations, ``group``.
+        global_scale: one for all rows, for a spec that has one (NVFP4); by default each row has its own. A static spec needs it.
+
+    Example:
+        >>> rows = quantize_block_scaled(jnp.array([[6.0, -3.0]]), Spec("float4_e2m1fn", "group", 16, "float8_e4m3fn"))
+        >>> rows.shape, rows.values.tolist(), rows.scales.tolist(), rows.global_scale.shape
+        ((1, 2), [[215]], [[448.0]], (1,))
+    """
+    found = quantize(rows[:, None], spec, global_scale=_of_all(global_scale, rows.shape[0]))
+    scales = scale_to_float32(found.scales[:, 0]).T
+    of_rows = found.global_scale
+    if global_scale is not None:
+        of_rows = jnp.asarray(global_scale, jnp.float32).reshape(())
+    return QuantizedRows(found.values[:, 0], scales, spec, of_rows)
+
+
+def _of_all(scale: ArrayLike | None, rows: int) -> Array | None:
+    return None if scale is None else jnp.broadcast_to(jnp.asarray(scale, jnp.float32).reshape(()), (rows,))

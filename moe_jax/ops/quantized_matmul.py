@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from moe_jax.activations import Activation
 from moe_jax.kernels.hopper.matmul_config import MOST_FOUR_BIT, Config, default_config, eight_bit, four_bit, most_rows
+from moe_jax.ops import block_scaled_matmul as block_scaled
 from moe_jax.ops import implementation as impl
 from moe_jax.ops.gather import plain_gather
 from moe_jax.ops.group_tokens import Groups
@@ -70,6 +71,9 @@ def quantized_matmul(
     decode odd sizes: there, where the kernels run, all weights are dequantized before, with a warning. Codes of four bits are
     decoded in an order of their own (`prepare_experts`); weights in the natural one are put into it first, with a warning.
 
+    On a Blackwell GPU rows and weights that are both NVFP4, MXFP4 or MXFP8 have a kernel (`block_scaled_matmul`), which does not
+    use `config`; not yet run on hardware.
+
     Args:
         rows: quantized, or not with a weight-only format.
         weights: ``[E, N, K]``.
@@ -89,6 +93,10 @@ def quantized_matmul(
     if not (isinstance(group_offset, int) and group_offset == 0):
         tile_group = tile_group + group_offset
     plain = (weights, groups, bias, activation, tile_group, tokens_as_rows, dtype)
+    problem = dict(activation=activation, tile_rows=groups.tile_rows, dtype=dtype, tokens_as_rows=tokens_as_rows)
+    if block_scaled.runs(rows, weights, implementation, **problem):
+        how = {"bias": bias, "activation": activation, "dtype": dtype}
+        return block_scaled.block_scaled_matmul(rows, weights, groups, tile_group, **how)
     if isinstance(rows, QuantizedRows) and weights.spec.granularity == "group":
         reason = f"{rows.spec.dtype} rows times weights whose scales change every {weights.spec.block[1]} columns have no kernel"
         impl.choose(
