@@ -3,8 +3,8 @@
 A warpgroup takes 128 rows of a group x 128 columns of the cotangents of the activations, and the same of the pre-activations (of
 gate and up). What becomes of them, in float32 and rounded to 16 bits as in `moe_jax.ops.input_grad.through_activation`, takes
 their places in shared memory. From there each leaves as `quantize_blocks` would have sent it. A place that has been read takes
-what the next block needs while the others are quantized. All codes leave through one buffer, so that two CTAs share a
-multiprocessor. Not timed yet.
+what the next block needs while the others are quantized. All codes leave through one buffer; with a gate two CTAs still miss the
+shared memory of a multiprocessor by about a kilobyte, so one runs. Not timed yet.
 """
 
 from __future__ import annotations
