@@ -45,10 +45,12 @@ def send_first(send: Callable[[Any, int], None], size: Any, most: int, *, row_by
     def _():
         eights = jnp.maximum(size, 0) // 8
         pl.loop(0, eights)(lambda run: send(run * 8, 8))
+        if together == 1:  # the loop whose code was measured
+            pl.loop(eights * 8, jnp.maximum(size, 0))(lambda row: send(row, 1))
+            return
         begin, left = eights * 8, jnp.maximum(size, 0) - eights * 8
         pl.loop(0, left // together)(lambda run: send(begin + run * together, together))
-        if together > 1:
-            pl.when(left % together > 0)(lambda: send(begin + left - 1, 1))
+        pl.when(left % together > 0)(lambda: send(begin + left - 1, 1))
 
 
 class Operand:
