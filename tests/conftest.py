@@ -61,3 +61,25 @@ def pytest_collection_modifyitems(config, items):
     if gpu_items and not has_cuda_device():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="JAX sees no CUDA device"))
+
+
+# Linux gives a process 65530 areas of memory (vm.max_map_count) and JAX keeps some ten for each program it compiled; LLVM
+# aborts the process when it gets no more, which a worker that runs thousands of tests comes to.
+MOST_MEMORY_AREAS = 30_000
+TESTS_BETWEEN_CHECKS = 20  # a test adds some hundred areas, and counting them takes milliseconds
+tests_done = 0
+
+
+def memory_areas() -> int:
+    try:
+        with open("/proc/self/maps") as areas:
+            return sum(1 for _ in areas)
+    except OSError:  # no Linux, no such limit
+        return 0
+
+
+def pytest_runtest_teardown():
+    global tests_done
+    tests_done += 1
+    if tests_done % TESTS_BETWEEN_CHECKS == 0 and memory_areas() > MOST_MEMORY_AREAS:
+        jax.clear_caches()

@@ -125,7 +125,7 @@ def test_command(tmp_path, monkeypatch):
         "from step 0" in first.output and "from step 2" in second.output and "mean of the last 3 steps" in second.output
     )
     assert (tmp_path / "loss.png").stat().st_size > 1000 and (tmp_path / "expert_load.png").stat().st_size > 1000
-    for option, words in {"--size": "toy, gpu", "--balancing": "aux, bias, z, none"}.items():
+    for option, words in {"--size": "toy, small, gpu", "--balancing": "aux, bias, z, none"}.items():
         wrong = call(option, "other")
         assert wrong.exit_code != 0 and words in " ".join(wrong.output.replace("│", " ").split())
 
