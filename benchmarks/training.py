@@ -1,17 +1,22 @@
 """Times a layer forward, and forward and backward, with each of its kernels, beside torch's grouped matmul and autograd.
 
 python benchmarks/training.py --case qwen3-30b-a3b --case mixtral-8x7b --output benchmarks/results/NAME.json
+python benchmarks/training.py --case qwen3-30b-a3b --precision bfloat16 --precision fp8
 python benchmarks/training.py --case qwen3-235b --tokens 4096 --dry
 
-Gradients are those of hidden states, experts and router logits. Kernels are timed by CUPTI, calls by the clock with others queued
-behind. Rates count the products alone: 6 T k H I operations forward and twice as many backward, for gated experts.
+Gradients are those of hidden states, experts and router logits. Everything is compiled before anything is timed, side by side: a
+step has kernels of many row counts, and compiling takes minutes. Kernels are timed by CUPTI, calls by the clock with others
+queued behind. Rates count the products alone: 6 T k H I operations forward and twice as many backward, for gated experts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,15 +25,20 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 
-from moe_jax import moe
+from moe_jax import Fp8Training, moe
 from moe_jax.bench.cases import parse_case, parse_tokens
+from moe_jax.bench.compiling import THREADS
 from moe_jax.bench.environment import describe, has_gpu
 from moe_jax.bench.inputs import make_inputs, make_weights, parse_routings, weights_shape
 from moe_jax.bench.timing import call_time, kernel_times
 from moe_jax.config import MoEConfig
-from moe_jax.types import ExpertWeights
 
 ITERATIONS = 7
+PRECISIONS = {
+    "bfloat16": None,
+    "fp8": Fp8Training(),
+    "fp8-16-bit-weight-grad": Fp8Training(weight_grad=False),
+}
 
 
 def functions(config: MoEConfig, implementation: str = "auto") -> dict[str, Callable[..., Any]]:
@@ -59,25 +69,51 @@ def shapes_of(config: MoEConfig, tokens: int) -> tuple[Any, ...]:
     return x, weights_shape(config), jax.ShapeDtypeStruct((tokens, config.num_experts), jnp.float32), x
 
 
-def measure(config: MoEConfig, tokens: int, routing: str, experts: ExpertWeights) -> dict[str, Any]:
-    """The row of a number of tokens."""
-    x, logits = make_inputs(config, tokens, routing)
-    operands = x, experts, logits, jax.random.normal(jax.random.key(0), x.shape, x.dtype)
-    row: dict[str, Any] = {"tokens": tokens, "routing": routing}
-    for name, function in functions(config).items():
-        compiled = jax.jit(function).lower(*operands).compile()
-        kernels = kernel_times(compiled, *operands, iterations=ITERATIONS)
+def compile_all(jobs: list[tuple[MoEConfig, int]]) -> list[dict[str, jax.stages.Compiled]]:
+    """The functions of each configuration at a number of tokens, all compiled at once."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        running = [
+            {
+                name: pool.submit(lambda f, *shapes: jax.jit(f).lower(*shapes).compile(), function, *shapes_of(*job))
+                for name, function in functions(job[0]).items()
+            }
+            for job in jobs
+        ]
+        return [{name: future.result() for name, future in one.items()} for one in running]
+
+
+def measure(compiled: dict[str, jax.stages.Compiled], operands: tuple[Any, ...], config: MoEConfig) -> dict[str, Any]:
+    """Times and bytes of each function, and the rate of both directions."""
+    row: dict[str, Any] = {}
+    for name, program in compiled.items():
+        kernels = kernel_times(program, *operands, iterations=ITERATIONS)
         row[name] = {
-            "call_us": round(call_time(lambda compiled=compiled: compiled(*operands)), 1),
+            "call_us": round(call_time(lambda program=program: program(*operands)), 1),
             "kernels_total_us": round(sum(kernels.values()), 1),
             "kernels_us": {kernel: round(us, 1) for kernel, us in sorted(kernels.items(), key=lambda item: -item[1])},
-            "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+            "temp_bytes": program.memory_analysis().temp_size_in_bytes,
         }
-    row["both"]["tflops"] = rate(config, tokens, row["both"]["kernels_total_us"])
-    row["torch"] = by_torch(config, operands, compiled(*operands)[1][0])
-    if "call_us" in row["torch"]:
-        row["torch"]["tflops"] = rate(config, tokens, row["torch"]["call_us"])
+    row["both"]["tflops"] = rate(config, operands[0].shape[0], row["both"]["kernels_total_us"])
     return row
+
+
+def errors(found: Any, right: Any) -> dict[str, float]:
+    """Relative Frobenius errors of the output and the gradients of another precision.
+
+    Example:
+        >>> x = jnp.ones((2, 2))
+        >>> errors((x, (2 * x, (x, x), x)), (x, (x, (x, x), x)))
+        {'y': 0.0, 'x': 1.0, 'w13': 0.0, 'w2': 0.0, 'logits': 0.0}
+    """
+    names = ("y", "x", "w13", "w2", "logits")
+    pairs = zip(names, jax.tree.leaves(found), jax.tree.leaves(right), strict=True)
+    return {name: float(_error(a, b)) for name, a, b in pairs}
+
+
+@jax.jit
+def _error(found: jax.Array, right: jax.Array) -> jax.Array:
+    found, right = (a.astype(jnp.float32).ravel() for a in (found, right))
+    return jnp.linalg.norm(found - right) / jnp.linalg.norm(right)
 
 
 def rate(config: MoEConfig, tokens: int, us: float) -> float:
@@ -113,29 +149,56 @@ def main(
     case: Annotated[list[str], typer.Option(help="A name of moe-jax bench, or E,k,H,I; may be repeated.")],
     tokens: str = "16384",
     routing: str = "uniform",
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(PRECISIONS)}; may be repeated, gradients are compared with the first."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="A JSON file to write.")] = None,
     commit: Annotated[str | None, typer.Option(help="Of the source, where git does not know it.")] = None,
     dry: Annotated[bool, typer.Option("--dry", help="Only lower for CUDA; needs no GPU.")] = False,
 ) -> None:
-    configs = {name: parse_case(name).config("bfloat16") for name in case}
+    precisions = precision or ["bfloat16"]
+    if unknown := [name for name in precisions if name not in PRECISIONS]:
+        raise typer.BadParameter(f"precision {unknown[0]!r} must be one of {', '.join(PRECISIONS)}")
     counts, routings = parse_tokens(tokens), parse_routings(routing)
+    cells = list(itertools.product(case, counts, precisions))
+    configs = {
+        (name, precision): dataclasses.replace(parse_case(name).config("bfloat16"), fp8_training=PRECISIONS[precision])
+        for name, precision in itertools.product(case, precisions)
+    }
     if dry:
-        for name, config in configs.items():
-            for count in counts:
-                both = jax.jit(functions(config, "mosaic")["both"]).trace(*shapes_of(config, count))
-                text = both.lower(lowering_platforms=("cuda",)).as_text()
-                print(f"{name} {count}: {text.count('custom_call @mosaic_gpu')} Mosaic kernels", flush=True)
+        for name, count, precision in cells:
+            config = configs[name, precision]
+            both = jax.jit(functions(config, "mosaic")["both"]).trace(*shapes_of(config, count))
+            text = both.lower(lowering_platforms=("cuda",)).as_text()
+            print(f"{name} {count} {precision}: {text.count('custom_call @mosaic_gpu')} Mosaic kernels", flush=True)
         return
     if not has_gpu():
         raise typer.BadParameter(
             "JAX sees no GPU here, and there is nothing to time without one; --dry lowers for CUDA"
         )
     result = describe(commit, {"torch"}) | {"rows": []}
-    for name, config in configs.items():
+    jobs = [(configs[name, precision], count) for name, count, precision in cells]
+    compiled = dict(zip(cells, compile_all(jobs), strict=True))
+    for name in case:
+        config = configs[name, precisions[0]]
         experts = jax.block_until_ready(make_weights(config, jax.random.key(0)))
-        for count in counts:
-            for one in routings:
-                row = {"case": name, "dtype": config.dtype} | measure(config, count, one, experts)
+        for count, one in itertools.product(counts, routings):
+            x, logits = make_inputs(config, count, one)
+            operands = x, experts, logits, jax.random.normal(jax.random.key(0), x.shape, x.dtype)
+            first = None
+            for precision in precisions:
+                row = {"case": name, "dtype": config.dtype, "precision": precision, "tokens": count, "routing": one}
+                programs = compiled[name, count, precision]
+                row |= measure(programs, operands, config)
+                found = programs["both"](*operands)
+                if first is None:
+                    first = found
+                    row["torch"] = by_torch(config, operands, found[1][0])
+                    if "call_us" in row["torch"]:
+                        row["torch"]["tflops"] = rate(config, count, row["torch"]["call_us"])
+                else:
+                    row["errors"] = errors(found, first)
                 result["rows"].append(row)
                 print(json.dumps(row), flush=True)
                 if output is not None:

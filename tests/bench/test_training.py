@@ -45,11 +45,24 @@ def test_torch_has_the_same_gradient(script):
     assert script.by_torch(CONFIG, operands, 2 * dx)["dx_from_ours"] > 0.5
 
 
-def test_it_lowers_for_cuda(script, capsys):
-    script.main(["16,2,256,128"], tokens="100", routing="uniform", output=None, commit=None, dry=True)
-    assert capsys.readouterr().out == "16,2,256,128 100: 12 Mosaic kernels\n"
+@pytest.mark.parametrize("precision, kernels", [("bfloat16", 12), ("fp8", 17)])
+def test_it_lowers_for_cuda(script, capsys, precision, kernels):
+    script.main(["16,2,256,128"], tokens="100", precision=[precision], dry=True)
+    assert capsys.readouterr().out == f"16,2,256,128 100 {precision}: {kernels} Mosaic kernels\n"
 
 
-def test_it_needs_a_gpu(script):
+def test_a_step_is_compiled_and_compared(script):
+    (programs,) = script.compile_all([(CONFIG, 9)])
+    experts, (x, logits) = make_weights(CONFIG, jax.random.key(0)), make_inputs(CONFIG, 9)
+    found = programs["both"](x, experts, logits, x)
+    other = programs["both"](x, experts, logits, 2 * x)
+    assert set(programs) == {"forward", "both"}
+    assert script.errors(found, found) == dict.fromkeys(("y", "x", "w13", "w2", "logits"), 0.0)
+    assert script.errors(other, found) == pytest.approx({"y": 0, "x": 1, "w13": 1, "w2": 1, "logits": 1}, abs=1e-5)
+
+
+def test_what_is_unknown_is_refused(script):
     with pytest.raises(typer.BadParameter, match="no GPU"):
         script.main(["small"])
+    with pytest.raises(typer.BadParameter, match="'fp4' must be one of bfloat16, fp8"):
+        script.main(["small"], precision=["fp4"])
