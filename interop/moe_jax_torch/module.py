@@ -13,7 +13,7 @@ from moe_jax_torch.eager import is_plain
 from moe_jax_torch.functional import fused_experts, fused_topk, grouped_topk
 from moe_jax_torch.ops import moe
 from moe_jax_torch.parallel import Ranks, checked_map
-from moe_jax_torch.quantized import QuantConfig, as_stored, parameters_of, scale_name
+from moe_jax_torch.quantized import QuantConfig, as_stored, check_part, parameters_of, scale_name, scales_matrices
 
 
 class FusedMoE(torch.nn.Module):
@@ -45,7 +45,7 @@ class FusedMoE(torch.nn.Module):
             before the layer, and reducing after it, is the caller's.
         enable_expert_parallel: split experts, not their intermediate size, over the ranks of dp and tp.
         quant_config: the name of a number format, such as ``fp8_block``, ``fp8_channel`` or ``int8_weight``: the layer then holds
-            codes and scales, to be loaded, and has no gradient. Without tensor parallelism.
+            codes and scales, to be loaded, and has no gradient. Ranks' parts of I must be whole blocks.
         device, dtype: of the parameters; the dtypes of codes and scales are the format's, also after `to`.
 
     Attributes:
@@ -147,11 +147,12 @@ class FusedMoE(torch.nn.Module):
             self.w13_weight = parameter(rows, hidden_size)
             self.w2_weight = parameter(hidden_size, part)
         else:
-            if tp_size > 1 or activation == "swigluoai":
+            if activation == "swigluoai":
                 raise ValueError(
-                    f"quant_config={quant_config!r} takes neither tensor parallelism (tp_size={tp_size}), use experts' instead, "
-                    f"nor alternating rows (activation={activation!r}), use 'swigluoai_uninterleave'"
+                    f"quant_config={quant_config!r} does not take alternating rows (activation={activation!r}), use "
+                    "'swigluoai_uninterleave'"
                 )
+            check_part(quant_config, intermediate_size, tp_size)
             self._quantized = parameters_of(quant_config, self.num_local_experts, rows, hidden_size, part)
             for name, (shape, code) in self._quantized.items():
                 empty = torch.empty(shape, dtype=code, device=device)
@@ -329,11 +330,11 @@ class FusedMoE(torch.nn.Module):
             target.zero_()  # the sum over the ranks has the bias once
             return True
         if split is not None and self.tp_size > 1:
-            part = self.intermediate_size // self.tp_size
-            if loaded_weight.dim() <= split or loaded_weight.shape[split] != self.intermediate_size:
+            part = target.shape[split]  # of I, or of its scales or bytes
+            if loaded_weight.dim() <= split or loaded_weight.shape[split] != part * self.tp_size:
                 raise ValueError(
                     f"{weight_name} is {tuple(loaded_weight.shape)}, but axis {split} must be the whole intermediate_size="
-                    f"{self.intermediate_size}, of which this rank takes {part}"
+                    f"{self.intermediate_size}, here {part * self.tp_size}, of which this rank takes {part}"
                 )
             loaded_weight = loaded_weight.narrow(split, self.tp_rank * part, part)
         if loaded_weight.squeeze().shape == target.squeeze().shape:
@@ -360,16 +361,17 @@ class FusedMoE(torch.nn.Module):
         name = next((name for name, mine in self._parameters.items() if mine is param and mine is not None), "")
         if not name.startswith("w2_" if shard_id == "w2" else "w13_"):
             raise ValueError(f"{weight_name}: shard {shard_id!r} does not belong into the parameter that was given")
-        if shard_id == "w2":
-            return param, 1 if name == "w2_weight" else None
+        if shard_id == "w2":  # of scales those that change along I
+            return param, 1 if param.dim() == 3 else None
         if param.dim() == 1:  # a scale for gate and up together
             return param, None
+        split = None if self._quantized and scales_matrices(self.quant_config, name) else 0
         if not self.is_gated:
-            return param, 0
+            return param, split
         if self.activation == "swigluoai":
             return param[:, 0 if shard_id == "w1" else 1 :: 2], 0
         half = param.shape[1] // 2
-        return (param[:, :half] if shard_id == "w1" else param[:, half:]), 0
+        return (param[:, :half] if shard_id == "w1" else param[:, half:]), split
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedMoE:
         """`to`, `half`, `to_empty` and their like: the map keeps its values, codes, scales and correction bias their dtype."""

@@ -123,6 +123,35 @@ def scale_name(format: str) -> str:
     return "weight_scale_inv" if quant_format(format).weights.granularity == "block" else "weight_scale"
 
 
+def scales_matrices(format: str, name: str) -> bool:
+    """Whether a parameter of `parameters_of` has a number for a matrix, which ranks that share out its rows have in common.
+
+    Example:
+        >>> scales_matrices("fp8_tensor", "w13_weight_scale"), scales_matrices("fp8_channel", "w13_weight_scale")
+        (True, False)
+    """
+    whole = quant_format(format).weights.granularity == "tensor"
+    return name.endswith("weight_scale_2") or (whole and name.endswith(scale_name(format)))
+
+
+def check_part(format: str, intermediate_size: int, tp_size: int) -> None:
+    """Whether the parts of I that ranks have are whole blocks, each with a scale of its own.
+
+    Raises:
+        ValueError: they are not, or there is no such format.
+
+    Example:
+        >>> check_part("fp8_block", 768, 2)
+    """
+    part, block = intermediate_size // tp_size, quant_format(format).weights.block
+    for size in block or ():
+        if tp_size > 1 and part % size:
+            raise ValueError(
+                f"intermediate_size={intermediate_size} on tp_size={tp_size} ranks is {part} on each, but {format!r} has a scale "
+                f"for {size} of it, which ranks cannot share; use expert parallelism (ep_size={tp_size}), or fewer ranks"
+            )
+
+
 class _Static(NamedTuple):
     format: str
     activation: str

@@ -142,41 +142,48 @@ def whole_scale(tensor, half):
     return tensor[:middle] if half == "w1" else tensor[middle:]
 
 
+def arrays_of(layer, config):
+    """What a module holds, by its name there, of all experts and ranks."""
+    suffix = "weight_scale_inv" if config.format == "fp8_block" else "weight_scale"
+    kinds = {suffix: "scale", "weight_zero_point": "zp", "weight_scale_2": "global_scale"}
+    arrays = {"w13_weight": layer.w1, "w2_weight": layer.w2}
+    for mine, theirs in (("w13", "w1"), ("w2", "w2")):
+        arrays |= {f"{mine}_{kind}": getattr(config, f"{theirs}_{name}") for kind, name in kinds.items()}
+    arrays |= {"w13_input_scale": config.a1_scale, "w2_input_scale": config.a2_scale}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def load(module, arrays, here):
+    """Every shard of every expert; `here` says of an expert whether the module has it."""
+    assert set(module.state_dict()) == set(arrays)
+    for key, array in arrays.items():
+        for expert in range(6):
+            for shard in ("w2",) if key.startswith("w2") else ("w1", "w3"):
+                part = array[expert] if shard == "w2" else whole_scale(array[expert], shard)
+                if module.quant_config == "nvfp4" and part.element_size() == 1:  # as the bytes that they are
+                    part = part.view(torch.float4_e2m1fn_x2 if key.endswith("weight") else torch.uint8)
+                part = part[:, None] if key.endswith("weight_scale") and part.dim() == 1 and len(part) > 1 else part
+                assert module.weight_loader(getattr(module, key), part, key, shard, expert) == here(expert)
+
+
+def routed(layer, config):
+    """The whole layer's output for some logits, and the logits."""
+    logits = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    chosen, ids = logits.topk(3, dim=1)
+    return fused_experts(layer.x, layer.w1, layer.w2, chosen.softmax(1), ids, quant_config=config).float(), logits
+
+
 @pytest.mark.parametrize(
     "name", ["fp8_block", "fp8_channel", "int8_weight", "fp8_weight_tensor", "int8_channel_static", "nvfp4", "mxfp4"]
 )
 def test_module_loaded_shard_by_shard(name):
     _, layer, config = quantized(layer_of(dtype=torch.bfloat16, **SIZES), name)
-    suffix = "weight_scale_inv" if name == "fp8_block" else "weight_scale"
-    arrays = {
-        "w13_weight": layer.w1,
-        "w2_weight": layer.w2,
-        f"w13_{suffix}": config.w1_scale,
-        f"w2_{suffix}": config.w2_scale,
-    }
-    if config.a1_scale is not None:
-        arrays |= {"w13_input_scale": config.a1_scale, "w2_input_scale": config.a2_scale}
-    if config.w1_global_scale is not None:
-        arrays |= {"w13_weight_scale_2": config.w1_global_scale, "w2_weight_scale_2": config.w2_global_scale}
-    logits = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
-    total, parts = torch.zeros(8, 64), []
-    for rank in range(2):
-        module = FusedMoE(6, 3, 64, 32, quant_config=name, ep_size=2, ep_rank=rank)
-        assert set(module.state_dict()) == set(arrays)
-        for key, array in arrays.items():
-            for expert in range(6):
-                for shard in ("w2",) if key.startswith("w2") else ("w1", "w3"):
-                    part = array[expert] if shard == "w2" else whole_scale(array[expert], shard)
-                    if name == "nvfp4" and part.element_size() == 1:  # as the bytes that they are
-                        part = part.view(torch.float4_e2m1fn_x2 if key.endswith("weight") else torch.uint8)
-                    part = part[:, None] if key.endswith("weight_scale") and part.dim() == 1 and len(part) > 1 else part
-                    here = module.weight_loader(getattr(module, key), part, key, shard, expert)
-                    assert here == (expert // 3 == rank)
-        parts.append(module)
-        total += module(layer.x, logits).float()
-    chosen, ids = logits.topk(3, dim=1)
-    expected = fused_experts(layer.x, layer.w1, layer.w2, chosen.softmax(1), ids, quant_config=config)
-    assert_discriminates(lambda out: check_close(out, expected.float(), 1e-2), total)
+    expected, logits = routed(layer, config)
+    parts = [FusedMoE(6, 3, 64, 32, quant_config=name, ep_size=2, ep_rank=rank) for rank in range(2)]
+    for rank, module in enumerate(parts):
+        load(module, arrays_of(layer, config), lambda expert, rank=rank: expert // 3 == rank)
+    total = sum(module(layer.x, logits).float() for module in parts)
+    assert_discriminates(lambda out: check_close(out, expected, 1e-2), total)
     twin = FusedMoE(6, 3, 64, 32, quant_config=name, ep_size=2)
     twin.load_state_dict(parts[0].state_dict())
     moved = copy.deepcopy(parts[0]).to(torch.float16).half()
@@ -186,14 +193,41 @@ def test_module_loaded_shard_by_shard(name):
         assert torch.equal(twin(layer.x, logits), parts[0](layer.x, logits))
 
 
+@pytest.mark.parametrize(
+    ("name", "intermediate", "tolerance"),
+    [
+        ("fp8_block", 256, 1e-2),
+        ("fp8_channel", 64, 3e-2),  # each rank scales its part of a row by itself
+        ("fp8_weight_tensor", 64, 1e-2),
+        ("int8_channel_static", 64, 1e-2),
+        ("int4_group32_zp", 64, 1e-2),
+        ("nvfp4", 64, 1e-2),
+    ],
+)
+def test_ranks_share_out_the_intermediate_size(name, intermediate, tolerance):
+    sizes = SIZES | {"intermediate": intermediate}
+    _, layer, config = quantized(layer_of(dtype=torch.bfloat16, **sizes), name)
+    expected, logits = routed(layer, config)
+    parts = [FusedMoE(6, 3, 64, intermediate, quant_config=name, tp_size=2, tp_rank=rank) for rank in range(2)]
+    for module in parts:
+        load(module, arrays_of(layer, config), lambda expert: True)
+    first, second = (module(layer.x, logits).float() for module in parts)
+    assert_discriminates(lambda out: check_close(out, expected, tolerance), first + second)
+    with pytest.raises(ValueError, match=f"here {intermediate}, of which this rank takes {intermediate // 2}"):
+        short = layer.w1[0, : intermediate - 2]
+        parts[0].weight_loader(parts[0].w13_weight, short, "some.name", "w1", 0)
+
+
 def test_what_a_quantized_module_refuses():
     module = FusedMoE(6, 3, 64, 32, quant_config="fp8_channel")
     with pytest.raises(ValueError, match=r"some.name is torch.bfloat16 .*here is torch.float8_e4m3fn \(32, 64\)"):
         module.weight_loader(module.w13_weight, torch.ones(32, 64, dtype=torch.bfloat16), "some.name", "w1", 0)
     with pytest.raises(ValueError, match="does not belong"):
         module.weight_loader(module.w2_weight_scale, torch.ones(32), "some.name", "w1", 0)
-    with pytest.raises(ValueError, match="takes neither tensor parallelism"):
-        FusedMoE(6, 3, 64, 32, quant_config="fp8_channel", tp_size=2)
+    with pytest.raises(ValueError, match="does not take alternating rows"):
+        FusedMoE(6, 3, 64, 32, quant_config="fp8_channel", activation="swigluoai")
+    with pytest.raises(ValueError, match="is 64 on each, but 'fp8_block' has a scale for 128 of it.*ep_size=2"):
+        FusedMoE(6, 3, 64, 128, quant_config="fp8_block", tp_size=2)
     with pytest.raises(ValueError, match="format 'fp7' is not one of"):
         FusedMoE(6, 3, 64, 32, quant_config="fp7")
     with pytest.raises(RuntimeError, match="have no gradient"):
