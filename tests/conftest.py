@@ -11,9 +11,13 @@ from jaxtyping import install_import_hook
 # barriers, each blocking a thread: with one thread a core they deadlock on a small machine.
 os.environ.setdefault("NPROC", "64")
 
-# Meshes of several devices on a CPU. Read once, when JAX starts; GPUs are as many as there are.
+# Meshes of several devices on a CPU (GPUs are as many as there are). Devices that wait for one another in a collective abort
+# the process after 40 seconds, which they may take on a machine whose few cores are all busy. Read once, when JAX starts.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+        " --xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+        " --xla_cpu_collective_timeout_seconds=600"
+    )
 
 # torch's threads spin while they wait for one another, which on a machine whose cores are all busy (several test
 # workers) makes an operation up to a hundred times slower. Read once, when torch is imported.
