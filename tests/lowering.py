@@ -1,5 +1,6 @@
 """What a function becomes on a GPU, seen on a machine without one: it is lowered for CUDA, not compiled."""
 
+import contextlib
 import re
 from collections import Counter
 from unittest import mock
@@ -8,6 +9,7 @@ import jax
 import pytest
 
 from moe_jax import _compat
+from moe_jax.kernels.hopper import matmul_config
 
 # Reshapes cost nothing on a GPU; constants, and what is made of constants alone, are computed when the program is compiled.
 FREE = {"reshape", "constant", "iota", "broadcast_in_dim"}
@@ -15,9 +17,23 @@ H200_MULTIPROCESSORS = 132
 MOSAIC = re.compile(r"mosaic_gpu\w*")
 
 
+# Of the row counts that tiles may have. Each is a copy of a kernel's loop, and lowering them takes most of a test's time: a few.
+FEW_ROW_COUNTS = {"_FEW": (8, 24, 64), "_SOME": (48, 128), "_MANY": (112, 160), "_MOST": (112, 192)}
+
+
+@contextlib.contextmanager
+def an_h200():
+    """Kernels are lowered as for an H200, with a few of their row counts."""
+    with (
+        mock.patch.object(_compat, "num_multiprocessors", lambda: H200_MULTIPROCESSORS),
+        mock.patch.multiple(matmul_config, **FEW_ROW_COUNTS),
+    ):
+        yield
+
+
 def lower(function, *operands) -> str:
     """The StableHLO of ``function`` on an H200. Operands are arrays or `like`."""
-    with mock.patch.object(_compat, "num_multiprocessors", lambda: H200_MULTIPROCESSORS):
+    with an_h200():
         lowered = jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",))
     return without_strings(lowered.as_text())
 

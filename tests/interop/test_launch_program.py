@@ -3,7 +3,6 @@
 import functools
 import math
 import re
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +12,18 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 
-from moe_jax import ExpertWeights, MoEConfig, RoutingConfig, _compat, moe, quantize_experts
+from moe_jax import ExpertWeights, MoEConfig, RoutingConfig, moe, quantize_experts
 from moe_jax_torch import calls
 from moe_jax_torch.program import NotLaunchable, Place, Program, TensorType
 from moe_jax_torch.workspace import ALIGNMENT, Span, arrange
-from tests.lowering import H200_MULTIPROCESSORS, like, without_strings
+from tests.lowering import an_h200, like, without_strings
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 8, 2, 256, 128
 BYTES = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4, "f8E4M3FN": 1}
 
 
 def lowered(function, *operands, **static):
-    with mock.patch.object(_compat, "num_multiprocessors", lambda: H200_MULTIPROCESSORS):
+    with an_h200():
         return function.trace(*operands, **static).lower(lowering_platforms=("cuda",))
 
 

@@ -9,6 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax import _compat
 from moe_jax.kernels.hopper import matmul_config
+from tests.lowering import FEW_ROW_COUNTS
 
 
 def quick_callbacks(patch):
@@ -43,7 +44,7 @@ def interpreter(monkeypatch, capsys):
     """
     monkeypatch.setattr(_compat, "num_multiprocessors", lambda: 2)
     # Each row count of a tile is a copy of the kernel's loop to be traced and compiled: a few, but where all are the subject.
-    for name, counts in (("_FEW", (8, 24, 64)), ("_SOME", (48, 128)), ("_MANY", (112, 160)), ("_MOST", (112, 192))):
+    for name, counts in FEW_ROW_COUNTS.items():
         monkeypatch.setattr(matmul_config, name, counts)
     quick_callbacks(monkeypatch)
     monkeypatch.setattr(_compat, "interpret_params", lambda: plgpu.InterpretGPUParams(detect_races=True))
