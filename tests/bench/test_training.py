@@ -11,6 +11,7 @@ import typer
 from moe_jax import moe
 from moe_jax.bench.cases import parse_case
 from moe_jax.bench.inputs import make_inputs, make_weights
+from tests.lowering import an_h200
 from tests.util import check_close
 
 PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "training.py"
@@ -47,7 +48,8 @@ def test_torch_has_the_same_gradient(script):
 
 @pytest.mark.parametrize("precision, kernels", [("bfloat16", 12), ("fp8", 17)])
 def test_it_lowers_for_cuda(script, capsys, precision, kernels):
-    script.main(["16,2,256,128"], tokens="100", precision=[precision], dry=True)
+    with an_h200():
+        script.main(["16,2,256,128"], tokens="100", precision=[precision], dry=True)
     assert capsys.readouterr().out == f"16,2,256,128 100 {precision}: {kernels} Mosaic kernels\n"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax.tuning.plan import LayerShape, default_plan
+from tests.lowering import an_h200
 
 PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "variants.py"
 
@@ -39,7 +40,8 @@ def test_changes(variants):
 
 
 def test_it_lowers_each_variant(variants, capsys):
-    variants.main(["16,2,256,128:100"], ["up.stages=3", "down.band=2"], turns=1, dry=True)
+    with an_h200():
+        variants.main(["16,2,256,128:100"], ["up.stages=3", "down.band=2"], turns=1, dry=True)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 3 and "stages=3" in printed[1] and "band=2" in printed[2]
 

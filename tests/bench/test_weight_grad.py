@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.kernels.hopper.weight_grad import Config
+from tests.lowering import an_h200
 
 PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "weight_grad.py"
 
@@ -52,6 +53,7 @@ def test_outputs_are_checked(script, accumulate):
 
 def test_it_lowers_each_variant(script, capsys):
     changes = ["stages=2", "blocks=2", "blocks=2,tile_n=128"]
-    script.main(["16,2,256,128:100"], changes, turns=1, dry=True, accumulate=True)
+    with an_h200():
+        script.main(["16,2,256,128:100"], changes, turns=1, dry=True, accumulate=True)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 8 and "stages=2" in printed[1] and "at most 256" in printed[2]

@@ -10,13 +10,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe_jax import MoEConfig, RoutingConfig, _compat, apply_experts, explanation, moe
 from moe_jax.explanation import explain, explain_plan
 from moe_jax.kernels.hopper import matmul_bf16 as kernel
+from moe_jax.kernels.hopper import matmul_config
 from moe_jax.ops import implementation
 from moe_jax.ops.group_tokens import group_tokens
 from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.tuning import cache
 from moe_jax.tuning.plan import LayerShape, default_plan, plan_for
 from tests.layers import check_layer, experts_of, logits_of, reference_moe, topk_of, x_of
-from tests.lowering import like, lower
+from tests.lowering import FEW_ROW_COUNTS, like, lower
 from tests.tuning.plans import entry_of
 
 CONFIG = MoEConfig(4, 2, 64, 48)
@@ -27,6 +28,8 @@ SHAPE = LayerShape.of(CONFIG, TOKENS)
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch):
     monkeypatch.setattr(cache, "device_kind", lambda: "cpu")
+    for name, counts in FEW_ROW_COUNTS.items():
+        monkeypatch.setattr(matmul_config, name, counts)
 
 
 @pytest.fixture
