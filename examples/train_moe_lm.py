@@ -4,6 +4,7 @@
     python examples/train_moe_lm.py --balancing bias         # DeepSeek-V3's balancing without a loss
     python examples/train_moe_lm.py --size small --precision fp8  # FP8 products in the experts, bfloat16 beside them
     python examples/train_moe_lm.py --devices 2              # batch and experts over two devices (virtual ones of a CPU)
+    python examples/train_moe_lm.py --size small --precision fp8 --devices 2  # both
     python examples/train_moe_lm.py --size gpu --steps 2000  # bfloat16, a real size
 
 Call it again with the same `--folder` and it goes on from the last checkpoint, with the numbers that an uninterrupted run has.

@@ -223,23 +223,6 @@ def test_what_cannot_be_trained_so():
     assert config_of(OFF, intermediate_size=96, dtype="float32").fp8_training is OFF
 
 
-def test_over_a_mesh_it_is_refused(topk):
-    from moe_jax import ParallelConfig
-    from moe_jax.parallel import moe_sharded
-
-    mesh = jax.make_mesh((1,), ("tp",))
-    config = config_of(Fp8Training())
-    with pytest.raises(ValueError, match="fp8_training is for a layer on one device"):
-        moe_sharded(
-            x_of(0, config, 8),
-            experts_of(0, config),
-            normal(0, 8, 4),
-            config,
-            parallel=ParallelConfig.of_mesh(mesh),
-            mesh=mesh,
-        )
-
-
 @pytest.mark.once
 def test_on_a_gpu_all_products_are_kernels():
     config = MoEConfig(128, 8, 2048, 768, fp8_training=Fp8Training())

@@ -15,6 +15,7 @@ from moe_jax.parallel.config import ParallelConfig
 from moe_jax.parallel.exchange import late_axes
 from moe_jax.parallel.placement import ExpertPlacement
 from moe_jax.quantization.array import QuantizedArray
+from moe_jax.quantization.fp8_training import ROWS
 from moe_jax.quantization.slicing import pad_columns, with_codes
 from moe_jax.types import ExpertWeights, SharedExpertWeights
 
@@ -180,6 +181,8 @@ def _split(experts: ExpertWeights, config: MoEConfig, parts: int) -> ExpertWeigh
         if isinstance(weights, QuantizedArray) and weights.spec.block is not None:
             block = math.lcm(block, weights.spec.block[axis])
     activations = None if config.quantization is None else config.quantization.activations
+    if config.fp8_training is not None and config.fp8_training.anything:
+        activations = ROWS
     if (
         activations is not None and activations.granularity == "group"
     ):  # so that a rank's groups are those of the whole row

@@ -78,7 +78,7 @@ class Fp8Training:
             if size % GROUP:
                 raise ValueError(
                     f"fp8_training needs a {name} that is a multiple of {GROUP}, as many elements share a scale; got {size}: "
-                    "pad the layer, or leave fp8_training None"
+                    "pad the layer (`moe_jax.parallel.place_experts` does it for the parts of ranks), or leave fp8_training None"
                 )
         if dtype == "float32":
             raise ValueError(

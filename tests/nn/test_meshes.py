@@ -11,7 +11,7 @@ from flax import linen, nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import MoEConfig, ParallelConfig, RoutingConfig
+from moe_jax import Fp8Training, MoEConfig, ParallelConfig, RoutingConfig
 from moe_jax.nn import MoE, balance, sown, sown_sum
 from moe_jax.nn import linen as moe_linen
 from moe_jax.parallel import Batched
@@ -34,10 +34,10 @@ def make(config, **settings):
     return nnx.jit(lambda: MoE(config, rngs=nnx.Rngs(0), **settings))()
 
 
-def sharded_layer(mesh, rules, **options):
+def sharded_layer(mesh, rules, config=CONFIG, **options):
     """Its parameters are made where the rules say, and its tokens go to their experts over the mesh."""
     with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):
-        return make(CONFIG, parallel=ParallelConfig.of_mesh(mesh, **options), mesh=mesh)
+        return make(config, parallel=ParallelConfig.of_mesh(mesh, **options), mesh=mesh)
 
 
 def loss(layer, x):
@@ -86,6 +86,20 @@ def test_a_mesh_gives_the_numbers_of_one_device(alone, shape, rules, options):
     np.testing.assert_array_equal(sown(sowed, "expert_loads")[()], sown(intermediates, "expert_loads")[()])
     for name in ("router", "w13", "w2", "shared_w13", "shared_w2"):
         check_close(slope[name].get_value(), gradient[name].get_value(), 2e-5)
+
+
+def test_fp8_with_parameters_in_parts():
+    """FSDP over the hidden size, beside expert parallelism: weights are gathered in bfloat16 and quantized where they are used."""
+    config = MoEConfig(4, 2, 128, 128, fp8_training=Fp8Training())
+    x, mesh = normal(1, 64, 128), mesh_of(2, 2)
+    rules = (("expert", "dp"), ("embed", "tp"), ("mlp", None))
+    (value, _), gradient = value_and_gradient(make(config), x)
+    layer = sharded_layer(mesh, rules, config, enable_expert_parallel=True)
+    assert layer.w13[...].sharding.is_equivalent_to(NamedSharding(mesh, P("dp", None, "tp")), 3)
+    (mine, _), slope = value_and_gradient(layer, jax.device_put(x, NamedSharding(mesh, P("dp"))))
+    check_close(mine, value, 1e-3)
+    for name in ("router", "w13", "w2"):
+        check_close(slope[name].get_value(), gradient[name].get_value(), 2e-2)
 
 
 def test_experts_that_do_not_divide_find_their_ranks():
