@@ -36,13 +36,13 @@ def problem(counts, rest, m, n):
     return (*given, jnp.asarray(firsts, jnp.int32), jnp.asarray(counts, jnp.int32)), expected
 
 
-def run(operands, out_dtype="float32", multiprocessors=2, **changes):
+def run(operands, accumulate=None, out_dtype="float32", multiprocessors=2, **changes):
     options = {
         "out_dtype": jnp.dtype(out_dtype),
         "config": kernel.Config(**changes),
         "multiprocessors": multiprocessors,
     }
-    return np.asarray(kernel.weight_grad(*operands, interpret=_compat.interpret_params(), **options))
+    return np.asarray(kernel.weight_grad(*operands, accumulate, interpret=_compat.interpret_params(), **options))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -58,13 +58,25 @@ def test_products_of_the_blocks_of_each_expert(name):
 
 def test_bfloat16_out_and_another_ring():
     operands, expected = problem([3, 1], 0, 128, 256)
-    check_close(run(operands, "bfloat16", stages=2, band=1).astype(np.float64), expected, 3e-3)
+    check_close(run(operands, out_dtype="bfloat16", stages=2, band=1).astype(np.float64), expected, 3e-3)
 
 
-def test_it_lowers_for_cuda():
+def test_sums_are_added_to():
+    """Of all experts, those without rows among them, through fewer buffers than blocks and more than one tile a worker."""
+    operands, expected = problem([1, 0, 2], 0, 128, 384)
+    before = normal(7, *expected.shape, scale=20.0)
+    out = run(operands, before, multiprocessors=1)
+    check_close(out, expected + np.asarray(before, np.float64), 1e-6)
+    np.testing.assert_array_equal(out[1], before[1])
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_it_lowers_for_cuda(accumulates):
     operands = []
     for size in (1536, 2048):
         operands += [like(jnp.float8_e4m3fn, size, 1024), like(jnp.float32, size // GROUP, 8)]
     operands += [like(jnp.int32, 4)] * 2
-    text = lower(lambda *given: kernel.weight_grad(*given, out_dtype="bfloat16"), *operands)
+    operands += [like(jnp.float32, 4, 1536, 2048)] if accumulates else []
+    out_dtype = "float32" if accumulates else "bfloat16"
+    text = lower(lambda *given: kernel.weight_grad(*given, out_dtype=out_dtype), *operands)
     assert sum(operations(text).values()) == 1
