@@ -10,7 +10,9 @@ from jaxtyping import Array, Float, Int
 from moe_jax.ops import implementation as impl
 from moe_jax.ops.group_tokens import Groups
 from moe_jax.quantization.array import QuantizedArray
-from moe_jax.quantization.fp8_training import BLOCKS, GROUP
+from moe_jax.quantization.fp8_training import GRADIENT_DTYPES, GROUP, blocks_spec
+
+_SPECS = tuple(blocks_spec(dtype) for dtype in GRADIENT_DTYPES)
 
 
 def quantized_weight_grad(
@@ -39,10 +41,10 @@ def quantized_weight_grad(
 
     shape = (groups.group_sizes.shape[0], left.shape[0], right.shape[0])
     for name, operand in (("left", left), ("right", right)):
-        if operand.spec != BLOCKS or operand.ndim != 2 or operand.shape[1] != left.shape[1]:
+        if operand.spec not in _SPECS or operand.ndim != 2 or operand.shape[1] != left.shape[1]:
             raise ValueError(
-                f"{name} has shape {operand.shape} and {operand.spec}, but both must have {left.shape[1]} columns and {BLOCKS}; "
-                "use quantize_transposed with the same groups"
+                f"{name} has shape {operand.shape} and {operand.spec}, but both must have {left.shape[1]} columns and be FP8 in "
+                f"blocks of {GROUP} x {GROUP}; use quantize_transposed with the same groups"
             )
     if 0 in (*shape, left.shape[1]):
         return jnp.zeros(shape, out_dtype) if accumulate is None else accumulate

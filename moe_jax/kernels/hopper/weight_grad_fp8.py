@@ -31,6 +31,7 @@ from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS
 CONSUMERS, HALVES = 2, 2
 GROUP = 128  # of the contracted axis that share a scale, and of the other: a step
 TILE = CONSUMERS * WGMMA_ROWS, HALVES * GROUP
+_OPERANDS = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))  # in any pair: wgmma takes both together
 _OUTPUTS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float32))
 
 
@@ -52,8 +53,8 @@ class Config:
 def supports(left: Any, right: Any, out_dtype: Any) -> str | None:
     """Why this kernel cannot run the problem; None if it can. Shapes as in `weight_grad`."""
     for name, operand in (("left", left), ("right", right)):
-        if operand.dtype != jnp.float8_e4m3fn:
-            return f"{name} is {operand.dtype}, but must be float8_e4m3fn"
+        if operand.dtype not in _OPERANDS:
+            return f"{name} is {operand.dtype}, but must be float8_e4m3fn or float8_e5m2"
         if operand.shape[0] % GROUP or operand.shape[1] % GROUP:
             return f"{name} has shape {operand.shape}: both must be multiples of {GROUP}, of whole blocks"
     if jnp.dtype(out_dtype) not in _OUTPUTS:
@@ -91,7 +92,7 @@ def weight_grad(
         multiprocessors: of the device, by default.
     """
     (m, _), n, experts, stages = left.shape, right.shape[0], firsts.shape[0], config.stages
-    (tile_m, tile_n), dtype, out_dtype = TILE, left.dtype, jnp.dtype(out_dtype)
+    (tile_m, tile_n), out_dtype = TILE, jnp.dtype(out_dtype)
     m_tiles, n_tiles = pl.cdiv(m, tile_m), pl.cdiv(n, tile_n)
     total = experts * m_tiles * n_tiles
     workers = min(multiprocessors or _compat.num_multiprocessors(), total)
@@ -190,8 +191,8 @@ def weight_grad(
 
     body.__name__ = "weight_grad_fp8"
     scratch = [
-        plgpu.SMEM((stages, tile_m, GROUP), dtype, transforms=tiles.transforms(GROUP, dtype)),
-        plgpu.SMEM((stages, tile_n, GROUP), dtype, transforms=tiles.transforms(GROUP, dtype)),
+        plgpu.SMEM((stages, tile_m, GROUP), left.dtype, transforms=tiles.transforms(GROUP, left.dtype)),
+        plgpu.SMEM((stages, tile_n, GROUP), right.dtype, transforms=tiles.transforms(GROUP, right.dtype)),
         store.buffers(n),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
