@@ -12,9 +12,8 @@ from tests.util import assert_discriminates, check_close
 pytestmark = pytest.mark.once
 
 
-@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
-def test_both_directions(dtype):
-    config = MoEConfig(2, 1, 128, 128, fp8_training=Fp8Training(gradient_dtype=dtype))
+def test_both_directions():
+    config = MoEConfig(2, 1, 128, 128, fp8_training=Fp8Training(gradient_dtype="float8_e5m2"))
     x, experts, topk = x_of(0, config, 12), experts_of(0, config), topk_of(0, config, 12)
     g = normal(1, 12, 128, dtype="bfloat16")
 
