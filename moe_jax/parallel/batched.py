@@ -243,6 +243,6 @@ def batched_experts(
         down = None if plan is None else plan.down
         return grouped_matmul(hidden, experts.w2, groups, bias=experts.w2_bias, config=down, **options)
 
-    if config.fp8_training is not None:  # each row is a token with one expert
+    if config.fp8_training is not None and config.fp8_training.anything:  # each row is a token with one expert
         layer = with_gradient(layer, config, implementation=implementation)
     return layer(rows, experts, groups, None).reshape(local, max_tokens, hidden_size)

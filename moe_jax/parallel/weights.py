@@ -27,7 +27,7 @@ def place_experts(
 
     With expert parallelism each rank has room for as many experts as the fullest has, zeros where it has fewer. Otherwise each
     has its part of every expert's intermediate size I, of gate rows and of up rows each; if a part were not whole blocks of a
-    number format, or I has no equal parts, I is filled up with zeros.
+    number format or of FP8 training, or I has no equal parts, I is filled up with zeros.
 
     Args:
         experts: of all ranks, ``E_local`` = E, floating or quantized.

@@ -12,6 +12,12 @@ trained stay as they are, in the layer's dtype or in float32. What is quantized,
 
 These are the granularities of DeepSeek-V3 (arXiv 2412.19437, section 3.3), up to the last, which there is a row of 128 too. All
 sums are float32: tensor cores add up 128 products, which are then scaled and added to float32 registers.
+
+Over a mesh the same rows and weights have the same codes as on one device. A rank has all rows of its experts in the order of
+tokens, and a part of an expert is whole blocks (`moe_jax.parallel.place_experts`). What differs is where sums are rounded to the
+layer's dtype: those over the experts of a token, and with parts of experts those over I, are added up over ranks. Tokens taken in
+chunks have blocks of rows of their own; `moe_jax.parallel.Batched` rows have cotangents that their router weights are in already.
+Tokens and their cotangents travel in the layer's dtype.
 """
 
 from __future__ import annotations
@@ -52,8 +58,8 @@ class Fp8Training:
         forward: both projections.
         input_grad: the gradients of their inputs.
         weight_grad: the gradients of their weights.
-        gradient_dtype: of the gradients that come into these products. ``float8_e4m3fn``, or ``float8_e5m2``, which rounds
-            them twice as coarsely but reaches further below the largest of a block: 2^-32 of it, not 2^-18.
+        gradient_dtype: of the gradients that come into these products: ``float8_e4m3fn``, or ``float8_e5m2``, which rounds
+            them twice as coarsely but reaches further below the largest of those that share a scale: to 2^-32 of it, not 2^-18.
 
     Raises:
         TypeError: a switch that is not a bool.
