@@ -50,12 +50,10 @@ def test_rows_become_columns(name, dtype):
     assert codes.shape == expected.values.shape and scales.shape == expected.scales.shape
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [(name, "float8_e4m3fn") for name in CASES] + [("the last rows, and a block that is none", "float8_e5m2")],
-)
-def test_rows_become_columns_and_stay_rows(name, dtype):
+@pytest.mark.parametrize("name", CASES)
+def test_rows_become_columns_and_stay_rows(name):
     starts, sizes, count, rows, columns = CASES[name]
+    dtype = "float8_e5m2" if "last rows" in name else "float8_e4m3fn"
     x = rows_of_all_sizes(rows, columns, "bfloat16")
     schedule = [jnp.asarray(a, jnp.int32) for a in (starts, sizes, [count])]
     spec, row_spec = blocks_spec(dtype), rows_spec(dtype)
