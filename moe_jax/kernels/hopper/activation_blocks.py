@@ -134,16 +134,11 @@ def activation_blocks(
             plgpu.commit_smem()
             for tile in range(parts + 1):
                 at, own = (row, column + tile * across), (codes_g, scales_g)
-                target, target_scales, line, leaving, codes_s = (
-                    turned_g,
-                    turned_scales_g,
-                    at[1],
-                    columns_out,
-                    turned_s,
-                )
                 if tile == parts:
-                    target, target_scales, line, leaving, codes_s = a_g, a_scales_g, column, activated_out, activated_s
+                    way_out, codes_s, target, target_scales, line = activated_out, activated_s, a_g, a_scales_g, column
                 else:
+                    way_out, codes_s, target, target_scales = columns_out, turned_s, turned_g, turned_scales_g
+                    line = at[1]
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     plgpu.commit_smem()  # for all threads
                     rows_out.fill(rows_s, functools.partial(block.part, in_s, tile), own, at, size)
@@ -151,11 +146,11 @@ def activation_blocks(
                     rows_out.send(rows_s, own, at, size)
                     plgpu.commit_smem_to_gmem_group()
                 halves = block.transposed(in_s, tile)
-                scale, inverse = leaving.scale(block.largest(halves))
+                scale, inverse = way_out.scale(block.largest(halves))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.commit_smem()  # also: every thread has taken the tile
                 pl.when(i + 1 < turns)(lambda tile=tile: fetch(i + 1, tile))
-                leaving.fill(codes_s, map(block.values, halves), inverse)
+                way_out.fill(codes_s, map(block.values, halves), inverse)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(codes_s, target.at[pl.ds(line * SIDE, SIDE), pl.ds(number * SIDE, SIDE)])
                 target_scales[line, number] = scale
