@@ -4,6 +4,7 @@
     python examples/train_moe_lm.py --balancing bias         # DeepSeek-V3's balancing without a loss
     python examples/train_moe_lm.py --size small --precision fp8  # FP8 products in the experts, bfloat16 beside them
     python examples/train_moe_lm.py --devices 2              # batch and experts over two devices (virtual ones of a CPU)
+    python examples/train_moe_lm.py --size small --precision fp8 --devices 2  # both
     python examples/train_moe_lm.py --size gpu --steps 2000  # bfloat16, a real size
 
 Call it again with the same `--folder` and it goes on from the last checkpoint, with the numbers that an uninterrupted run has.
@@ -25,7 +26,7 @@ from moe_lm.model import SIZES
 def main(
     size: Annotated[str, typer.Option(help="toy, small, or gpu")] = "toy",
     precision: Annotated[
-        str | None, typer.Option(help="of the experts: float32, bfloat16 or fp8 (not toy); by default that of the size")
+        str | None, typer.Option(help="float32, bfloat16, fp8 or fp8-e5m2 (not toy); by default that of the size")
     ] = None,
     steps: Annotated[int, typer.Option(help="steps of the whole run", min=1)] = 300,
     balancing: Annotated[

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moe_jax.config import MoEConfig
 from moe_jax.kernels.hopper.matmul_config import Config, default_config, eight_bit, rows_first
 from moe_jax.kernels.hopper.matmul_rows_first import TILE_ROWS
 from moe_jax.ops.activation_codes import ActivationCodes, through_activation_to_codes
@@ -27,7 +28,7 @@ from moe_jax.ops.quantize_transposed import quantize_rows_both, quantize_transpo
 from moe_jax.ops.weight_grad import weight_grad
 from moe_jax.products import Products
 from moe_jax.quantization.array import QuantizedArray
-from moe_jax.quantization.fp8_training import ROWS
+from moe_jax.quantization.fp8_training import ROWS, rows_spec
 from moe_jax.quantization.rows import QuantizedRows
 from moe_jax.tuning.fit import within_memory
 from moe_jax.types import ExpertWeights
@@ -37,6 +38,11 @@ _CODES = f"{ROWS.dtype} block"  # of `moe_jax.tuning.plan.LayerShape`
 
 class Fp8Products(Products):
     """Those that `config.fp8_training` names in FP8, the others as `Products`."""
+
+    def __init__(self, config: MoEConfig, implementation: str):
+        super().__init__(config, implementation)
+        dtype = config.fp8_training.gradient_dtype
+        self._gradient_rows, self._of_gradients = rows_spec(dtype), {"dtype": dtype, **self.options}
 
     def weights(self, experts: ExpertWeights, *, backward: bool) -> tuple[ExpertWeights, ExpertWeights | None]:
         """Quantized where FP8 products take them: for the gradient transposed, ``w13`` ``[E, H, N]`` and ``w2`` ``[E, I, H]``."""
@@ -75,14 +81,14 @@ class Fp8Products(Products):
         """By row, once for the product that contracts H and once for the one that contracts rows."""
         fp8 = self.config.fp8_training
         if fp8.input_grad and fp8.weight_grad:
-            return quantize_rows_both(g, groups, by_token=True, **self.options)
+            return quantize_rows_both(g, groups, by_token=True, **self._of_gradients)
         rows = columns = None
         if not fp8.input_grad or not fp8.weight_grad:
             rows = columns = gather(g, groups, **self.options)
         if fp8.input_grad:
-            rows = quantize_tokens(g, ROWS, groups, **self.options)
+            rows = quantize_tokens(g, self._gradient_rows, groups, **self.options)
         if fp8.weight_grad:
-            columns = quantize_transposed(g, groups, by_token=True, **self.options)
+            columns = quantize_transposed(g, groups, by_token=True, **self._of_gradients)
         return rows, columns
 
     def back_to_pre_activation(
@@ -98,7 +104,7 @@ class Fp8Products(Products):
             return super().back_to_pre_activation(rows[0], experts, groups, h, row_weights)
         product = self._multiply(rows[0], experts.w2, groups)
         if self.config.fp8_training.weight_grad and experts.w13_bias is None:
-            return through_activation_to_codes(product, h, row_weights, groups, self.config.act, **self.options)
+            return through_activation_to_codes(product, h, row_weights, groups, self.config.act, **self._of_gradients)
         return through_activation(product, h, row_weights, self.config.act)
 
     def back_through_up(
@@ -110,11 +116,11 @@ class Fp8Products(Products):
         if isinstance(dh, tuple):
             rows, columns = dh
         elif fp8.input_grad and fp8.weight_grad:
-            rows, columns = quantize_rows_both(dh, groups, **self.options)
+            rows, columns = quantize_rows_both(dh, groups, **self._of_gradients)
         elif fp8.input_grad:
-            rows = quantize_rows(dh, ROWS, groups=groups, **self.options)
+            rows = quantize_rows(dh, self._gradient_rows, groups=groups, **self.options)
         elif fp8.weight_grad:
-            columns = quantize_transposed(dh, groups, **self.options)
+            columns = quantize_transposed(dh, groups, **self._of_gradients)
         back = self._multiply if fp8.input_grad else functools.partial(input_grad, **self.options)
         if fp8.weight_grad:
             gathered = quantize_transposed(x, groups, by_token=True, **self.options)

@@ -64,7 +64,7 @@ def moe(
         (5, 16)
     """
     checks.check_layer(x, experts, config, expert_map)
-    plan = plan or _plan(x, experts, config, implementation)
+    plan = plan or layer_plan(x.shape[0], experts, config, implementation)
     topk, groups = route_and_group(
         router_logits,
         config,
@@ -119,7 +119,7 @@ def apply_experts(
     check_name(implementation)
     checks.check_layer(x, experts, config, expert_map)
     checks.check_topk(x, topk, config)
-    plan = plan or _plan(x, experts, config, implementation)
+    plan = plan or layer_plan(x.shape[0], experts, config, implementation)
     groups = group_tokens(
         topk.ids,
         num_experts=config.num_experts,
@@ -133,11 +133,11 @@ def apply_experts(
     return _run_experts(x, experts, topk.weights, groups, config, plan, implementation)
 
 
-def _plan(x: Array, experts: ExpertWeights, config: MoEConfig, implementation: str) -> LayerPlan | None:
-    """How the kernels tile the layer; None if they do not run."""
+def layer_plan(num_tokens: int, experts: ExpertWeights, config: MoEConfig, implementation: str) -> LayerPlan | None:
+    """How the kernels tile a layer with these experts for so many tokens; None if they do not run."""
     if choose("moe", implementation, None) == "xla":
         return None
-    shape = LayerShape.of(config, x.shape[0], experts.num_local_experts)
+    shape = LayerShape.of(config, num_tokens, experts.num_local_experts)
     training = config.fp8_training
     return training_plan(shape) if training is not None and training.contracts_columns else plan_for(shape)
 

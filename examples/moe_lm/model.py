@@ -12,6 +12,12 @@ from moe_jax import Fp8Training, MoEConfig, RoutingConfig
 from moe_jax.nn import MoE
 
 VOCABULARY = 256  # bytes
+PRECISIONS = {  # the dtype of the model, and what of the experts' products is FP8 beside it
+    "float32": ("float32", None),
+    "bfloat16": ("bfloat16", None),
+    "fp8": ("bfloat16", Fp8Training()),
+    "fp8-e5m2": ("bfloat16", Fp8Training(gradient_dtype="float8_e5m2")),
+}
 
 
 @dataclass(frozen=True)
@@ -27,19 +33,19 @@ class ModelConfig:
     seq_len: int = 128
     batch_size: int = 16
     dtype: str = "float32"
-    fp8: bool = False
+    fp8: Fp8Training | None = None
 
     def __post_init__(self) -> None:
         _ = self.moe  # raises for sizes and dtypes that FP8 does not take
 
     def with_precision(self, precision: str | None) -> "ModelConfig":
-        """The same sizes in float32, bfloat16 or FP8 (of the experts' products; bfloat16 beside them); None leaves it."""
+        """The same sizes in one of `PRECISIONS`; None leaves it."""
         if precision is None:
             return self
-        if precision not in ("float32", "bfloat16", "fp8"):
-            raise ValueError(f"precision={precision!r} must be float32, bfloat16 or fp8")
-        fp8 = precision == "fp8"
-        return dataclasses.replace(self, dtype="bfloat16" if fp8 else precision, fp8=fp8)
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision={precision!r} must be one of {', '.join(PRECISIONS)}")
+        dtype, fp8 = PRECISIONS[precision]
+        return dataclasses.replace(self, dtype=dtype, fp8=fp8)
 
     @property
     def moe(self) -> MoEConfig:
@@ -52,7 +58,7 @@ class ModelConfig:
             routing=RoutingConfig("deepseek_v3"),
             has_correction_bias=True,
             dtype=self.dtype,
-            fp8_training=Fp8Training() if self.fp8 else None,
+            fp8_training=self.fp8,
         )
 
 

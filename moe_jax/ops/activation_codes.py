@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moe_jax.activations import Activation
@@ -13,7 +14,7 @@ from moe_jax.ops.group_tokens import Groups
 from moe_jax.ops.input_grad import through_activation
 from moe_jax.ops.quantize_transposed import column_blocks, quantize_rows_both, quantize_transposed
 from moe_jax.quantization.array import QuantizedArray
-from moe_jax.quantization.fp8_training import BLOCKS, ROWS
+from moe_jax.quantization.fp8_training import BLOCKS, DTYPE, blocks_spec, rows_spec
 from moe_jax.quantization.rows import QuantizedRows
 
 
@@ -39,6 +40,7 @@ def through_activation_to_codes(
     groups: Groups,
     activation: Activation,
     *,
+    dtype: DTypeLike = DTYPE,
     implementation: str = "auto",
 ) -> ActivationCodes:
     """`through_activation` with its two matrices quantized; a kernel writes neither in 16 bits.
@@ -49,6 +51,7 @@ def through_activation_to_codes(
         row_weights: float32 ``[R]``, the router weight of each row.
         groups: of the rows.
         activation: between the projections.
+        dtype: of the codes of the cotangents; those of the activations are float8_e4m3fn.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Returns:
@@ -77,15 +80,15 @@ def through_activation_to_codes(
     def run(product, pre_activation, row_weights, groups, *blocks):
         if chosen == "xla":
             found = through_activation(product, pre_activation, row_weights, activation)
-            both = quantize_rows_both(found.pre_activation, groups, implementation="xla")
+            both = quantize_rows_both(found.pre_activation, groups, dtype=dtype, implementation="xla")
             activated = quantize_transposed(found.activated, groups, implementation="xla")
             return ActivationCodes(both, activated, found.row_weights)
         operands = product, pre_activation, row_weights, *blocks[1:], activation
-        interpret = impl.interpret_params(chosen)
-        *own, codes, scales, a, a_scales, sums = kernel.activation_blocks(
-            *operands, row_spec=ROWS, spec=BLOCKS, interpret=interpret
-        )
-        both = QuantizedRows(*own, ROWS), QuantizedArray(codes, scales, spec=BLOCKS)
+        of_rows, of_columns = rows_spec(dtype), blocks_spec(dtype)
+        options = {"row_spec": of_rows, "spec": of_columns, "activated_spec": BLOCKS}
+        options["interpret"] = impl.interpret_params(chosen)
+        *own, codes, scales, a, a_scales, sums = kernel.activation_blocks(*operands, **options)
+        both = QuantizedRows(*own, of_rows), QuantizedArray(codes, scales, spec=of_columns)
         summed = jnp.sum(sums[:, : product.shape[0]], axis=0)
         return ActivationCodes(both, QuantizedArray(a, a_scales, spec=BLOCKS), summed)
 

@@ -49,7 +49,7 @@ def gather_quantize(
         x: ``[T, H]``, bfloat16, float16 or float32.
         positions: int32 ``[T, k]``, the row of each slot, -1 for none; there are R = `total_rows`. None: R = T rows where they
             are.
-        spec: of activations: float8_e4m3fn or int8; a scale a tensor, a token or a group of columns.
+        spec: of activations or of gradients: float8_e4m3fn, float8_e5m2 or int8; a scale a tensor, a token or a group of columns.
         scales: given instead of taken from x, where a row has one: a scalar, or ``[T]``, one a token. A static spec needs
             them.
         weights: float32 ``[T, 1]``: the router's weight, where it belongs to the input. Multiplied in float32 and rounded to the
@@ -91,9 +91,13 @@ def gather_quantize(
 
 def _checked(x: Any, positions: Any, spec: Spec, scales: ArrayLike | None, num_rows: Any) -> Array | None:
     """The given scales, ``[1]`` or ``[T]``; None if there are none."""
-    if spec.dtype not in ("float8_e4m3fn", "int8") or spec.granularity not in ("tensor", "token", "group"):
+    if spec.dtype not in ("float8_e4m3fn", "float8_e5m2", "int8") or spec.granularity not in (
+        "tensor",
+        "token",
+        "group",
+    ):
         raise ValueError(
-            f"{spec} must be of float8_e4m3fn or int8 with granularity tensor, token or group, as activations have; "
+            f"{spec} must be of float8_e4m3fn, float8_e5m2 or int8 with granularity tensor, token or group, as activations have; "
             "take QuantFormat.activations"
         )
     if positions is not None and num_rows is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moe_jax.ops import implementation as impl
@@ -12,7 +13,8 @@ from moe_jax.ops.gather import plain_gather
 from moe_jax.ops.gather_quantize import plain_gather_quantize
 from moe_jax.ops.group_tokens import Groups, group_starts, max_tiles, row_tokens, tile_schedule
 from moe_jax.quantization.array import QuantizedArray
-from moe_jax.quantization.fp8_training import BLOCKS, GROUP, ROWS
+from moe_jax.quantization.formats import Spec
+from moe_jax.quantization.fp8_training import DTYPE, GROUP, blocks_spec, rows_spec
 from moe_jax.quantization.quantize import quantize
 from moe_jax.quantization.rows import QuantizedRows
 
@@ -51,9 +53,14 @@ def column_blocks(groups: Groups) -> ColumnBlocks:
 
 
 def quantize_transposed(
-    rows: Float[Array, "R_or_T M"], groups: Groups, *, by_token: bool = False, implementation: str = "auto"
+    rows: Float[Array, "R_or_T M"],
+    groups: Groups,
+    *,
+    dtype: DTypeLike = DTYPE,
+    by_token: bool = False,
+    implementation: str = "auto",
 ) -> QuantizedArray:
-    """The rows of all groups as columns, float8_e4m3fn: a scale for each 128 of their elements x a block of `column_blocks`.
+    """The rows of all groups as columns, in FP8: a scale for each 128 of their elements x a block of `column_blocks`.
 
     FP8 tensor cores take operands with the contracted axis last: `moe_jax.ops.weight_grad.weight_grad` contracts the rows of
     an expert. Zeros fill its last block, so that no block belongs to two experts. Blocks after the last that holds rows are
@@ -62,6 +69,7 @@ def quantize_transposed(
     Args:
         rows: ``[R, M]``, grouped as `groups` says; M a multiple of 128. Rows of no group count nowhere, whatever they hold.
         groups: from `moe_jax.ops.group_tokens.group_tokens`.
+        dtype: of the codes: ``float8_e4m3fn`` or ``float8_e5m2``.
         by_token: `rows` are hidden states instead, ``[T, M]``, and each row is that of its token: a gather that writes nothing.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
@@ -78,18 +86,24 @@ def quantize_transposed(
         >>> found.shape, found.scales.shape, found.dequantize()[0, 128:131].tolist()
         ((256, 384), (2, 3), [1.0, 1.0, 0.0])
     """
-    return _both(rows, groups, by_token, implementation, of_rows=False)[1]
+    return _both(rows, groups, dtype, by_token, implementation, of_rows=False)[1]
 
 
 def quantize_rows_both(
-    rows: Float[Array, "R_or_T M"], groups: Groups, *, by_token: bool = False, implementation: str = "auto"
+    rows: Float[Array, "R_or_T M"],
+    groups: Groups,
+    *,
+    dtype: DTypeLike = DTYPE,
+    by_token: bool = False,
+    implementation: str = "auto",
 ) -> tuple[QuantizedRows, QuantizedArray]:
-    """``quantize_rows(rows, ROWS, groups=groups)`` and ``quantize_transposed(rows, groups)``, read once.
+    """``quantize_rows(rows, rows_spec(dtype), groups=groups)`` and ``quantize_transposed(rows, groups, dtype=dtype)``, read once.
 
     Args:
         rows: as in `quantize_transposed`.
         groups: of the rows.
-        by_token: as there; the first is then ``quantize_tokens(rows, ROWS, groups)``.
+        dtype: as there.
+        by_token: as there; the first is then ``quantize_tokens(rows, rows_spec(dtype), groups)``.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Returns:
@@ -104,17 +118,18 @@ def quantize_rows_both(
         >>> [found.shape for found in quantize_rows_both(jnp.ones((2, 256)), groups, by_token=True)]
         [(4, 256), (256, 384)]
     """
-    return _both(rows, groups, by_token, implementation, of_rows=True)
+    return _both(rows, groups, dtype, by_token, implementation, of_rows=True)
 
 
 def _both(
-    rows: Array, groups: Groups, by_token: bool, implementation: str, *, of_rows: bool
+    rows: Array, groups: Groups, dtype: DTypeLike, by_token: bool, implementation: str, *, of_rows: bool
 ) -> tuple[QuantizedRows | None, QuantizedArray]:
     from moe_jax.kernels.hopper import quantize_blocks as kernel
 
     impl.check_name(implementation)
     if rows.shape[1] % GROUP:
         raise ValueError(f"{rows.shape[1]} columns must be a multiple of {GROUP}, as many share a scale; pad them")
+    of_codes, of_columns = rows_spec(dtype), blocks_spec(dtype)
     blocks = column_blocks(groups)
     chosen = "xla"
     if rows.size and blocks.group.size:
@@ -125,19 +140,19 @@ def _both(
             own = None
             if of_rows:
                 total_rows = groups.num_rows if by_token else rows.shape[0]
-                own = plain_gather_quantize(rows, positions if by_token else None, ROWS, total_rows=total_rows)
+                own = plain_gather_quantize(rows, positions if by_token else None, of_codes, total_rows=total_rows)
             gathered = plain_gather(rows, positions, groups.num_rows) if by_token else rows
-            return own, plain_quantize_transposed(gathered, ColumnBlocks(*blocks))
-        options = {"row_spec": ROWS if of_rows else None, "interpret": impl.interpret_params(chosen)}
+            return own, plain_quantize_transposed(gathered, ColumnBlocks(*blocks), of_columns)
+        options = {"row_spec": of_codes if of_rows else None, "interpret": impl.interpret_params(chosen)}
         if by_token:
             options["row_tokens"] = row_tokens(positions, groups.num_rows + GROUP)
-        *own, values, scales = kernel.quantize_rows_of_blocks(rows, *blocks[1:], BLOCKS, **options)
-        return (QuantizedRows(*own, ROWS) if of_rows else None), QuantizedArray(values, scales, spec=BLOCKS)
+        *own, values, scales = kernel.quantize_rows_of_blocks(rows, *blocks[1:], of_columns, **options)
+        return (QuantizedRows(*own, of_codes) if of_rows else None), QuantizedArray(values, scales, spec=of_columns)
 
     return impl.without_gradient("quantize_transposed", run)(rows, groups.positions, *blocks)
 
 
-def plain_quantize_transposed(rows: Float[Array, "R M"], blocks: ColumnBlocks) -> QuantizedArray:
+def plain_quantize_transposed(rows: Float[Array, "R M"], blocks: ColumnBlocks, spec: Spec) -> QuantizedArray:
     """In plain JAX."""
     columns = rows.shape[1]
     if rows.shape[0] == 0:
@@ -146,4 +161,4 @@ def plain_quantize_transposed(rows: Float[Array, "R M"], blocks: ColumnBlocks) -
     held = place[None, :] < blocks.sizes[:, None]
     source = jnp.minimum(blocks.starts[:, None] + place[None, :], rows.shape[0] - 1)
     picked = jnp.where(held[:, :, None], rows[source], 0)
-    return quantize(picked.reshape(-1, columns).T, BLOCKS)
+    return quantize(picked.reshape(-1, columns).T, spec)

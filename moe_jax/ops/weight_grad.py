@@ -40,8 +40,7 @@ def weight_grad(
         ``[E, M, N]``. It has no derivative of its own.
 
     Raises:
-        TypeError: something to accumulate that is not float32, or another `out_dtype` with it; one operand that is quantized,
-            or something to accumulate and quantized ones.
+        TypeError: something to accumulate that is not float32, or another `out_dtype` with it; one operand that is quantized.
         ValueError: a kernel asked for by name that does not support the problem.
 
     Example:
@@ -54,19 +53,17 @@ def weight_grad(
     from moe_jax.kernels.hopper import weight_grad as kernel
 
     impl.check_name(implementation)
-    if isinstance(left, QuantizedArray) or isinstance(right, QuantizedArray):
-        if type(left) is not type(right) or accumulate is not None:
-            raise TypeError(
-                f"left is {type(left).__name__}, right is {type(right).__name__}: quantize both, or neither; and with quantized "
-                "operands leave accumulate None, and add to the result"
-            )
-        dtype = jnp.dtype(out_dtype or "bfloat16")
-        return quantized_weight_grad(left, right, groups, out_dtype=dtype, implementation=implementation)
-    dtype = jnp.dtype(out_dtype or (left.dtype if accumulate is None else jnp.float32))
+    quantized = isinstance(left, QuantizedArray)
+    if quantized != isinstance(right, QuantizedArray):
+        raise TypeError(f"left is {type(left).__name__}, right is {type(right).__name__}: quantize both, or neither")
+    usual = jnp.float32 if accumulate is not None else jnp.bfloat16 if quantized else left.dtype
+    dtype = jnp.dtype(out_dtype or usual)
     if accumulate is not None and (accumulate.dtype != jnp.float32 or dtype != jnp.float32):
         raise TypeError(
             f"accumulate is {accumulate.dtype} and out_dtype={dtype}, but both must be float32; cast it, or leave it None"
         )
+    if quantized:
+        return quantized_weight_grad(left, right, groups, accumulate, out_dtype=dtype, implementation=implementation)
     shape = (groups.group_sizes.shape[0], left.shape[1], right.shape[1])
     if 0 in (*left.shape, *right.shape, *shape):
         return jnp.zeros(shape, dtype) if accumulate is None else accumulate

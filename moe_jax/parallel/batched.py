@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.config import MoEConfig
+from moe_jax.expert_gradient import with_gradient
 from moe_jax.experts import up_projection
+from moe_jax.moe import layer_plan
 from moe_jax.ops.combine import combine
 from moe_jax.ops.emulate import emulate_rows
 from moe_jax.ops.gather import gather
@@ -21,7 +23,7 @@ from moe_jax.ops.quantize_rows import quantize_tokens
 from moe_jax.parallel.config import ParallelConfig
 from moe_jax.parallel.exchange import Exchange, Prepared
 from moe_jax.parallel.gather_scatter import AllGatherReduceScatter
-from moe_jax.parallel.rank_experts import gather_codes, plan_of_rank
+from moe_jax.parallel.rank_experts import gather_codes
 from moe_jax.parallel.tokens import QuantizedTokens
 from moe_jax.quantization.rows import QuantizedRows
 from moe_jax.tuning.plan import LayerPlan
@@ -220,7 +222,7 @@ def batched_experts(
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
     """
     tokens, pairs = prepared.positions.shape[0], prepared.positions.size
-    plan = plan or plan_of_rank(tokens, experts, config, implementation)
+    plan = plan or layer_plan(tokens, experts, config, implementation)
     local = experts.num_local_experts
     hidden_size = experts.w2.shape[1]
     rows = prepared.rows if isinstance(prepared.rows, QuantizedRows) else prepared.rows.reshape(-1, hidden_size)
@@ -229,13 +231,18 @@ def batched_experts(
     groups = batch_groups(prepared.counts, max_tokens, tile_rows, pairs)
     plan = plan if plan is None else plan.for_tile_rows(tile_rows)
     options = {"out_dtype": config.dtype, "implementation": implementation}
-    up = {
-        "bias": experts.w13_bias,
-        "activation": config.act,
-        "config": None if plan is None else dataclasses.replace(plan.up, gather=False),
-        **options,
-    }
-    hidden = up_projection(rows, experts, groups, config.quantization, valid=groups.positions[:, 0] >= 0, **up)
-    down = None if plan is None else plan.down
-    y = grouped_matmul(hidden, experts.w2, groups, bias=experts.w2_bias, config=down, **options)
-    return y.reshape(local, max_tokens, hidden_size)
+
+    def layer(rows: Any, experts: ExpertWeights, groups: Groups, weights: None) -> Array:
+        up = {
+            "bias": experts.w13_bias,
+            "activation": config.act,
+            "config": None if plan is None else dataclasses.replace(plan.up, gather=False),
+            **options,
+        }
+        hidden = up_projection(rows, experts, groups, config.quantization, valid=groups.positions[:, 0] >= 0, **up)
+        down = None if plan is None else plan.down
+        return grouped_matmul(hidden, experts.w2, groups, bias=experts.w2_bias, config=down, **options)
+
+    if config.fp8_training is not None and config.fp8_training.anything:  # each row is a token with one expert
+        layer = with_gradient(layer, config, implementation=implementation)
+    return layer(rows, experts, groups, None).reshape(local, max_tokens, hidden_size)

@@ -107,10 +107,6 @@ def apply_experts_parallel(
     implementation: str = "auto",
 ) -> Float[Array, "T H"] | tuple[Array, Array]:
     """`moe_parallel` after routing, as `moe_jax.apply_experts` is `moe_jax.moe` after routing; `topk` has global ids."""
-    if config.fp8_training is not None and config.fp8_training.anything:
-        raise ValueError(
-            "config.fp8_training is for a layer on one device; over a mesh the products keep the layer's dtype: leave it None"
-        )
     exchange = exchange or choose_exchange(parallel, None, config, implementation).exchange
     placement = checked_placement(placement, config, parallel)
     expert_map = None if placement is None else jnp.asarray(placement.expert_map)

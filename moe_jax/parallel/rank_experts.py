@@ -9,14 +9,13 @@ from jaxtyping import Array, Float
 from moe_jax import checks
 from moe_jax.config import MoEConfig
 from moe_jax.experts import expert_mlp, row_multiple
-from moe_jax.moe import apply_experts
+from moe_jax.moe import apply_experts, layer_plan
 from moe_jax.ops.gather import gather, plain_gather
 from moe_jax.ops.group_tokens import Groups, group_tokens
-from moe_jax.ops.implementation import choose
 from moe_jax.parallel.exchange import Prepared
 from moe_jax.parallel.tokens import QuantizedTokens
 from moe_jax.quantization.rows import QuantizedRows
-from moe_jax.tuning.plan import LayerPlan, LayerShape, plan_for
+from moe_jax.tuning.plan import LayerPlan
 from moe_jax.types import ExpertWeights
 
 
@@ -42,7 +41,7 @@ def rank_experts(
         options = {"expert_map": prepared.expert_map, "plan": plan, "implementation": implementation}
         return apply_experts(x, experts, topk, config, **options)
     checks.check_topk(x.values, topk, config)
-    plan = plan or plan_of_rank(x.shape[0], experts, config, implementation)
+    plan = plan or layer_plan(x.shape[0], experts, config, implementation)
     groups = group_tokens(
         topk.ids,
         num_experts=config.num_experts,
@@ -55,13 +54,6 @@ def rank_experts(
     plan = plan if plan is None else plan.for_tile_rows(groups.tile_rows)
     rows = gather_codes(x, groups, implementation)
     return expert_mlp(rows, experts, groups, topk.weights, config, plan=plan, implementation=implementation)
-
-
-def plan_of_rank(num_tokens: int, experts: ExpertWeights, config: MoEConfig, implementation: str) -> LayerPlan | None:
-    """How the kernels tile the experts of a rank that has so many tokens; None if they do not run."""
-    if choose("moe", implementation, None) == "xla":
-        return None
-    return plan_for(LayerShape.of(config, num_tokens, experts.num_local_experts))
 
 
 def gather_codes(tokens: QuantizedTokens, groups: Groups, implementation: str) -> QuantizedRows:

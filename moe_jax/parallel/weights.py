@@ -15,6 +15,7 @@ from moe_jax.parallel.config import ParallelConfig
 from moe_jax.parallel.exchange import late_axes
 from moe_jax.parallel.placement import ExpertPlacement
 from moe_jax.quantization.array import QuantizedArray
+from moe_jax.quantization.fp8_training import ROWS
 from moe_jax.quantization.slicing import pad_columns, with_codes
 from moe_jax.types import ExpertWeights, SharedExpertWeights
 
@@ -26,7 +27,7 @@ def place_experts(
 
     With expert parallelism each rank has room for as many experts as the fullest has, zeros where it has fewer. Otherwise each
     has its part of every expert's intermediate size I, of gate rows and of up rows each; if a part were not whole blocks of a
-    number format, or I has no equal parts, I is filled up with zeros.
+    number format or of FP8 training, or I has no equal parts, I is filled up with zeros.
 
     Args:
         experts: of all ranks, ``E_local`` = E, floating or quantized.
@@ -180,6 +181,8 @@ def _split(experts: ExpertWeights, config: MoEConfig, parts: int) -> ExpertWeigh
         if isinstance(weights, QuantizedArray) and weights.spec.block is not None:
             block = math.lcm(block, weights.spec.block[axis])
     activations = None if config.quantization is None else config.quantization.activations
+    if config.fp8_training is not None and config.fp8_training.anything:
+        activations = ROWS
     if (
         activations is not None and activations.granularity == "group"
     ):  # so that a rank's groups are those of the whole row

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-DTYPES = ("float8_e4m3fn", "int8", "int4", "float4_e2m1fn")
+DTYPES = ("float8_e4m3fn", "float8_e5m2", "int8", "int4", "float4_e2m1fn")
 SCALE_DTYPES = ("float32", "float8_e8m0fnu", "float8_e4m3fn")
 # Whether a granularity needs a block, and of what form.
 GRANULARITIES = {
@@ -26,12 +26,12 @@ ACTIVATION_GRANULARITIES = ("tensor", "token", "group")
 
 # The largest and the smallest code, and the factor by which the largest magnitude becomes a scale. An int4 code is stored
 # without a sign, 8 added; its symmetric scale is the smallest that clips nothing, so positive and negative sides differ.
-_LARGEST = {"float8_e4m3fn": 448, "int8": 127, "int4": 7, "float4_e2m1fn": 6}
-_SMALLEST = {"float8_e4m3fn": -448, "int8": -128, "int4": -8, "float4_e2m1fn": -6}
+_LARGEST = {"float8_e4m3fn": 448, "float8_e5m2": 57344, "int8": 127, "int4": 7, "float4_e2m1fn": 6}
+_SMALLEST = {"float8_e4m3fn": -448, "float8_e5m2": -57344, "int8": -128, "int4": -8, "float4_e2m1fn": -6}
 _FOUR_BITS = ("int4", "float4_e2m1fn")
 
 
-def _dtype_name(value: DTypeLike) -> object:
+def dtype_name(value: DTypeLike) -> object:
     """The name of a dtype; what is none is returned as it is."""
     if not isinstance(value, str):
         with contextlib.suppress(TypeError):
@@ -44,8 +44,8 @@ class Spec:
     """How one matrix is quantized: the last two axes of an array are its rows and its columns (the contracted axis).
 
     Attributes:
-        dtype: ``float8_e4m3fn``, ``int8``, ``int4`` or ``float4_e2m1fn`` (the last two: two codes a byte, the even column in
-            the low nibble).
+        dtype: ``float8_e4m3fn``, ``float8_e5m2`` (of gradients: more range, one bit less of precision), ``int8``, ``int4`` or
+            ``float4_e2m1fn`` (the last two: two codes a byte, the even column in the low nibble).
         granularity: what shares a scale: ``tensor`` (a matrix), ``channel`` or ``token`` (a row), ``group`` (part of a row) or
             ``block``.
         block: ``(1, g)`` or just g for ``group``, ``(rows, columns)`` for ``block``, None for the others.
@@ -74,8 +74,8 @@ class Spec:
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # the dataclass is frozen
-        set_field(self, "dtype", _dtype_name(self.dtype))
-        set_field(self, "scale_dtype", _dtype_name(self.scale_dtype))
+        set_field(self, "dtype", dtype_name(self.dtype))
+        set_field(self, "scale_dtype", dtype_name(self.scale_dtype))
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
         if self.granularity not in GRANULARITIES:
@@ -155,7 +155,7 @@ class Spec:
     @property
     def is_float(self) -> bool:
         """Whether codes are floats, with a NaN of their own."""
-        return self.dtype == "float8_e4m3fn"
+        return self.dtype in ("float8_e4m3fn", "float8_e5m2")
 
     @property
     def has_global_scale(self) -> bool:
@@ -217,6 +217,11 @@ class QuantFormat:
                     f"format {self.name!r}: {what} have granularity={spec.granularity!r}, but must have one of "
                     f"{', '.join(allowed)}"
                 )
+        if self.weights.dtype == "float8_e5m2":
+            raise ValueError(
+                f"format {self.name!r}: weights are float8_e5m2, which is for gradients (Fp8Training.gradient_dtype); use "
+                "float8_e4m3fn"
+            )
         if self.weights.static:
             raise ValueError(
                 f"format {self.name!r}: weights have static=True; only scales of activations can be static"

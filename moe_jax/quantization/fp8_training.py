@@ -12,38 +12,62 @@ trained stay as they are, in the layer's dtype or in float32. What is quantized,
 
 These are the granularities of DeepSeek-V3 (arXiv 2412.19437, section 3.3), up to the last, which there is a row of 128 too. All
 sums are float32: tensor cores add up 128 products, which are then scaled and added to float32 registers.
+
+Over a mesh the same rows and weights have the same codes as on one device. A rank has all rows of its experts in the order of
+tokens, and a part of an expert is whole blocks (`moe_jax.parallel.place_experts`). What differs is where sums are rounded to the
+layer's dtype: those over the experts of a token, and with parts of experts those over I, are added up over ranks. Tokens taken in
+chunks have blocks of rows of their own; `moe_jax.parallel.Batched` rows have cotangents that their router weights are in already.
+Tokens and their cotangents travel in the layer's dtype.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_jax.fields import check_bool
-from moe_jax.quantization.formats import Spec
+from jax.typing import DTypeLike
+
+from moe_jax.fields import check_bool, set_field
+from moe_jax.quantization.formats import Spec, dtype_name
 
 GROUP = 128  # elements of a contracted axis that share a scale
-_DTYPE = "float8_e4m3fn"
-ROWS = Spec(_DTYPE, "group", GROUP)
-BLOCKS = Spec(_DTYPE, "block", (GROUP, GROUP))
+DTYPE = "float8_e4m3fn"  # of weights and activations
+GRADIENT_DTYPES = ("float8_e4m3fn", "float8_e5m2")
+
+
+def rows_spec(dtype: DTypeLike) -> Spec:
+    """Of rows whose columns are contracted."""
+    return Spec(dtype, "group", GROUP)
+
+
+def blocks_spec(dtype: DTypeLike) -> Spec:
+    """Of weights, and of what contracts rows."""
+    return Spec(dtype, "block", (GROUP, GROUP))
+
+
+ROWS, BLOCKS = rows_spec(DTYPE), blocks_spec(DTYPE)
 
 
 @dataclass(frozen=True)
 class Fp8Training:
-    """Which products of a layer take FP8 operands, float8_e4m3fn; the others keep those of the layer's dtype.
+    """Which products of a layer take FP8 operands; the others keep those of the layer's dtype.
 
-    Activations, their derivatives, the router and the sums over a token's experts are not quantized.
+    Weights and activations are float8_e4m3fn. Activation functions, their derivatives, the router and the sums over a token's
+    experts are not quantized.
 
     Attributes:
         forward: both projections.
         input_grad: the gradients of their inputs.
         weight_grad: the gradients of their weights.
+        gradient_dtype: of the gradients that come into these products: ``float8_e4m3fn``, or ``float8_e5m2``, which rounds
+            them twice as coarsely but reaches further below the largest of those that share a scale: to 2^-32 of it, not 2^-18.
 
     Raises:
         TypeError: a switch that is not a bool.
+        ValueError: another dtype.
 
     Example:
         >>> Fp8Training(weight_grad=False)
-        Fp8Training(forward=True, input_grad=True, weight_grad=False)
+        Fp8Training(forward=True, input_grad=True, weight_grad=False, gradient_dtype='float8_e4m3fn')
         >>> Fp8Training(False, False, False).anything
         False
     """
@@ -51,10 +75,14 @@ class Fp8Training:
     forward: bool = True
     input_grad: bool = True
     weight_grad: bool = True
+    gradient_dtype: DTypeLike = DTYPE
 
     def __post_init__(self) -> None:
         for name in ("forward", "input_grad", "weight_grad"):
             check_bool(self, name)
+        set_field(self, "gradient_dtype", dtype_name(self.gradient_dtype))
+        if self.gradient_dtype not in GRADIENT_DTYPES:
+            raise ValueError(f"gradient_dtype={self.gradient_dtype!r} must be one of {', '.join(GRADIENT_DTYPES)}")
 
     @property
     def anything(self) -> bool:
@@ -78,7 +106,7 @@ class Fp8Training:
             if size % GROUP:
                 raise ValueError(
                     f"fp8_training needs a {name} that is a multiple of {GROUP}, as many elements share a scale; got {size}: "
-                    "pad the layer, or leave fp8_training None"
+                    "pad the layer (`moe_jax.parallel.place_experts` does it for the parts of ranks), or leave fp8_training None"
                 )
         if dtype == "float32":
             raise ValueError(

@@ -4,10 +4,11 @@ Of the elements that share a scale, all in float32:
 
 - ``amax`` is their largest magnitude; an infinity counts as the largest finite float32 (and becomes the
   largest code).
-- ``scale = amax * fl(1 / 448)`` for FP8, where amax is at least 1e-10, and ``amax * fl(1 / 127)`` for int8; fl rounds to float32.
-  int4 takes the smallest scale that clips nothing, ``max(max(x) * fl(1 / 7), max(-x) * fl(1 / 8))``; with a zero point
-  ``(max(x, 0) + max(-x, 0)) * fl(1 / 15)`` and ``zero = round(max(-x, 0) * r)``. A scale below the smallest normal float32 is
-  zero. A ``float8_e8m0fnu`` scale is then rounded up to a power of two.
+- ``scale = amax * fl(1 / 448)`` for float8_e4m3fn and ``amax * fl(1 / 57344)`` for float8_e5m2, where amax is at least 1e-10, and
+  ``amax * fl(1 / 127)`` for int8; fl rounds to float32. int4 takes the smallest scale that clips nothing,
+  ``max(max(x) * fl(1 / 7), max(-x) * fl(1 / 8))``; with a zero point ``(max(x, 0) + max(-x, 0)) * fl(1 / 15)`` and
+  ``zero = round(max(-x, 0) * r)``. A scale below the smallest normal float32 is zero. A ``float8_e8m0fnu`` scale is then rounded
+  up to a power of two.
 - float4_e2m1fn with power-of-two scales (MXFP4): `moe_jax.quantization.rounding.fp4_power` of amax. With float8_e4m3fn scales
   (NVFP4) there is a ``global_scale = amax * fl(1 / 2688)``, of the whole matrix and zero below the smallest normal float32;
   2688 is 448 * 6. ``stored = to_fp8((amax * fl(1 / 6)) * reciprocal(global_scale))``, saturating, of each group, and
@@ -162,7 +163,7 @@ def _quantize(
         odd = columns if columns % 2 else None
         return QuantizedArray(codes, scales, None, global_scale, spec=spec, halves=halves, columns=odd)
     if spec.is_float:
-        codes = to_fp8(jnp.where(jnp.isnan(x), jnp.nan, scaled))
+        codes = to_fp8(jnp.where(jnp.isnan(x), jnp.nan, scaled), spec.storage_dtype)
         return QuantizedArray(blocks.join(codes), scales, spec=spec, halves=halves)
 
     integers = jnp.round(jnp.where(jnp.isnan(scaled), 0.0, scaled))
@@ -188,8 +189,8 @@ def _scales(x: Array, spec: Spec) -> Array:
     nan = jnp.isnan(x)
     x = jnp.clip(jnp.where(nan, 0.0, x), -F32_MAX, F32_MAX)
 
-    if spec.dtype == "float8_e4m3fn":
-        return jnp.maximum(_largest(jnp.abs(x)), FP8_AMAX_FLOOR) * _inverse(448)
+    if spec.is_float:
+        return jnp.maximum(_largest(jnp.abs(x)), FP8_AMAX_FLOOR) * _inverse(spec.largest)
     if spec.has_global_scale:
         scales = _largest(jnp.abs(x)) * _inverse(6)
     elif spec.dtype == "float4_e2m1fn":

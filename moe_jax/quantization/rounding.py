@@ -1,4 +1,4 @@
-"""Rounding, bit for bit the same on every device: reciprocals, powers of two, the grid of FP8.
+"""Rounding, bit for bit the same on every device: reciprocals, powers of two, the grids of FP8.
 
 These are the steps where devices and compilers have a choice: a division may be an approximation, a conversion may round
 twice or be left out by a compiler that keeps more precision than it was asked for. Nothing here leaves them one.
@@ -9,13 +9,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 F32_MAX = float(np.finfo(np.float32).max)
-FP8_MAX = 448.0
-# Below its smallest normal number e4m3 goes on in steps of 2^-9.
-_FP8_SMALLEST_NORMAL = 2.0**-6
-_FP8_STEPS_BELOW = 2.0**9
 
 
 def _bits(x: Array) -> Array:
@@ -57,33 +54,39 @@ def reciprocal(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
     return jnp.where(jnp.isnan(x), jnp.float32(jnp.nan), _from_bits(jnp.where(has_none, 0, result)))
 
 
-def round_to_fp8(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """The nearest value that e4m3 can hold, ties to even, saturating at +-448; as float32, so that a conversion is exact.
+def round_to_fp8(x: Float[Array, "*S"], dtype: DTypeLike = jnp.float8_e4m3fn) -> Float[Array, "*S"]:
+    """The nearest value that FP8 can hold, ties to even, saturating; as float32, so that a conversion is exact.
 
     NaN stays NaN, and the sign of a zero stays.
 
     Args:
         x: float32, any shape.
+        dtype: ``float8_e4m3fn``, up to 448, or ``float8_e5m2``, up to 57344 (and no infinity here).
 
     Example:
         >>> round_to_fp8(jnp.array([17.0, -1e9, 0.003])).tolist()
         [16.0, -448.0, 0.00390625]
+        >>> round_to_fp8(jnp.array([17.0, -1e9]), jnp.float8_e5m2).tolist()
+        [16.0, -57344.0]
     """
-    x = jnp.clip(x, -FP8_MAX, FP8_MAX)
-    normal = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=3)
-    below = jnp.round(x * _FP8_STEPS_BELOW) * (1.0 / _FP8_STEPS_BELOW)
-    return jnp.where(jnp.abs(x) < _FP8_SMALLEST_NORMAL, below, normal)
+    info = jnp.finfo(dtype)
+    largest, smallest_normal, step = (float(n) for n in (info.max, info.smallest_normal, info.smallest_subnormal))
+    x = jnp.clip(x, -largest, largest)
+    normal = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=info.nmant)
+    below = jnp.round(x * (1.0 / step)) * step  # a power of two
+    return jnp.where(jnp.abs(x) < smallest_normal, below, normal)
 
 
-def to_fp8(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """float32 to ``float8_e4m3fn``: `round_to_fp8`, every NaN the code 0x7f.
+def to_fp8(x: Float[Array, "*S"], dtype: DTypeLike = jnp.float8_e4m3fn) -> Float[Array, "*S"]:
+    """float32 to FP8: `round_to_fp8`, every NaN the code 0x7f.
 
     Example:
         >>> to_fp8(jnp.array([1.0, -1000.0])).tolist()
         [1.0, -448.0]
     """
-    # Devices differ in the sign of the NaN that they write.
-    return jnp.where(jnp.isnan(x), jnp.float8_e4m3fn(jnp.nan), round_to_fp8(x).astype(jnp.float8_e4m3fn))
+    # Devices differ in the sign of the NaN that they write, and in which of the NaNs of e5m2 it is.
+    nan = lax.bitcast_convert_type(jnp.uint8(0x7F), dtype)
+    return jnp.where(jnp.isnan(x), nan, round_to_fp8(x, dtype).astype(dtype))
 
 
 def to_e8m0(scale: Float[Array, "*S"]) -> Shaped[Array, "*S"]:

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.once
 
 
 def test_both_directions():
-    config = MoEConfig(2, 1, 128, 128, fp8_training=Fp8Training())
+    config = MoEConfig(2, 1, 128, 128, fp8_training=Fp8Training(gradient_dtype="float8_e5m2"))
     x, experts, topk = x_of(0, config, 12), experts_of(0, config), topk_of(0, config, 12)
     g = normal(1, 12, 128, dtype="bfloat16")
 

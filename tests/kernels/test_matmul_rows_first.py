@@ -12,6 +12,7 @@ from moe_jax.kernels.hopper import matmul_rows_first as kernel
 from moe_jax.kernels.hopper.matmul_config import Config
 from moe_jax.ops.matmul_and_quantize import matmul_and_quantize
 from moe_jax.quantization import quant_format, quantize
+from moe_jax.quantization.fp8_training import rows_spec
 from moe_jax.quantization.rows import QuantizedRows
 from tests.contracts import groups_with_sizes
 from tests.kernels.test_matmul_fp8 import ACT, expected, transposed, weight_scales
@@ -58,6 +59,24 @@ def test_products_and_bits(case):
         return
     same = matmul_fp8.grouped_matmul(*operands, *schedule, bias, act, config=OTHER, **options)
     np.testing.assert_array_equal(np.asarray(out).view(np.uint16), np.asarray(same).view(np.uint16))
+
+
+def test_gradients_in_e5m2():
+    """With both kernels, beside weights in e4m3."""
+    x, weights, groups = operands_of("fp8_block", (68, 3), 256, 256, False)
+    x = quantize(x.dequantize(), rows_spec("float8_e5m2"))
+    operands = x.values, transposed(x.scales, groups.num_rows), weights.values, weight_scales(weights)
+    schedule = groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
+    options = dict(out_dtype="bfloat16", interpret=_compat.interpret_params(), multiprocessors=2)
+    assert matmul_fp8.supports(*operands, None, "bfloat16") is None
+    out, same = (
+        module.grouped_matmul(*operands, *schedule, None, None, config=config, **options)
+        for module, config in ((kernel, CONFIG), (matmul_fp8, OTHER))
+    )
+    check_close(out, expected(x, weights, groups, None, False), 6e-3)
+    np.testing.assert_array_equal(np.asarray(out).view(np.uint16), np.asarray(same).view(np.uint16))
+    turned = weights.values[0], operands[1], x.values[None], operands[3]
+    assert "the weights float8_e4m3fn" in matmul_fp8.supports(*turned, None, "bfloat16")
 
 
 @pytest.mark.parametrize("name", ["fp8_block", pytest.param("int8_block", marks=pytest.mark.once)])

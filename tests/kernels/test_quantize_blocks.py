@@ -9,7 +9,7 @@ from moe_jax import _compat
 from moe_jax.kernels.hopper import quantize_blocks as kernel
 from moe_jax.ops.gather_quantize import plain_gather_quantize
 from moe_jax.ops.quantize_transposed import ColumnBlocks, plain_quantize_transposed
-from moe_jax.quantization.fp8_training import BLOCKS, ROWS
+from moe_jax.quantization.fp8_training import BLOCKS, ROWS, blocks_spec, rows_spec
 from moe_jax.quantization.quantize import quantize
 from tests.layers import normal
 from tests.lowering import like, lower, operations
@@ -43,7 +43,7 @@ def test_rows_become_columns(name, dtype):
     codes, scales = kernel.quantize_rows_of_blocks(
         x, starts, sizes, count, BLOCKS, interpret=_compat.interpret_params(), **OPTIONS
     )
-    expected = plain_quantize_transposed(x, ColumnBlocks(starts, starts, sizes, count))
+    expected = plain_quantize_transposed(x, ColumnBlocks(starts, starts, sizes, count), BLOCKS)
     n = int(count[0])
     np.testing.assert_array_equal(bits(codes)[:, : 128 * n], bits(expected.values)[:, : 128 * n])
     np.testing.assert_array_equal(np.asarray(scales)[:, :n], np.asarray(expected.scales)[:, :n])
@@ -53,19 +53,20 @@ def test_rows_become_columns(name, dtype):
 @pytest.mark.parametrize("name", CASES)
 def test_rows_become_columns_and_stay_rows(name):
     starts, sizes, count, rows, columns = CASES[name]
+    dtype = "float8_e5m2" if "last rows" in name else "float8_e4m3fn"
     x = rows_of_all_sizes(rows, columns, "bfloat16")
     schedule = [jnp.asarray(a, jnp.int32) for a in (starts, sizes, [count])]
-    interpret = _compat.interpret_params()
-    alone = kernel.quantize_rows_of_blocks(x, *schedule, BLOCKS, interpret=interpret, **OPTIONS)
+    spec, row_spec = blocks_spec(dtype), rows_spec(dtype)
     codes, scales, *other = kernel.quantize_rows_of_blocks(
-        x, *schedule, BLOCKS, row_spec=ROWS, interpret=interpret, **OPTIONS
+        x, *schedule, spec, row_spec=row_spec, interpret=_compat.interpret_params(), **OPTIONS
     )
-    expected = plain_gather_quantize(x, None, ROWS)
+    expected = plain_gather_quantize(x, None, row_spec)
     held = [start + i for start, size in zip(starts[:count], sizes, strict=False) for i in range(size)]
     np.testing.assert_array_equal(bits(codes)[held], bits(expected.values)[held])
     np.testing.assert_array_equal(np.asarray(scales)[:, held], np.asarray(expected.scales)[:, held])
-    np.testing.assert_array_equal(bits(other[0])[:, : 128 * count], bits(alone[0])[:, : 128 * count])
-    np.testing.assert_array_equal(np.asarray(other[1])[:, :count], np.asarray(alone[1])[:, :count])
+    turned = plain_quantize_transposed(x, ColumnBlocks(schedule[0], *schedule), spec)
+    np.testing.assert_array_equal(bits(other[0])[:, : 128 * count], bits(turned.values)[:, : 128 * count])
+    np.testing.assert_array_equal(np.asarray(other[1])[:, :count], np.asarray(turned.scales)[:, :count])
 
 
 @pytest.mark.parametrize("row_spec", [None, ROWS])

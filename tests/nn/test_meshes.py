@@ -11,7 +11,7 @@ from flax import linen, nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import MoEConfig, ParallelConfig, RoutingConfig
+from moe_jax import Fp8Training, MoEConfig, ParallelConfig, RoutingConfig
 from moe_jax.nn import MoE, balance, sown, sown_sum
 from moe_jax.nn import linen as moe_linen
 from moe_jax.parallel import Batched
@@ -34,10 +34,10 @@ def make(config, **settings):
     return nnx.jit(lambda: MoE(config, rngs=nnx.Rngs(0), **settings))()
 
 
-def sharded_layer(mesh, rules, **options):
+def sharded_layer(mesh, rules, config=CONFIG, **options):
     """Its parameters are made where the rules say, and its tokens go to their experts over the mesh."""
     with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):
-        return make(CONFIG, parallel=ParallelConfig.of_mesh(mesh, **options), mesh=mesh)
+        return make(config, parallel=ParallelConfig.of_mesh(mesh, **options), mesh=mesh)
 
 
 def loss(layer, x):
@@ -46,7 +46,7 @@ def loss(layer, x):
     return value + 1e-3 * sown_sum(intermediates, "router_z_loss"), (y, intermediates)
 
 
-def value_and_gradient(layer, x):
+def value_and_gradient(layer, x, loss=loss):
     graph, parameters, rest = nnx.split(layer, nnx.Param, ...)
 
     def of_parameters(parameters, rest, x):
@@ -86,6 +86,27 @@ def test_a_mesh_gives_the_numbers_of_one_device(alone, shape, rules, options):
     np.testing.assert_array_equal(sown(sowed, "expert_loads")[()], sown(intermediates, "expert_loads")[()])
     for name in ("router", "w13", "w2", "shared_w13", "shared_w2"):
         check_close(slope[name].get_value(), gradient[name].get_value(), 2e-5)
+
+
+@pytest.mark.once
+def test_fp8_with_parameters_in_parts():
+    """FSDP over the hidden size, beside expert parallelism: weights are quantized after they are gathered."""
+    config = MoEConfig(4, 2, 128, 128, fp8_training=Fp8Training())
+    x, mesh = normal(1, 64, 128), mesh_of(2, 2)
+    rules = (("expert", "dp"), ("embed", "tp"), ("mlp", None))
+    g = normal(2, 64, 128)
+
+    def projected(layer, x):
+        return jnp.sum(layer(x).astype(jnp.float32) * g), None
+
+    layer = sharded_layer(mesh, rules, config, enable_expert_parallel=True)
+    assert layer.w13[...].sharding.is_equivalent_to(NamedSharding(mesh, P("dp", None, "tp")), 3)
+    (_, slope), (_, expected) = (
+        value_and_gradient(one, at, projected)
+        for one, at in ((layer, jax.device_put(x, NamedSharding(mesh, P("dp")))), (make(config), x))
+    )
+    for name in ("router", "w13", "w2"):
+        check_close(slope[name].get_value(), expected[name].get_value(), 1e-4)
 
 
 def test_experts_that_do_not_divide_find_their_ranks():

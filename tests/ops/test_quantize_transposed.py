@@ -53,6 +53,19 @@ def test_gradients_of_weights(tile_rows):
     assert_discriminates(lambda a: check_close(a, flat, 5e-2), np.asarray(found).reshape(flat.shape))
 
 
+def test_gradients_are_added_to_earlier_ones():
+    groups = groups_of(1, 20, 2, 4, 16, only=[0, 2])
+    codes = [transposed(rows_of(seed, groups, 128, "bfloat16"), groups, implementation="xla") for seed in (1, 2)]
+    before = normal(3, 4, 128, 128)
+    added = weight_grad(*codes, groups, accumulate=before, implementation="xla")
+    alone = weight_grad(*codes, groups, out_dtype="float32", implementation="xla")
+    assert added.dtype == jnp.float32
+    check_close(added, np.asarray(before, np.float64) + np.asarray(alone), 1e-6)
+    np.testing.assert_array_equal(added[1], before[1])
+    with pytest.raises(TypeError, match="accumulate is float32 and out_dtype=bfloat16, but both must be float32"):
+        weight_grad(*codes, groups, accumulate=before, out_dtype="bfloat16", implementation="xla")
+
+
 @pytest.mark.parametrize("tile_rows", [16, 128])
 def test_rows_of_tokens_are_those_that_were_gathered(tile_rows):
     """Both orders, the same bits; tokens without a row, and rows without a token, count nowhere."""

@@ -17,6 +17,7 @@ SPECS = {
     "fp8 channel": Spec("float8_e4m3fn", "channel"),
     "fp8 token": Spec("float8_e4m3fn", "token"),
     "fp8 group": Spec("float8_e4m3fn", "group", 16),
+    "fp8 group e5m2": Spec("float8_e5m2", "group", 16),
     "fp8 block": Spec("float8_e4m3fn", "block", (8, 16)),
     "fp8 block ue8m0": Spec("float8_e4m3fn", "block", (8, 16), "float8_e8m0fnu"),
     "fp8 group ue8m0": Spec("float8_e4m3fn", "group", 16, "float8_e8m0fnu"),

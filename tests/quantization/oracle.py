@@ -1,6 +1,5 @@
 """The arithmetic of quantization once more, in NumPy: element by element where it can be, with tables for the grids."""
 
-import ml_dtypes
 import numpy as np
 
 from moe_jax.quantization import Spec
@@ -20,17 +19,30 @@ def fp8_value(code: int) -> float:
     return sign * (8 + fraction) * 2.0 ** (exponent - 10)
 
 
+def e5m2_value(code: int) -> float:
+    """What an e5m2 code stands for: sign, five bits of exponent, two of fraction; infinities and NaNs as in IEEE 754."""
+    sign = -1.0 if code & 0x80 else 1.0
+    exponent, fraction = (code >> 2) & 0x1F, code & 3
+    if exponent == 31:
+        return float("nan") if fraction else sign * float("inf")
+    if exponent == 0:
+        return sign * fraction * 2.0**-16
+    return sign * (4 + fraction) * 2.0 ** (exponent - 17)
+
+
 FP8_VALUES = np.array([fp8_value(code) for code in range(256)])
-_POSITIVE = FP8_VALUES[:127]  # ascending: 0 to 448
+FP8_TABLES = {"float8_e4m3fn": FP8_VALUES, "float8_e5m2": np.array([e5m2_value(code) for code in range(256)])}
 
 
-def fp8_codes(values: np.ndarray) -> np.ndarray:
-    """Codes of the nearest e4m3 values, by search in the table: ties to the even code, saturating; NaN is 0x7f."""
+def fp8_codes(values: np.ndarray, dtype: str = "float8_e4m3fn") -> np.ndarray:
+    """Codes of the nearest FP8 values, by search in the table: ties to the even code, saturating; NaN is 0x7f."""
+    positive = FP8_TABLES[dtype][:128]
+    positive = positive[np.isfinite(positive)]  # ascending: 0 to 448, or 57344
     with np.errstate(invalid="ignore"):
         values = np.asarray(values, np.float64)
-    magnitude = np.minimum(np.abs(np.where(np.isnan(values), 0.0, values)), 448.0)
-    above = np.clip(np.searchsorted(_POSITIVE, magnitude), 1, 126)
-    lower, upper = _POSITIVE[above - 1], _POSITIVE[above]
+    magnitude = np.minimum(np.abs(np.where(np.isnan(values), 0.0, values)), positive[-1])
+    above = np.clip(np.searchsorted(positive, magnitude), 1, len(positive) - 1)
+    lower, upper = positive[above - 1], positive[above]
     to_lower, to_upper = magnitude - lower, upper - magnitude
     take_lower = (to_lower < to_upper) | ((to_lower == to_upper) & ((above - 1) % 2 == 0))
     codes = np.where(take_lower, above - 1, above) | np.where(np.signbit(values), 0x80, 0)
@@ -73,11 +85,11 @@ def reciprocal(scale: np.ndarray) -> np.ndarray:
 
 def piece_scale(piece: np.ndarray, spec: Spec) -> np.float32:
     """The scale of the elements that share it, before it is stored."""
-    inverse = {n: np.float32(1) / np.float32(n) for n in (448, 127, 7, 8, 15, 6)}
+    inverse = {n: np.float32(1) / np.float32(n) for n in (448, 57344, 127, 7, 8, 15, 6)}
     finite = np.clip(np.where(np.isnan(piece), 0, piece), -F32_MAX, F32_MAX).astype(np.float32)
     high, low = np.float32(max(finite.max(initial=0), 0)), np.float32(max((-finite).max(initial=0), 0))
-    if spec.dtype == "float8_e4m3fn":
-        return np.float32(max(high, low, np.float32(1e-10)) * inverse[448])
+    if spec.dtype in FP8_TABLES:
+        return np.float32(max(high, low, np.float32(1e-10)) * inverse[spec.largest])
     if np.isnan(piece).any():
         return np.float32(np.nan)
     if spec.scale_dtype == "float8_e4m3fn":
@@ -113,7 +125,7 @@ def piece_codes(piece: np.ndarray, scale: np.float32, spec: Spec) -> tuple[np.nd
     with np.errstate(all="ignore"):
         scaled = (piece.astype(np.float32) * r).astype(np.float32) if r != 0 else np.zeros(piece.shape, np.float32)
     if spec.is_float:
-        return fp8_codes(np.where(np.isnan(piece), np.nan, scaled)), 0
+        return fp8_codes(np.where(np.isnan(piece), np.nan, scaled), spec.dtype), 0
     if spec.dtype == "float4_e2m1fn":
         return fp4_codes(np.where(np.isnan(scaled), 0, scaled)), 0
     rounded = np.rint(np.where(np.isnan(scaled), 0, scaled))
@@ -193,7 +205,7 @@ def dequantize(
     codes: np.ndarray, scales: np.ndarray, zeros, spec: Spec, halves: int = 1, global_scale=None
 ) -> np.ndarray:
     """One matrix, float64, from what `quantize` gives."""
-    table = {"float8_e4m3fn": FP8_VALUES, "float4_e2m1fn": FP4_VALUES}.get(spec.dtype)
+    table = (FP8_TABLES | {"float4_e2m1fn": FP4_VALUES}).get(spec.dtype)
     values = codes.astype(np.float64) if table is None else table[codes]
     out = np.zeros(codes.shape)
     for index, rows, columns in pieces_of(spec, *codes.shape, halves):
@@ -208,4 +220,4 @@ def dequantize(
 def bits(array) -> np.ndarray:
     """Codes as integers that compare bit by bit."""
     array = np.asarray(array)
-    return array.view(np.uint8) if array.dtype == ml_dtypes.float8_e4m3fn else array
+    return array.view(np.uint8) if array.dtype.name in FP8_TABLES else array

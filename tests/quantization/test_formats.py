@@ -14,8 +14,8 @@ formats = without_type_checks("moe_jax.quantization.formats")
 
 BAD_SPECS = {
     "dtype": (
-        dict(dtype="float8_e5m2", granularity="tensor"),
-        ["float8_e5m2", "float8_e4m3fn, int8, int4, float4_e2m1fn"],
+        dict(dtype="float8_e3m4", granularity="tensor"),
+        ["float8_e3m4", "float8_e4m3fn, float8_e5m2, int8, int4, float4_e2m1fn"],
     ),
     "granularity": (dict(dtype="int8", granularity="row"), ["'row'", "tensor", "channel", "token", "group", "block"]),
     "scale dtype": (dict(dtype="int8", granularity="channel", scale_dtype="float64"), ["float64", "float32"]),
@@ -68,6 +68,10 @@ BAD_FORMATS = {
     "four bits with eight": (
         (Spec("float8_e4m3fn", "group", 16), Spec("float4_e2m1fn", "group", 16, "float8_e4m3fn")),
         ["cannot be multiplied", "float4_e2m1fn"],
+    ),
+    "weights of the dtype of gradients": (
+        (Spec("float8_e5m2", "channel"), None),
+        ["gradient_dtype", "float8_e4m3fn"],
     ),
     "int4 activations": ((Spec("int4", "channel"), Spec("int4", "token")), ["cannot be multiplied", "None"]),
 }

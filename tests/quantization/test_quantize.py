@@ -273,7 +273,8 @@ def test_no_element_is_further_off_than_half_a_step(name, x):
     error = np.abs(np.asarray(dequantize(array), np.float64) - x)
     step = scale
     if spec.is_float:
-        step = np.maximum(np.abs(x) * 2.0**-3, scale * 2.0**-9)
+        grid = jnp.finfo(spec.dtype)
+        step = np.maximum(np.abs(x) * 2.0**-grid.nmant, scale * float(grid.smallest_subnormal))
     elif spec.dtype == "float4_e2m1fn":
         step = np.maximum(np.abs(x) / 2, scale / 2)
     # A scale that is not normal is zero, and so are its elements. Those of FP8 have a floor far above.

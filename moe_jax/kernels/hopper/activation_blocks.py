@@ -40,6 +40,7 @@ def activation_blocks(
     *,
     row_spec: Spec,
     spec: Spec,
+    activated_spec: Spec,
     interpret: Any = None,
     multiprocessors: int | None = None,
 ) -> tuple[Shaped[Array, "..."], ...]:
@@ -54,8 +55,9 @@ def activation_blocks(
         sizes: its rows, at most 128.
         count: blocks that hold rows, the first ones; others stay undefined.
         activation: between the projections.
-        row_spec: float8_e4m3fn in groups of 128 columns.
-        spec: float8_e4m3fn in blocks of 128 x 128.
+        row_spec: of the cotangents, FP8 in groups of 128 columns.
+        spec: of the cotangents transposed, FP8 in blocks of 128 x 128.
+        activated_spec: of the activations, likewise.
         interpret: for the interpreter.
         multiprocessors: of the device, by default.
     """
@@ -64,7 +66,7 @@ def activation_blocks(
     parts = wide // columns  # gate and up, or one
     workers = CTAS_PER_SM * (multiprocessors or _compat.num_multiprocessors())
     block, rows_out = Block(product.dtype, interpreted, parts + 1), RowsOut(row_spec, interpreted)
-    columns_out = ColumnsOut(spec, interpreted)
+    columns_out, activated_out = ColumnsOut(spec, interpreted), ColumnsOut(activated_spec, interpreted)
 
     def body(
         d_g,
@@ -83,8 +85,9 @@ def activation_blocks(
         *scratch,
     ):
         in_s, full, *out = scratch
-        # One buffer of shared memory; the interpreter gives both their own.
-        turned_s, rows_s = (out[0], out[1]) if interpreted else (out[0][0], (out[0][1], out[0][2]))
+        # One buffer of shared memory; the interpreter gives each its own.
+        turned_s, activated_s, *rows_s = out if interpreted else out[0]
+        rows_s = rows_s[0] if interpreted else rows_s
         worker = lax.axis_index("sm")
         turns = tiles.share(count_g[0] * across, worker, workers)
 
@@ -131,10 +134,11 @@ def activation_blocks(
             plgpu.commit_smem()
             for tile in range(parts + 1):
                 at, own = (row, column + tile * across), (codes_g, scales_g)
-                target, target_scales, line = (turned_g, turned_scales_g, at[1])
                 if tile == parts:
-                    target, target_scales, line = a_g, a_scales_g, column
+                    way_out, codes_s, target, target_scales, line = activated_out, activated_s, a_g, a_scales_g, column
                 else:
+                    way_out, codes_s, target, target_scales = columns_out, turned_s, turned_g, turned_scales_g
+                    line = at[1]
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     plgpu.commit_smem()  # for all threads
                     rows_out.fill(rows_s, functools.partial(block.part, in_s, tile), own, at, size)
@@ -142,13 +146,13 @@ def activation_blocks(
                     rows_out.send(rows_s, own, at, size)
                     plgpu.commit_smem_to_gmem_group()
                 halves = block.transposed(in_s, tile)
-                scale, inverse = columns_out.scale(block.largest(halves))
+                scale, inverse = way_out.scale(block.largest(halves))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.commit_smem()  # also: every thread has taken the tile
                 pl.when(i + 1 < turns)(lambda tile=tile: fetch(i + 1, tile))
-                columns_out.fill(turned_s, map(block.values, halves), inverse)
+                way_out.fill(codes_s, map(block.values, halves), inverse)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(turned_s, target.at[pl.ds(line * SIDE, SIDE), pl.ds(number * SIDE, SIDE)])
+                plgpu.copy_smem_to_gmem(codes_s, target.at[pl.ds(line * SIDE, SIDE), pl.ds(number * SIDE, SIDE)])
                 target_scales[line, number] = scale
 
         plgpu.wait_smem_to_gmem(0)
@@ -156,12 +160,12 @@ def activation_blocks(
     body.__name__ = "activation_blocks"
     of_rows, f32 = scales_shape(rows, wide, row_spec), jnp.float32
     shapes = [((rows, wide), row_spec.storage_dtype), (of_rows, f32)]
-    for width in (wide, columns):
-        shapes += [((width, blocks * SIDE), spec.storage_dtype), ((width // SIDE, blocks), f32)]
+    for width, of in ((wide, spec), (columns, activated_spec)):
+        shapes += [((width, blocks * SIDE), of.storage_dtype), ((width // SIDE, blocks), f32)]
     shapes.append(((across, of_rows[1]), f32))
-    out = [columns_out.scratch, rows_out.scratch]
+    out = [columns_out.scratch, activated_out.scratch, rows_out.scratch]
     if not interpreted:
-        out = [plgpu.RefUnion(columns_out.scratch, *rows_out.scratch.refs)]
+        out = [plgpu.RefUnion(*out[:2], *rows_out.scratch.refs)]
     found = _compat.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct(*shape) for shape in shapes],

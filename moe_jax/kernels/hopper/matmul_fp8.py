@@ -52,7 +52,11 @@ from moe_jax.quantization.formats import Spec
 SHORT = 16  # steps of a tile where scales of blocks are better not fetched a step ahead
 GROUP = 128  # columns of K that share a scale where they are promoted
 ROW_MULTIPLE = 4  # where tiles with scales of such groups should begin
-_DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8))
+_DTYPES = (
+    ("float8_e4m3fn", "float8_e4m3fn"),
+    ("float8_e5m2", "float8_e4m3fn"),
+    ("int8", "int8"),
+)  # of rows and weights
 _OUTPUTS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
@@ -63,8 +67,11 @@ def supports(
     n, k = weights.shape[1:]
     gated = activation is not None and activation.is_gated
     out = n // (2 if gated else 1)
-    if rows.dtype not in _DTYPES or weights.dtype != rows.dtype:
-        return f"rows {rows.dtype} and weights {weights.dtype} must both be float8_e4m3fn or both int8"
+    if (rows.dtype.name, weights.dtype.name) not in _DTYPES:
+        return (
+            f"rows {rows.dtype} and weights {weights.dtype} must both be float8_e4m3fn or both int8, or the rows float8_e5m2 "
+            "and the weights float8_e4m3fn"
+        )
     if jnp.dtype(out_dtype) not in _OUTPUTS:
         return f"the output {jnp.dtype(out_dtype)} must be bfloat16 or float16"
     if (tiles.swizzle_bytes(k, rows.dtype) or 0) < 64:
@@ -112,9 +119,10 @@ def grouped_matmul(
     """`activation((rows * their scales) @ (weights[group] * their scales).T + bias[group])` for the rows of the tiles.
 
     Args:
-        rows: of all groups, float8_e4m3fn or int8; with `tile_tokens` those of all tokens, at most as many as a tile holds.
+        rows: of all groups, float8_e4m3fn, float8_e5m2 or int8; with `tile_tokens` those of all tokens, at most as many as a
+            tile holds.
         row_scales: float32, of each row one ``[1, rows + a tile]``, or one for each 128 columns ``[K / 128, rows + a tile]``.
-        weights: of the experts, of the same dtype.
+        weights: of the experts, of the same dtype; float8_e4m3fn beside float8_e5m2.
         weight_scales: float32; of each row ``[E, N]``; of a matrix, or of its two halves, ``[E, 1]`` or ``[E, 2]``; of blocks
             ``[E, N blocks, K / 128]``, with a gate those of the halves one after the other.
         tile_group: the expert of each tile.
@@ -350,7 +358,7 @@ def grouped_matmul(
     arrivals = len(pieces) + operand.pieces + (groups if promote else 0)
     scratch = [
         operand.scratch,
-        plgpu.SMEM((stages, config.stage_rows, tk // depth), dtype, transforms=tiles.transforms(k, dtype)),
+        plgpu.SMEM((stages, config.stage_rows, tk // depth), weights.dtype, transforms=tiles.transforms(k, dtype)),
         plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
         *([] if stored is None else stored.scratch),

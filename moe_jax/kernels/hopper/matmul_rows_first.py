@@ -248,7 +248,7 @@ def grouped_matmul(
     arrivals = HALVES + operand.pieces + groups
     scratch = [
         operand.scratch,
-        plgpu.SMEM((stages, HALVES * COLUMNS, tk), dtype, transforms=tiles.transforms(k, dtype)),
+        plgpu.SMEM((stages, HALVES * COLUMNS, tk), weights.dtype, transforms=tiles.transforms(k, dtype)),
         plgpu.SMEM((stages, groups, of_rows.held(TILE_ROWS)), jnp.float32),
         stored.scratch,
         plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),

@@ -72,8 +72,8 @@ def quantize_rows_of_blocks(
         starts: the first row of each block.
         sizes: its rows, at most 128; the rest of it is zero.
         count: blocks that are quantized, the first ones; others stay undefined.
-        spec: float8_e4m3fn in blocks of 128 x 128.
-        row_spec: float8_e4m3fn in groups of 128 columns, of the rows as they are; None if these are not wanted.
+        spec: FP8 in blocks of 128 x 128.
+        row_spec: FP8 in groups of 128 columns, of the rows as they are; None if these are not wanted.
         row_tokens: the row of x that each of R rows is, and 128 more numbers; None if they are the rows of x.
         **options: of the kernel: `config`, `interpret`, `multiprocessors`.
     """

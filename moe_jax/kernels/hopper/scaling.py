@@ -70,7 +70,7 @@ class Scaling:
     """How elements become codes.
 
     Attributes:
-        spec: ``float8_e4m3fn`` or ``int8``.
+        spec: ``float8_e4m3fn``, ``float8_e5m2`` or ``int8``.
         given: scales are given, whatever they are; otherwise `scale` has made them.
         interpret: the kernel is interpreted.
     """
@@ -125,7 +125,8 @@ class Scaling:
             if self.given:
                 zero = jnp.where(x != x, x, jnp.float32(0))
                 scaled = jnp.where(reciprocal == 0, zero, scaled)
-            return to_fp8(scaled) if self.interpret else scaled.astype(jnp.float8_e4m3fn)
+            dtype = self.spec.storage_dtype
+            return to_fp8(scaled, dtype) if self.interpret else scaled.astype(dtype)
         # A NaN shows in the scale that was taken from it, which is one comparison for all of a thread's elements.
         tell = scaled if self.given else reciprocal
         scaled = jnp.where(tell != tell, jnp.float32(0), scaled)

@@ -40,12 +40,12 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import _compat
 from moe_jax.kernels.hopper import tiles
+from moe_jax.kernels.hopper.gradient_store import LINE, GradientStore, Refs
 from moe_jax.kernels.hopper.matmul_bf16 import DTYPES
 from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS
 
 CONSUMERS = 2
 ALIGNED_ROWS = 8  # where a swizzled tile may begin
-_LINE = 128  # bytes of a row of a staged block
 _SHARED_BYTES = 227 * 1024  # that a block of threads can have
 _OTHER_BYTES = 2048  # of those, for barriers and alignment
 MOST_COLUMNS = 256  # of a consumer's sums, in blocks of 64 rows: 128 registers a thread
@@ -89,7 +89,7 @@ class Config:
     def shared_bytes(self) -> int:
         """Shared memory of the ring and of the blocks on their way."""
         ring = self.stages * self.step_rows * sum(self.tile) * 2
-        return ring + CONSUMERS * self.buffers * WGMMA_ROWS * _LINE
+        return ring + CONSUMERS * self.buffers * WGMMA_ROWS * LINE
 
 
 def config_misfit(config: Config) -> str | None:
@@ -208,16 +208,9 @@ def weight_grad(
     # One swizzle for both: wgmma knows no two.
     narrow = min((m, n), key=lambda size: tiles.swizzle_bytes(size, dtype))
     out_dtype = jnp.dtype(out_dtype)
-    transforms, stored = tiles.transforms(narrow, dtype), tiles.transforms(n, out_dtype)
-    block_columns = _LINE // out_dtype.itemsize
-    blocks = [(b, c) for b in range(config.blocks) for c in range(0, tile_n, block_columns)]
-    buffers = min(config.buffers, len(blocks))
-
-    def younger(block):
-        """Blocks that a consumer stored after the one which was in this one's buffer: that of a tile before at first."""
-        if block >= buffers:
-            return buffers - 1
-        return block + (len(blocks) - 1 - block) % buffers
+    transforms = tiles.transforms(narrow, dtype)
+    parts = [(b * WGMMA_ROWS, 0) for b in range(config.blocks)]
+    store = GradientStore(parts, tile_n, out_dtype, config.buffers, CONSUMERS)
 
     if config.largest_first:
         order, starts, sizes = by_size(starts, sizes)
@@ -227,7 +220,7 @@ def weight_grad(
         order_g = refs.pop(0) if config.largest_first else None
         sums_g = refs.pop(0) if accumulate is not None else None
         out_g, left_s, right_s, out_s, full, empty, cleared = refs[:7]
-        fetched = refs[7] if accumulate is not None else None
+        stored = Refs(out_g, out_s, sums_g, refs[7] if accumulate is not None else None)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
         my_tiles = tiles.share(total, worker, workers)
 
@@ -258,20 +251,8 @@ def weight_grad(
             nth, row, col, _, before, end = tile_at(i)
             expert = order_g[nth] if config.largest_first else nth
             own = wg * config.consumer_rows  # the first of the consumer's columns of left
-            row = row + own
-
-            def place(block):
-                b, c = blocks[block]
-                return expert, pl.ds(row + b * WGMMA_ROWS, WGMMA_ROWS), pl.ds(col + c, block_columns)
-
-            def fetch(block):
-                to = block % buffers
-                plgpu.copy_gmem_to_smem(sums_g.at[place(block)], out_s.at[wg, to], fetched.at[wg * buffers + to])
-
-            if accumulate is not None:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                for block in range(buffers):
-                    fetch(block)
+            place = expert, row + own, col
+            store.ask(stored, wg, place)
             steps = steps_of(end)
 
             def multiply(*accs):
@@ -312,20 +293,7 @@ def weight_grad(
                 return tuple(acc[...] for acc in accs), after
 
             accs, slot = pl.run_scoped(multiply, *[plgpu.ACC((WGMMA_ROWS, tile_n)) for _ in range(config.blocks)])
-            for block, (b, c) in enumerate(blocks):
-                buffer = out_s.at[wg, block % buffers]
-                values = accs[b][:, c : c + block_columns]
-                if accumulate is not None:
-                    plgpu.barrier_wait(fetched.at[wg * buffers + block % buffers])
-                    buffer[...] = values + plgpu.load(buffer, layout=plgpu.Layout.WGMMA)
-                else:
-                    plgpu.wait_smem_to_gmem(younger(block), wait_read_only=True)  # what was in the buffer has left
-                    buffer[...] = values.astype(out_dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(buffer, out_g.at[place(block)])
-                if accumulate is not None and block > 0 and block - 1 + buffers < len(blocks):
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    fetch(block - 1 + buffers)
+            store.send(stored, wg, place, accs)
             return slot
 
         def produce():
@@ -363,13 +331,13 @@ def weight_grad(
     scratch = [
         plgpu.SMEM((stages, rows, tile_m), dtype, transforms=transforms),
         plgpu.SMEM((stages, rows, tile_n), dtype, transforms=transforms),
-        plgpu.SMEM((CONSUMERS, buffers, WGMMA_ROWS, block_columns), out_dtype, transforms=stored),
+        store.buffers(n),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
         plgpu.Barrier(num_arrivals=CONSUMERS),
     ]
     if accumulate is not None:
-        scratch += [plgpu.Barrier(num_barriers=CONSUMERS * buffers)]
+        scratch += [store.fetched]
     return _compat.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((experts, m, n), out_dtype),

@@ -25,12 +25,13 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from moe_jax import _compat
 from moe_jax.kernels.hopper import tiles
+from moe_jax.kernels.hopper.gradient_store import GradientStore, Refs
 from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS
 
 CONSUMERS, HALVES = 2, 2
 GROUP = 128  # of the contracted axis that share a scale, and of the other: a step
 TILE = CONSUMERS * WGMMA_ROWS, HALVES * GROUP
-_LINE = 128  # bytes of a row of a staged block
+_OPERANDS = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))  # in any pair: wgmma takes both together
 _OUTPUTS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float32))
 
 
@@ -52,8 +53,8 @@ class Config:
 def supports(left: Any, right: Any, out_dtype: Any) -> str | None:
     """Why this kernel cannot run the problem; None if it can. Shapes as in `weight_grad`."""
     for name, operand in (("left", left), ("right", right)):
-        if operand.dtype != jnp.float8_e4m3fn:
-            return f"{name} is {operand.dtype}, but must be float8_e4m3fn"
+        if operand.dtype not in _OPERANDS:
+            return f"{name} is {operand.dtype}, but must be float8_e4m3fn or float8_e5m2"
         if operand.shape[0] % GROUP or operand.shape[1] % GROUP:
             return f"{name} has shape {operand.shape}: both must be multiples of {GROUP}, of whole blocks"
     if jnp.dtype(out_dtype) not in _OUTPUTS:
@@ -68,13 +69,14 @@ def weight_grad(
     right_scales: Float[Array, "N_blocks K_blocks"],
     firsts: Int[Array, "E"],
     counts: Int[Array, "E"],
+    accumulate: Float[Array, "E M N"] | None = None,
     *,
     out_dtype: Any,
     config: Config = Config(),
     interpret: Any = None,
     multiprocessors: int | None = None,
 ) -> Float[Array, "E M N"]:
-    """``left[:, blocks of e] @ right[:, blocks of e].T`` for each expert e.
+    """``left[:, blocks of e] @ right[:, blocks of e].T`` for each expert e, on top of `accumulate`.
 
     Args:
         left: codes.
@@ -83,21 +85,26 @@ def weight_grad(
         right_scales: float32, of blocks.
         firsts: the first block of columns of each expert.
         counts: its blocks.
-        out_dtype: of the result.
+        accumulate: float32, added to the sums.
+        out_dtype: of the result; float32 with `accumulate`.
         config: how the work is tiled.
         interpret: for the interpreter.
         multiprocessors: of the device, by default.
     """
     (m, _), n, experts, stages = left.shape, right.shape[0], firsts.shape[0], config.stages
-    (tile_m, tile_n), dtype, out_dtype = TILE, left.dtype, jnp.dtype(out_dtype)
+    (tile_m, tile_n), out_dtype = TILE, jnp.dtype(out_dtype)
     m_tiles, n_tiles = pl.cdiv(m, tile_m), pl.cdiv(n, tile_n)
     total = experts * m_tiles * n_tiles
     workers = min(multiprocessors or _compat.num_multiprocessors(), total)
-    block_columns = _LINE // out_dtype.itemsize
+    parts = [(0, half * GROUP) for half in range(HALVES)]
+    store = GradientStore(parts, GROUP, out_dtype, config.buffers, CONSUMERS)
     interpreted = interpret is not None
 
-    def body(left_g, left_scales_g, right_g, right_scales_g, firsts_g, counts_g, out_g, *refs):
-        left_s, right_s, out_s, full, empty = refs
+    def body(left_g, left_scales_g, right_g, right_scales_g, firsts_g, counts_g, *refs):
+        refs = list(refs)
+        sums_g = refs.pop(0) if accumulate is not None else None
+        out_g, left_s, right_s, out_s, full, empty = refs[:6]
+        stored = Refs(out_g, out_s, sums_g, refs[6] if accumulate is not None else None)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
         my_tiles = tiles.share(total, worker, workers)
 
@@ -111,6 +118,8 @@ def weight_grad(
         def consume(i, slot):
             expert, at_m, at_n = tile_at(i)
             first, steps, shape = firsts_g[expert], counts_g[expert], (WGMMA_ROWS, GROUP)
+            place = expert, at_m * tile_m + wg * WGMMA_ROWS, at_n * tile_n
+            store.ask(stored, wg, place)
 
             def scales(step):
                 block = jnp.minimum(first + step, left_scales.shape[1] - 1)  # one more is asked for than there may be
@@ -144,15 +153,7 @@ def weight_grad(
 
             zeros = [plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA) for _ in range(HALVES)]
             slot, accs, _ = lax.fori_loop(0, steps, step, (slot, zeros, scales(0)))
-            row = pl.ds(at_m * tile_m + wg * WGMMA_ROWS, WGMMA_ROWS)
-            for half, acc in enumerate(accs):
-                for block in range(0, GROUP, block_columns):
-                    buffer = out_s.at[wg, (half * GROUP + block) // block_columns % config.buffers]
-                    plgpu.wait_smem_to_gmem(config.buffers - 1, wait_read_only=True)  # what was in it has left
-                    buffer[...] = acc[:, block : block + block_columns].astype(out_dtype)
-                    plgpu.commit_smem()
-                    column = pl.ds(at_n * tile_n + half * GROUP + block, block_columns)
-                    plgpu.copy_smem_to_gmem(buffer, out_g.at[expert, row, column])
+            store.send(stored, wg, place, accs)
             return slot
 
         def produce():
@@ -190,14 +191,16 @@ def weight_grad(
 
     body.__name__ = "weight_grad_fp8"
     scratch = [
-        plgpu.SMEM((stages, tile_m, GROUP), dtype, transforms=tiles.transforms(GROUP, dtype)),
-        plgpu.SMEM((stages, tile_n, GROUP), dtype, transforms=tiles.transforms(GROUP, dtype)),
-        plgpu.SMEM(
-            (CONSUMERS, config.buffers, WGMMA_ROWS, block_columns), out_dtype, transforms=tiles.transforms(n, out_dtype)
-        ),
+        plgpu.SMEM((stages, tile_m, GROUP), left.dtype, transforms=tiles.transforms(GROUP, left.dtype)),
+        plgpu.SMEM((stages, tile_n, GROUP), right.dtype, transforms=tiles.transforms(GROUP, right.dtype)),
+        store.buffers(n),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
     ]
+    operands = [left, left_scales, right, right_scales, firsts, counts]
+    if accumulate is not None:
+        operands.append(accumulate)
+        scratch.append(store.fetched)
     return _compat.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((experts, m, n), out_dtype),
@@ -208,4 +211,4 @@ def weight_grad(
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=_compat.LANE),
         interpret=interpret,
-    )(left, left_scales, right, right_scales, firsts, counts)
+    )(*operands)
