@@ -265,15 +265,17 @@ def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quanti
 
     from moe_jax.kernels.hopper import matmul_bf16, matmul_fp8, matmul_rows_first
     from moe_jax.kernels.hopper.gather_quantize import scales_shape
-    from moe_jax.kernels.hopper.matmul_config import eight_bit, few_counts, four_bit
+    from moe_jax.kernels.hopper.matmul_config import eight_bit, few_counts, four_bit, from_four_bits
     from moe_jax.quantization import prepare, quant_format, quantize
+    from moe_jax.quantization.prepared_fp8 import prepare_fp8
     from moe_jax.tuning.fit import within_memory
 
     form = quant_format(quantization)
     weights = jax.eval_shape(
         lambda w: quantize(w, form.weights, halves=2 if activation else 1), _like(EXPERTS, n, k, dtype="bfloat16")
     )
-    if weights.spec.codes_per_value == 2:
+    from_four = form.multiplies_codes and weights.spec.codes_per_value == 2
+    if weights.spec.codes_per_value == 2 and not from_four:
         rule = within_memory(four_bit(rule), "bfloat16", f"weights {weights.spec.dtype} group")
         config = dataclasses.replace(rule, **changes)
 
@@ -282,8 +284,10 @@ def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quanti
             return matmul_bf16.grouped_matmul(rows, weights, *schedule[:4], None, activation, config=config, **by_token)
 
         return config, decode_four_bits, [_like(ROWS, k, dtype="bfloat16"), jax.eval_shape(prepare, weights)]
+    if from_four:
+        weights = jax.eval_shape(prepare_fp8, weights)
     scales = weights.scales.shape if weights.scales.ndim > 1 else (EXPERTS, 1)
-    operands = [weights.values, _like(*scales, dtype="float32")]
+    operands = [weights if from_four else weights.values, _like(*scales, dtype="float32")]
     if form.is_weight_only:
         config = dataclasses.replace(few_counts(rule), **changes)
 
@@ -300,7 +304,8 @@ def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quanti
             )
 
         return config, decode, [_like(ROWS, k, dtype="bfloat16"), *operands]
-    config = dataclasses.replace(eight_bit(rule), **changes)
+    rule = from_four_bits(eight_bit(rule)) if from_four else eight_bit(rule)
+    config = dataclasses.replace(rule, **changes)
     spec = form.activations
 
     def multiply(rows, row_scales, weights, scales, *schedule):

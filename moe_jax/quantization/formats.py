@@ -247,8 +247,22 @@ class QuantFormat:
 
     @property
     def multiplies_codes(self) -> bool:
-        """Whether kernels multiply codes with codes; where scales of weights change along a row, rows are dequantized."""
-        return self.row_spec is not None and self.weights.granularity != "group"
+        """Whether kernels multiply codes with codes; where FP8 weights change their scale along a row, rows are dequantized."""
+        return self.row_spec is not None and (self.weights.granularity != "group" or self.becomes_fp8)
+
+    @property
+    def becomes_fp8(self) -> bool:
+        """Whether weights are four-bit floats that become FP8, and are rounded to it: see `moe_jax.quantization.fp8_blocks`."""
+        return self.weights.dtype == "float4_e2m1fn" and self.row_spec is not None
+
+    def dtype_of_rows(self, dtype: DTypeLike) -> str:
+        """That of the rows that weights are multiplied with, in a layer of `dtype`: what `prepare_experts` wants to know.
+
+        Example:
+            >>> quant_format("nvfp4_fp8").dtype_of_rows("bfloat16"), quant_format("nvfp4").dtype_of_rows("bfloat16")
+            ('float8_e4m3fn', 'bfloat16')
+        """
+        return self.row_spec.dtype if self.row_spec is not None else jnp.dtype(dtype).name
 
 
 def _formats() -> dict[str, QuantFormat]:
