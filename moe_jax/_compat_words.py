@@ -57,17 +57,26 @@ def thread() -> Any:
     return arith.andi(utils.thread_idx(), arith.constant(ir.IntegerType.get_signless(32), 127))
 
 
-def load_at(ref: Any, at: Any, more: int, count: int) -> list[Any]:
-    """Emits one load of 1, 2 or 4 words of shared memory, from byte ``at + more`` of what `ref` begins with."""
+def address(ref: Any) -> Any:
+    """Emits where in shared memory a reference begins, a word."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import llvm
+    from jax.experimental.mosaic.gpu import utils
+
+    return llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(ref))
+
+
+def load_at(place: Any, more: int, count: int) -> list[Any]:
+    """Emits one load of 1, 2 or 4 words from `more` bytes after an `address`."""
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm
 
     i32 = ir.IntegerType.get_signless(32)
-    found = llvm.load(ir.VectorType.get((count,), i32), _place(ref, at, more), alignment=4 * count)
+    found = llvm.load(ir.VectorType.get((count,), i32), _pointer(place, more), alignment=4 * count)
     return [llvm.extractelement(found, arith.constant(i32, i)) for i in range(count)]
 
 
-def store_at(ref: Any, at: Any, more: int, words: list[Any]) -> None:
+def store_at(place: Any, more: int, words: list[Any]) -> None:
     """Emits one store of 1, 2 or 4 words to where `load_at` loads from."""
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm
@@ -76,17 +85,15 @@ def store_at(ref: Any, at: Any, more: int, words: list[Any]) -> None:
     together = llvm.mlir_undef(ir.VectorType.get((len(words),), i32))
     for i, word in enumerate(words):
         together = llvm.insertelement(together, word, arith.constant(i32, i))
-    llvm.store(together, _place(ref, at, more), alignment=4 * len(words))
+    llvm.store(together, _pointer(place, more), alignment=4 * len(words))
 
 
-def _place(ref: Any, at: Any, more: int) -> Any:
+def _pointer(place: Any, more: int) -> Any:
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import llvm
-    from jax.experimental.mosaic.gpu import utils
 
-    pointer, byte = utils.memref_ptr(ref), ir.IntegerType.get_signless(8)
-    pointer = llvm.getelementptr(pointer.type, pointer, [at], [-(2**31)], byte, 0)
-    return llvm.getelementptr(pointer.type, pointer, [], [more], byte, 0)
+    pointer = llvm.inttoptr(llvm.PointerType.get(3), place)
+    return llvm.getelementptr(pointer.type, pointer, [], [more], ir.IntegerType.get_signless(8), 0)
 
 
 def words_of(array: Any) -> list[Any]:

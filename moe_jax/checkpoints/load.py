@@ -146,7 +146,9 @@ def _read_experts(
     block: Block, config: MoEConfig, expert_map: object, dtype: str | None, prepare: bool
 ) -> ExpertWeights:
     experts = read_experts(block, config, expert_map, dtype)
-    return prepare_where_possible(experts, config.dtype) if prepare else experts
+    form = config.quantization
+    of_rows = config.dtype if form is None else form.dtype_of_rows(config.dtype)
+    return prepare_where_possible(experts, of_rows) if prepare else experts
 
 
 class _Names(NamedTuple):

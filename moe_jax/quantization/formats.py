@@ -318,7 +318,8 @@ def quant_format(name: str | QuantFormat) -> QuantFormat:
 
     Four bits, float4_e2m1fn: ``nvfp4`` (16 columns share a float8_e4m3fn scale, the matrix a float32 one) and ``mxfp4`` (32
     columns share a power of two) are weight-only; with ``_fp8`` activations are float8_e4m3fn, a scale for 128 columns of a
-    token, and with ``_w4a4`` they are of the weights' format, emulated on any device, see `QuantFormat.activations`
+    token, and so are weights when they are multiplied, rounded with their scales (`moe_jax.quantization.fp8_blocks`). With
+    ``_w4a4`` activations are of the weights' format, emulated on any device, see `QuantFormat.activations`
     (``nvfp4_w4a4_static``: with a given global scale). ``mxfp8``: float8_e4m3fn, 32 columns share a power of two, both
     operands; ``mxfp8_weight``: the weights alone.
 

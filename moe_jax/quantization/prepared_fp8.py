@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +104,9 @@ def _relative(weights: QuantizedArray) -> tuple[UInt8[Array, "*B N K"], Float[Ar
     mine = jnp.repeat(jnp.repeat(powers, SIDE, axis=-2)[..., : rows // halves, :], per, axis=-1)
     exponent = _exponent(scales) - mine.reshape(*batch, rows, -1)[..., : scales.shape[-1]] + 127
     fraction = lax.bitcast_convert_type(scales, jnp.int32) & 0x7FFFFF
-    scales = jnp.where(jnp.isnan(scales), jnp.nan, lax.bitcast_convert_type((exponent.clip(0) << 23) | fraction, jnp.float32))
+    scales = jnp.where(
+        jnp.isnan(scales), jnp.nan, lax.bitcast_convert_type((exponent.clip(0) << 23) | fraction, jnp.float32)
+    )
     scales = jnp.where((exponent > 0) | jnp.isnan(scales), scales, 0)
     below = scales < _LEAST
     codes = codes ^ (_of_codes(jnp.signbit(given), size, columns).astype(jnp.uint8) << 3)
@@ -267,8 +268,3 @@ def _unprepared(array: PreparedFp8) -> QuantizedArray:
     x = jnp.swapaxes(fp8_of(array.values, array.layout), -3, -2)
     x = x.reshape(*batch, halves, -1, array.values.shape[-3] * COLUMNS)[..., : rows // halves, :columns]
     return QuantizedArray(x.reshape(*batch, rows, columns), array.scales, spec=BLOCKS, halves=halves)
-
-
-def prepared_shape(weights: Any) -> Any:
-    """`prepare_fp8` of arrays or of their shapes, as shapes."""
-    return jax.eval_shape(prepare_fp8, weights)

@@ -72,7 +72,7 @@ def row_tiles(shape: LayerShape) -> tuple[int, ...]:
     mean, most = shape.mean_rows, (128, 160, 192)
     some = 128
     if Codes.of(shape.codes).both:
-        some, most = (96, (88, 96, 128)) if Codes.of(shape.codes).granularity == "block" else (128, (128, 144, 160))
+        some, most = (96, (88, 96, 128)) if Codes.of(shape.codes).promoted else (128, (128, 144, 160))
     if Codes.of(shape.codes).four_bits:
         most = (128, 144, 160)
     likely = (64,) if mean <= 24 else (64, some) if mean <= 96 else most

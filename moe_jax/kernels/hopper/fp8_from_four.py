@@ -29,15 +29,22 @@ from moe_jax import _compat_words
 from moe_jax.kernels.hopper import tiles
 from moe_jax.kernels.hopper.four_bits import Blocks
 from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
-from moe_jax.quantization.prepared_fp8 import CODE_LINES, COLUMNS, LANES, ROWS, Fp8Layout, PreparedFp8, fp8_of
+from moe_jax.quantization.prepared import LANES
+from moe_jax.quantization.prepared_fp8 import CODE_LINES, COLUMNS, ROWS, Fp8Layout, PreparedFp8, fp8_of
 
 
-def registers(consumers: int) -> tuple[int, int]:
+def registers(config: Config) -> tuple[int, int]:
     """Of a thread that multiplies and of one that decodes, beside 24 of one that copies.
 
-    They are what the launch gave the block: 128 for each of four warpgroups, 168 for each of three.
+    Together they are at most what the launch gave the block: 128 for each of four warpgroups, 168 for each of three.
+
+    Example:
+        >>> registers(Config((64, 96))), registers(Config((64, 128), rows_first=True)), registers(Config(consumers=1))
+        ((224, 40), (216, 56), (240, 168))
     """
-    return (216, 56) if consumers == 2 else (240, 168)
+    if config.consumers == 1:
+        return 240, 168
+    return (216, 56) if config.rows_first else (224, 40)
 
 
 class Decoder:
@@ -68,7 +75,9 @@ class Decoder:
             plgpu.Barrier(num_arrivals=1, num_barriers=config.codes_stages),
         ]
 
-    def produce(self, source: Any, refs: Any, place: Callable[[Any], tuple[Any, Any]], my_tiles: Any, steps: int) -> None:
+    def produce(
+        self, source: Any, refs: Any, place: Callable[[Any], tuple[Any, Any]], my_tiles: Any, steps: int
+    ) -> None:
         """Fills the ring of codes: a warp's work.
 
         Args:
@@ -105,7 +114,7 @@ class Decoder:
             turns: of the rings.
         """
         if self._config.consumers == 2:
-            plgpu.set_max_registers(registers(2)[1], action="decrease")
+            plgpu.set_max_registers(registers(self._config)[1], action="decrease")
         codes_s, codes_full, codes_empty = refs
         stages, codes_stages = self._config.stages, self._config.codes_stages
 
@@ -156,10 +165,11 @@ class _Thread:
     """
 
     def __init__(self, codes: Any, weights: Any, layout: Fp8Layout, deep: int, swizzled: int):
-        self._codes, self._weights, self._layout, self._deep, self._swizzled = codes, weights, layout, deep, swizzled
-        thread = _compat_words.thread()
-        self._of_codes = _ptx("shl.b32 $0, $1, 4;", thread)
-        self._of_scales = _ptx("shl.b32 $0, $1, 2;" if layout.has_fractions else "and.b32 t, $1, 63; shl.b32 $0, t, 2;", thread)
+        self._layout, self._deep = layout, deep
+        thread, begin_of = _compat_words.thread(), [_compat_words.address(ref) for ref in (codes, weights)]
+        self._codes = _ptx("shl.b32 t, $1, 4; add.u32 $0, t, $2;", thread, begin_of[0])
+        row = "mov.b32 t, $1;" if layout.has_fractions else "and.b32 t, $1, 63;"
+        self._scales = _ptx(f"{row} shl.b32 t, t, 2; add.u32 $0, t, $2;", thread, begin_of[0])
         # Tiles of a row of tiles lie one behind the other. In a tile 16 bytes change places by the row; where it has 64 columns,
         # by each second row.
         eights, rows = deep * COLUMNS * 8, "and.b32 t, $1, 7; shl.b32 t, t, " + ("7;" if swizzled == 128 else "6;")
@@ -169,8 +179,8 @@ class _Thread:
         else:
             begin += f"bfe.u32 u, $1, 6, 1; mad.lo.u32 t, u, {8 * swizzled}, t;"
             key = "bfe.u32 u, $1, 1, 2;"
-        chunk = "xor.b32 u, u, {}; shl.b32 u, u, 4; add.u32 $0, t, u;"
-        self._of_chunks = [_ptx(rows + begin + key + chunk.format(i), thread) for i in range(4)]
+        chunk = "xor.b32 u, u, {}; shl.b32 u, u, 4; add.u32 t, t, u; add.u32 $0, t, $2;"
+        self._chunks = [_ptx(rows + begin + key + chunk.format(i), thread, begin_of[1]) for i in range(4)]
         self._selects = []
         if not layout.has_fractions:
             select = "shr.u32 t, $1, 6; mul.lo.u32 t, t, 0x2222; add.u32 $0, t, {};"
@@ -180,14 +190,12 @@ class _Thread:
         """A block of the stage."""
         layout = self._layout
         block = (unit * self._deep + piece) * layout.shape[0] * LANES * 4
-        (scales,) = _compat_words.load_at(self._codes, self._of_scales, block + CODE_LINES * LANES * 4, 1)
-        further = _ptx(_FURTHER, scales) if layout.has_fractions else None
+        (scales,) = _compat_words.load_at(self._scales, block + CODE_LINES * LANES * 4, 1)
         if layout.has_fractions:
-            scales = _ptx("and.b32 $0, $1, 0x7F7F7F7F;", scales)
-            further = _ptx("add.u32 $0, $1, $2;", scales, further)
+            further, scales = _compat_words.inline_ptx(_FURTHER, [scales], 2)
         target = unit * ROWS * self._deep * COLUMNS + piece * COLUMNS * 8
         for part in range(2):  # 32 columns
-            words = _compat_words.load_at(self._codes, self._of_codes, block + part * ROWS * 2 * 16, 4)
+            words = _compat_words.load_at(self._codes, block + part * ROWS * 2 * 16, 4)
             for side in range(2):  # 16 columns
                 if layout.has_fractions:
                     at = 2 * part + side
@@ -200,7 +208,7 @@ class _Thread:
                     for word in words[2 * side : 2 * side + 2]
                     for value in _compat_words.inline_ptx(_EIGHT, [word, *table], 2)
                 ]
-                _compat_words.store_at(self._weights, self._of_chunks[2 * part + side], target, found)
+                _compat_words.store_at(self._chunks[2 * part + side], target, found)
 
 
 def _ptx(code: str, *operands: Any) -> Any:
@@ -208,8 +216,9 @@ def _ptx(code: str, *operands: Any) -> Any:
     return found
 
 
-# A bit for each scale whose products with 1.5, 3 and 6 are rounded up, or lie in the next octave: 0 or 1 in each byte.
-_FURTHER = "shr.u32 t, $1, 7; and.b32 $0, t, 0x01010101;"
+# $0 and $1 of the bytes of four scales: with and without the bit by which their products with 1.5, 3 and 6 lie further.
+_FURTHER = """{ .reg .b32 t; shr.u32 t, $2, 7; and.b32 t, t, 0x01010101; and.b32 $1, $2, 0x7F7F7F7F;
+add.u32 $0, $1, t; }"""
 # $0 and $1 of a word and of a table ($3, $4): eight weights.
 _EIGHT = """{ .reg .b32 m, s;
 and.b32 m, $2, 0x77777777; prmt.b32 $0, $3, $4, m; lop3.b32 $0, $0, $2, 0x80808080, 0xF8;
@@ -217,6 +226,6 @@ shr.u32 m, m, 16; prmt.b32 $1, $3, $4, m; shl.b32 s, $2, 4; lop3.b32 $1, $1, s, 
 
 
 def _table(other: str, select: str) -> str:
-    """PTX: bytes of a scale ($2) times 0, 0.5, 1.5 and 1, and times 2, 3, 4 and 6, from that of 0.5 and what adds the fractions."""
+    """PTX: the bytes of a scale times 0, 0.5, 1.5, 1 ($0) and 2, 3, 4, 6 ($1), of which `select` takes those to begin with."""
     return f"""{{ .reg .b32 t; prmt.b32 t, $2, {other}, {select}; add.u32 $1, t, 0x1C181410;
 mad.lo.u32 $0, $1, 256, {2**32 - 0x10081000}; }}"""

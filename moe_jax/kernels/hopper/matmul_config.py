@@ -43,7 +43,9 @@ class Config:
     quantizes: bool = False  # rows of an up-projection are quantized as they leave it: `quantized_store`
     rows_first: bool = False  # 8-bit rows on the M side of wgmma, 64 a consumer, by 128 of weights: `matmul_rows_first`
     overlap: bool = True  # products of a step run while the next are issued; its stage is handed back after that
-    codes_stages: int = 0  # of a ring of four-bit codes that become FP8 weights in the other; 0: weights are FP8: `fp8_from_four`
+    codes_stages: int = (
+        0  # of a ring of four-bit codes that become FP8 weights in the other; 0: weights are FP8: `fp8_from_four`
+    )
 
     @property
     def depth(self) -> int:
@@ -216,8 +218,7 @@ def from_four_bits(config: Config) -> Config:
     """
     if config.consumers == 2:
         return dataclasses.replace(config, stages=3, codes_stages=3, columns=WGMMA_ROWS)
-    deep = dict(columns=WGMMA_ROWS, tile_k=256, stages=2, codes_stages=6)
-    return dataclasses.replace(config, halves=2, **deep)
+    return dataclasses.replace(config, stages=2, codes_stages=6, columns=WGMMA_ROWS, tile_k=256)
 
 
 def pays_to_quantize(config: Config, mean_rows: float) -> bool:

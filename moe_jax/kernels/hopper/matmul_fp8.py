@@ -40,8 +40,8 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from moe_jax import _compat
 from moe_jax.activations import Activation
-from moe_jax.kernels.hopper import row_scales as of_rows
 from moe_jax.kernels.hopper import fp8_from_four, tiles, views
+from moe_jax.kernels.hopper import row_scales as of_rows
 from moe_jax.kernels.hopper.codes import block_rows, block_scale
 from moe_jax.kernels.hopper.epilogue import Columns, Epilogue
 from moe_jax.kernels.hopper.gather_quantize import scales_shape
@@ -352,7 +352,7 @@ def grouped_matmul(
         @pl.when(wg < consumers)
         def _():
             if consumers == 2 or decoder:
-                plgpu.set_max_registers(fp8_from_four.registers(consumers)[0] if decoder else 240, action="increase")
+                plgpu.set_max_registers(fp8_from_four.registers(config)[0] if decoder else 240, action="increase")
             pl.loop(0, my_tiles)(consume)
             plgpu.wait_smem_to_gmem(0)
 
