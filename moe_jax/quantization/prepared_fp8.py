@@ -7,8 +7,9 @@ rows x 128 columns share a factor in float32, a power of two times the global sc
 - MXFP4: a product has two significant bits and is exact.
 - NVFP4: a code has up to two and a scale up to four. A product is rounded to four, ties to even: those of codes 1.5, 3 and 6 with
   five of eight fractions of a scale, by up to 4.8 %.
-- A scale below 2**-10 of the largest power of two in its block: its products become the nearest of the codes times 2**-10 of
-  that. What is lost is at most 2**-12 of a largest scale, of whose codes the largest stands for 6.
+- A scale below 2**-10 of the largest power of two among the scales of its block: its products become the nearest of the codes'
+  values times 2**-10 of that. They are off by less than 2**-10 of it (MXFP4: 2**-12), where the largest weights are 4 or 6 times
+  as much as it.
 
 `prepare_fp8` keeps four bits, in the order in which a kernel makes the same FP8 of them (`moe_jax.kernels.hopper.fp8_from_four`):
 blocks of 64 rows x 128 columns, each of which lies in memory as a whole. A thread has 64 columns of a row, four words of eight

@@ -92,7 +92,7 @@ def config_misfit(config: Config, gated: bool, dtype: str, codes: str = "") -> s
     counts = config.row_counts
     sizes = {name: size for name, size in dataclasses.asdict(config).items() if type(size) is int}
     for name, size in sizes.items():
-        if size < 1:
+        if size < 1 and name != "codes_stages":
             return f"{name}={size} must be at least 1"
     if not counts or any(c < 8 or c % 8 for c in counts) or list(counts) != sorted(set(counts)):
         return f"row_counts={counts} must be multiples of 8 in ascending order"

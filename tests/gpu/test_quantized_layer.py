@@ -44,6 +44,8 @@ FORMATS = (
     "int4_group32_zp",
     "nvfp4",
     "mxfp4",
+    "nvfp4_fp8",
+    "mxfp4_fp8",
 )
 SHAPES = {"qwen3": (32, 4, 2048, 768), "gpt-oss": (16, 4, 2880, 2880)}
 
@@ -52,7 +54,8 @@ SHAPES = {"qwen3": (32, 4, 2048, 768), "gpt-oss": (16, 4, 2880, 2880)}
 def layer_of(shape, name):
     """Config, quantized weights, the layer and its oracle."""
     config = MoEConfig(*SHAPES[shape], has_bias=shape == "gpt-oss", quantization=name)
-    experts = jax.block_until_ready(prepare_experts(quantize_experts(make_weights(config, jax.random.key(0)), name)))
+    experts, of_rows = quantize_experts(make_weights(config, jax.random.key(0)), name), config.quantization
+    experts = jax.block_until_ready(prepare_experts(experts, of_rows.dtype_of_rows(config.dtype)))
 
     def oracle(x, experts, logits, expert_map=None):
         topk = route(logits, config)

@@ -64,7 +64,7 @@ class Decoder:
         if config.columns != WGMMA_ROWS or not config.codes_stages:
             raise ValueError(
                 f"config.columns={config.columns} must be {WGMMA_ROWS} and codes_stages={config.codes_stages} at least 2 for "
-                "weights of four bits; use decoded()"
+                "weights of four bits; use from_four_bits()"
             )
         self._layout, self._config, self._interpret = weights.layout, config, interpret
         self._transforms = transforms
