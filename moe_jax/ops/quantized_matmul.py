@@ -113,6 +113,9 @@ def quantized_matmul(
     """
     from moe_jax.kernels.hopper import matmul_fp8 as kernel
 
+    gated = activation is not None and activation.is_gated
+    n_out = weights.shape[1] // (2 if gated else 1)
+    aligned = tokens_as_rows or groups.row_multiple % kernel.ROW_MULTIPLE == 0
     tile_group = groups.tile_group
     if not (isinstance(group_offset, int) and group_offset == 0):
         tile_group = tile_group + group_offset
@@ -125,7 +128,8 @@ def quantized_matmul(
         runs = impl.choose("grouped_matmul", implementation, None) != "xla"
         reason = f"{rows.spec.dtype} rows times weights whose scales change every {weights.spec.block[1]} columns have no kernel"
         if _becomes_fp8(rows, weights):
-            reason = reason_against(rows, weights, activation, groups.tile_rows, dtype)
+            first = aligned and not tokens_as_rows and _rows_first(weights, n_out, gated, config, quantize)
+            reason = reason_against(rows, weights, activation, groups.tile_rows, dtype, rows_first=first)
             weights = _made_for_kernel(weights) if runs and reason is None else fp8_blocks(weights)
             plain = (weights, *plain[1:])
             config = config if reason is None else None  # made for another size of a weight
@@ -140,9 +144,6 @@ def quantized_matmul(
         return _weight_only(
             rows, weights, groups, bias, activation, group_offset, tile_group, tokens_as_rows, config, implementation
         )
-    gated = activation is not None and activation.is_gated
-    n_out = weights.shape[1] // (2 if gated else 1)
-    aligned = tokens_as_rows or groups.row_multiple % kernel.ROW_MULTIPLE == 0
     first = aligned and not tokens_as_rows and _rows_first(weights, n_out, gated, config, quantize)
     reason = reason_against(rows, weights, activation, groups.tile_rows, dtype, rows_first=first)
     chosen = impl.choose("grouped_matmul", implementation, reason)
@@ -195,8 +196,11 @@ def _rows_first(weights: QuantizedArray, n_out: int, gated: bool, config: Config
     """Whether a plan wants rows on the M side and can have them; without, another kernel has the same bits."""
     from moe_jax.kernels.hopper.matmul_rows_first import supports
 
-    blocks = weights.spec.granularity == "block" or isinstance(weights, PreparedFp8)
-    if config is None or not config.rows_first or not blocks:
+    if config is None or not config.rows_first:
+        return False
+    if weights.spec.dtype == "float4_e2m1fn":
+        weights = jax.eval_shape(prepare_fp8, weights)
+    elif weights.spec.granularity != "block":
         return False
     return supports(n_out, weights.scales.shape[1], gated, config, quantize=quantize is not None) is None
 
