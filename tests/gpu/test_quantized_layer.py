@@ -19,7 +19,7 @@ from moe_jax.experts import row_multiple
 from moe_jax.ops.group_tokens import group_tokens
 from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.ops.quantize_rows import quantize_rows, quantize_tokens
-from moe_jax.quantization import prepare, prepare_experts, quant_format, quantize, reference
+from moe_jax.quantization import fp8_blocks, prepare, prepare_experts, quant_format, quantize, reference
 from moe_jax.routing import route
 from moe_jax.tuning.plan import LayerPlan, LayerShape, default_plan
 from tests.gpu.test_layer import inputs, make_weights, poison_memory, rows, same_bits
@@ -118,6 +118,19 @@ def test_plans_of_blocks_have_the_same_bits(name):
             poison_memory()
             found = jax.jit(functools.partial(moe, config=config, plan=plan))(x, experts, logits)
             assert same_bits(found, right), (num_tokens, rows_first, quantizes)
+
+
+@pytest.mark.parametrize("name", ["nvfp4_fp8", "mxfp4_fp8"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_four_bits_that_become_fp8_have_the_bits_of_fp8(shape, name):
+    """All tiles and plans: tokens as rows, weights and rows on the M side of wgmma, K that ends within a block."""
+    config, experts, layer, _ = layer_of(shape, name)
+    blocks = dataclasses.replace(experts, w13=fp8_blocks(experts.w13), w2=fp8_blocks(experts.w2))
+    other = jax.jit(functools.partial(moe, config=dataclasses.replace(config, quantization="fp8_block")))
+    for num_tokens in (1, 16, 100, 300, 1500, 6000):
+        x, logits = inputs(config, num_tokens)
+        poison_memory()
+        assert same_bits(layer(x, experts, logits), other(x, blocks, logits)), num_tokens
 
 
 def check_products(product, groups):
