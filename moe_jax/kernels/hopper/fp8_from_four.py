@@ -21,6 +21,7 @@ though it has 216 or 224 registers in the place of 240; no loop over K spills. N
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -150,9 +151,12 @@ class Decoder:
         def run(ctx, codes, weights):
             del ctx
             thread = _Thread(codes, weights, layout, deep, swizzled)
-            for unit in range(units):
-                for piece in range(deep):
-                    thread.decode(unit, piece)
+            parts = list(itertools.product(range(units), range(deep), range(2)))
+            # What is stored may be what is loaded, as far as the compilers know: they leave loads and stores in this order.
+            following = thread.load(*parts[0])
+            for i, part in enumerate(parts):
+                loaded, following = following, thread.load(*parts[i + 1]) if i + 1 < len(parts) else None
+                thread.decode(*part, *loaded)
 
         run(codes, weights)
 
@@ -190,29 +194,27 @@ class _Thread:
             select = "shr.u32 t, $1, 6; mul.lo.u32 t, t, 0x2222; add.u32 $0, t, {};"
             self._selects = [_ptx(select.format(0x1111 * i), thread) for i in range(2)]
 
-    def decode(self, unit: int, piece: int) -> None:
-        """A block of the stage."""
-        layout = self._layout
-        block = (unit * self._deep + piece) * layout.shape[0] * LANES * 4
-        (scales,) = _compat_words.load_at(self._scales, block + CODE_LINES * LANES * 4, 1)
-        if layout.has_fractions:
-            further, scales = _compat_words.inline_ptx(_FURTHER, [scales], 2)
+    def load(self, unit: int, piece: int, part: int) -> tuple[list[Any], list[Any]]:
+        """Codes of 32 columns of a block, and with the first of them its scales."""
+        block = (unit * self._deep + piece) * self._layout.shape[0] * LANES * 4
+        scales = _compat_words.load_at(self._scales, block + CODE_LINES * LANES * 4, 1) if part == 0 else []
+        return _compat_words.load_at(self._codes, block + part * ROWS * 2 * 16, 4), scales
+
+    def decode(self, unit: int, piece: int, part: int, words: list[Any], scales: list[Any]) -> None:
+        """Makes and stores what was loaded."""
+        fractions = self._layout.has_fractions
+        if scales:
+            self._bytes = _compat_words.inline_ptx(_FURTHER, scales, 2) if fractions else scales
         target = unit * ROWS * self._deep * COLUMNS + piece * COLUMNS * 8
-        for part in range(2):  # 32 columns
-            words = _compat_words.load_at(self._codes, block + part * ROWS * 2 * 16, 4)
-            for side in range(2):  # 16 columns
-                if layout.has_fractions:
-                    at = 2 * part + side
-                    select = at | (at + 4) << 4 | at << 8 | (at + 4) << 12
-                    table = _compat_words.inline_ptx(_table("$3", hex(select)), [scales, further], 2)
-                elif side == 0:
-                    table = _compat_words.inline_ptx(_table("$2", "$3"), [scales, self._selects[part]], 2)
-                found = [
-                    value
-                    for word in words[2 * side : 2 * side + 2]
-                    for value in _compat_words.inline_ptx(_EIGHT, [word, *table], 2)
-                ]
-                _compat_words.store_at(self._chunks[2 * part + side], target, found)
+        for side in range(2):  # 16 columns
+            if fractions:
+                at = 2 * part + side
+                select = at | (at + 4) << 4 | at << 8 | (at + 4) << 12
+                table = _compat_words.inline_ptx(_table("$3", hex(select)), self._bytes[::-1], 2)
+            elif side == 0:
+                table = _compat_words.inline_ptx(_table("$2", "$3"), [*self._bytes, self._selects[part]], 2)
+            eights = [_compat_words.inline_ptx(_EIGHT, [word, *table], 2) for word in words[2 * side : 2 * side + 2]]
+            _compat_words.store_at(self._chunks[2 * part + side], target, [*eights[0], *eights[1]])
 
 
 def _ptx(code: str, *operands: Any) -> Any:
