@@ -11,6 +11,7 @@ from moe_jax import MoEConfig, _compat
 from moe_jax.kernels.hopper import matmul_fp8, matmul_rows_first
 from moe_jax.kernels.hopper.matmul_config import Config
 from moe_jax.ops.grouped_matmul import grouped_matmul
+from moe_jax.ops.matmul_and_quantize import matmul_and_quantize
 from moe_jax.quantization import fp8_blocks, prepare, quant_format, quantize
 from moe_jax.quantization.rows import QuantizedRows
 from moe_jax.tuning.fit import config_misfit, misfit
@@ -67,17 +68,36 @@ def test_bits_of_the_kernels_of_fp8(case):
     assert_discriminates(lambda y: check_close(y, right, 6e-3), out)
 
 
-@pytest.mark.parametrize("name", ["nvfp4", pytest.param("mxfp4", marks=pytest.mark.once)])
-def test_the_op_and_its_plain_form(name):
+@pytest.mark.once
+def test_rows_quantized_as_they_leave():
+    """Codes and scales bit for bit those of a kernel that reads the rows again, with weights in either order."""
+    x, weights, groups = problem("nvfp4", (72, 0, 12), 128, 256, True, 128)
+    rows, groups = (
+        QuantizedRows(x.values, transposed(x.scales, groups.num_rows), x.spec),
+        dataclasses.replace(groups, row_multiple=4),
+    )
+    options = dict(activation=ACT, implementation="mosaic_interpret")
+    found, right = (
+        matmul_and_quantize(
+            rows, given, groups, x.spec, config=dataclasses.replace(FIRST, quantizes=quantizes), **options
+        )
+        for given, quantizes in ((weights, True), (prepare(weights, FP8), False))
+    )
+    for mine, other in ((found.values, right.values), (found.scales, right.scales)):
+        mine, other = (np.asarray(a)[..., : groups.num_rows].view(np.uint8) for a in (mine, other))
+        np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.parametrize(("k", "tolerance"), [(128, 4e-3), pytest.param(80, 1e-2, marks=pytest.mark.once)])
+def test_the_op_and_its_plain_form(k, tolerance):
     """Natural order is prepared by the op; a size without a kernel is multiplied as what the weights are rounded to."""
-    for k, tolerance in ((128, 6e-3), (80, 1e-2)):
-        x, weights, groups = problem(name, (5, 9), k, 64, False, 24)
-        rows = QuantizedRows(x.values, transposed(x.scales, groups.num_rows), x.spec)
-        out, plain = (grouped_matmul(rows, weights, groups, implementation=how) for how in ("mosaic_interpret", "xla"))
-        again = grouped_matmul(rows, prepare(weights, FP8), groups, implementation="xla")
-        np.testing.assert_array_equal(np.asarray(plain).view(np.uint16), np.asarray(again).view(np.uint16))
-        check_close(plain, expected(x, fp8_blocks(weights), groups, None, False), 4e-3)
-        check_close(out, plain, tolerance)
+    x, weights, groups = problem("nvfp4", (5, 9), k, 64, False, 24)
+    rows = QuantizedRows(x.values, transposed(x.scales, groups.num_rows), x.spec)
+    out, plain = (grouped_matmul(rows, weights, groups, implementation=how) for how in ("mosaic_interpret", "xla"))
+    again = grouped_matmul(rows, prepare(weights, FP8), groups, implementation="xla")
+    np.testing.assert_array_equal(np.asarray(plain).view(np.uint16), np.asarray(again).view(np.uint16))
+    check_close(plain, expected(x, fp8_blocks(weights), groups, None, False), 4e-3)
+    check_close(out, plain, tolerance)
 
 
 @pytest.mark.parametrize(
