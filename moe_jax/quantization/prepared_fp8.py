@@ -6,7 +6,8 @@ rows x 128 columns share a factor in float32, a power of two times the global sc
 
 - MXFP4: a product has two significant bits and is exact.
 - NVFP4: a code has up to two and a scale up to four. A product is rounded to four, ties to even: those of codes 1.5, 3 and 6 with
-  five of eight fractions of a scale, by up to 4.8 %.
+  five of eight fractions of a scale, by up to 4.8 %. Weights of NVFP4 are then off by 9.7 % in the place of 9.5 %, Gaussian ones
+  (benchmarks/results/2026-11-27-cpu-quantization-error.json).
 - A scale below 2**-10 of the largest power of two among the scales of its block: its products become the nearest of the codes'
   values times 2**-10 of that. They are off by less than 2**-10 of it (MXFP4: 2**-12), where the largest weights are 4 or 6 times
   as much as it.
