@@ -4,6 +4,7 @@ the instructions of each loop of products. Needs no GPU.
 python benchmarks/machine_code.py up --tile-rows 160 --k 2048 --n 1536
 python benchmarks/machine_code.py down --tile-rows 192 --k 768 --n 2048 --config stages=3,cluster=1
 python benchmarks/machine_code.py up --tile-rows 128 --k 2048 --n 1536 --quantization fp8_block --config quantizes=1
+python benchmarks/machine_code.py up --tile-rows 96 --k 2048 --n 1536 --quantization nvfp4_fp8
 python benchmarks/machine_code.py weight_grad --k 1536 --n 2048 --config stages=4,buffers=2
 python benchmarks/machine_code.py up-grad --tile-rows 192 --k 1536 --n 2048
 python benchmarks/machine_code.py up --k 2048 --n 1536 --quantization nvfp4_w4a4 --blackwell
@@ -75,13 +76,38 @@ def loops(sass: str) -> list[Loop]:
     spans = [(labels[label], end) for label, end in branches if labels.get(label, end) < end]
     spans = [span for span in spans if any("HGMMA" in line for line in lines[slice(*span)])]
     inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    return [_loop([line for line in lines[start : end + 1] if "/*" in line]) for start, end in inner]
+    return [_loop(lines[start : end + 1]) for start, end in inner]
+
+
+def decoding_loop(sass: str) -> dict[str, int] | None:
+    """The smallest loop that permutes bytes for weights of four bits and multiplies nothing; None if there is none."""
+    lines = sass.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\.L_\w+):", line))}
+    branches = [(m[1], i) for i, line in enumerate(lines) if (m := re.search(r"BRA\s+`\((\.L_\w+)\)", line))]
+    counted = [
+        _operations(lines[labels[label] : end + 1])[1] for label, end in branches if labels.get(label, end) < end
+    ]
+    ops = min((ops for ops in counted if ops["PRMT"] >= 32), key=lambda ops: ops.total(), default=None)
+    if ops is None or any("GMMA" in op for op in ops):
+        return None
+    uniform = sum(count for op, count in ops.items() if op.startswith("U"))
+    return {
+        "uniform": uniform,
+        "vector": ops.total() - uniform,
+        "permutations": ops["PRMT"],
+        "spills": ops["LDL"] + ops["STL"],
+    }
+
+
+def _operations(lines: list[str]) -> tuple[list[str], collections.Counter[str]]:
+    """What the lines ``... /*address*/ [@predicate] OPERATION[.modifiers] operands`` hold, and how often each operation."""
+    lines = [line for line in lines if "/*" in line]
+    codes = [re.sub(r".*/\*[0-9a-f]+\*/\s+|@!?U?P\w+\s+", "", line) for line in lines]
+    return codes, collections.Counter(re.split(r"[\s.;]", code)[0] for code in codes)
 
 
 def _loop(lines: list[str]) -> Loop:
-    """What the lines ``... /*address*/ [@predicate] OPERATION[.modifiers] operands`` hold."""
-    codes = [re.sub(r".*/\*[0-9a-f]+\*/\s+|@!?U?P\w+\s+", "", line) for line in lines]
-    ops = collections.Counter(re.split(r"[\s.;]", code)[0] for code in codes)
+    codes, ops = _operations(lines)
     uniform = sum(count for op, count in ops.items() if op.startswith("U"))
     columns = next(int(m[1]) for code in codes if (m := re.match(r"HGMMA\.64x(\d+)", code)))
     vector = len(codes) - uniform - ops["HGMMA"]
@@ -265,15 +291,17 @@ def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quanti
 
     from moe_jax.kernels.hopper import matmul_bf16, matmul_fp8, matmul_rows_first
     from moe_jax.kernels.hopper.gather_quantize import scales_shape
-    from moe_jax.kernels.hopper.matmul_config import eight_bit, few_counts, four_bit
+    from moe_jax.kernels.hopper.matmul_config import eight_bit, few_counts, four_bit, from_four_bits
     from moe_jax.quantization import prepare, quant_format, quantize
+    from moe_jax.quantization.prepared_fp8 import prepare_fp8
     from moe_jax.tuning.fit import within_memory
 
     form = quant_format(quantization)
     weights = jax.eval_shape(
         lambda w: quantize(w, form.weights, halves=2 if activation else 1), _like(EXPERTS, n, k, dtype="bfloat16")
     )
-    if weights.spec.codes_per_value == 2:
+    from_four = form.multiplies_codes and weights.spec.codes_per_value == 2
+    if weights.spec.codes_per_value == 2 and not from_four:
         rule = within_memory(four_bit(rule), "bfloat16", f"weights {weights.spec.dtype} group")
         config = dataclasses.replace(rule, **changes)
 
@@ -282,8 +310,10 @@ def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quanti
             return matmul_bf16.grouped_matmul(rows, weights, *schedule[:4], None, activation, config=config, **by_token)
 
         return config, decode_four_bits, [_like(ROWS, k, dtype="bfloat16"), jax.eval_shape(prepare, weights)]
+    if from_four:
+        weights = jax.eval_shape(prepare_fp8, weights)
     scales = weights.scales.shape if weights.scales.ndim > 1 else (EXPERTS, 1)
-    operands = [weights.values, _like(*scales, dtype="float32")]
+    operands = [weights if from_four else weights.values, _like(*scales, dtype="float32")]
     if form.is_weight_only:
         config = dataclasses.replace(few_counts(rule), **changes)
 
@@ -300,7 +330,8 @@ def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quanti
             )
 
         return config, decode, [_like(ROWS, k, dtype="bfloat16"), *operands]
-    config = dataclasses.replace(eight_bit(rule), **changes)
+    rule = from_four_bits(eight_bit(rule)) if from_four else eight_bit(rule)
+    config = dataclasses.replace(rule, **changes)
     spec = form.activations
 
     def multiply(rows, row_scales, weights, scales, *schedule):
@@ -345,8 +376,12 @@ def main(
                 )
             )
         )
-        for loop in loops(next(folder.glob("*.sass*")).read_text()):
+        sass = next(folder.glob("*.sass*")).read_text()
+        for loop in loops(sass):
             print("  ".join(f"{field} {value}" for field, value in loop._asdict().items()))
+        decoding = decoding_loop(sass)
+        if decoding is not None:
+            print("decoding  " + "  ".join(f"{field} {value}" for field, value in decoding.items()))
 
 
 if __name__ == "__main__":

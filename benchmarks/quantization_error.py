@@ -20,7 +20,7 @@ import numpy as np
 
 from moe_jax import ExpertWeights, MoEConfig, TopK, reference
 from moe_jax.bench.environment import describe
-from moe_jax.quantization import FORMATS, QuantFormat, fake_quantize_activations, quantize, quantize_experts
+from moe_jax.quantization import FORMATS, QuantFormat, fake_quantize_activations, fp8_blocks, quantize, quantize_experts
 from moe_jax.quantization.reference import apply_experts
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def relative_error(actual: jax.Array, expected: jax.Array) -> float:
 def weights_error(fmt: QuantFormat, weights: np.ndarray) -> tuple[float, float]:
     """(relative error of a matrix, bits a weight with scales and zero points)."""
     array = quantize(weights, fmt.weights)
-    return relative_error(array.dequantize(), weights), 8 * array.nbytes / weights.size
+    stands_for = fp8_blocks(array) if fmt.becomes_fp8 else array
+    return relative_error(stands_for.dequantize(), weights), 8 * array.nbytes / weights.size
 
 
 class Layer:

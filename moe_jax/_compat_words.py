@@ -48,6 +48,54 @@ def load_words(block: Any, first: int, count: int, lanes: int) -> Any:
     return fragmented_array.FragmentedArray(_registers=words, _layout=layout, _is_signed=True)
 
 
+def thread() -> Any:
+    """Emits the number of a thread within its warpgroup, a word."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith
+    from jax.experimental.mosaic.gpu import utils
+
+    return arith.andi(utils.thread_idx(), arith.constant(ir.IntegerType.get_signless(32), 127))
+
+
+def address(ref: Any) -> Any:
+    """Emits where in shared memory a reference begins, a word."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import llvm
+    from jax.experimental.mosaic.gpu import utils
+
+    return llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(ref))
+
+
+def load_at(place: Any, more: int, count: int) -> list[Any]:
+    """Emits one load of 1, 2 or 4 words from `more` bytes after an `address`."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, llvm
+
+    i32 = ir.IntegerType.get_signless(32)
+    found = llvm.load(ir.VectorType.get((count,), i32), _pointer(place, more), alignment=4 * count)
+    return [llvm.extractelement(found, arith.constant(i32, i)) for i in range(count)]
+
+
+def store_at(place: Any, more: int, words: list[Any]) -> None:
+    """Emits one store of 1, 2 or 4 words to where `load_at` loads from."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, llvm
+
+    i32 = ir.IntegerType.get_signless(32)
+    together = llvm.mlir_undef(ir.VectorType.get((len(words),), i32))
+    for i, word in enumerate(words):
+        together = llvm.insertelement(together, word, arith.constant(i32, i))
+    llvm.store(together, _pointer(place, more), alignment=4 * len(words))
+
+
+def _pointer(place: Any, more: int) -> Any:
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import llvm
+
+    pointer = llvm.inttoptr(llvm.PointerType.get(3), place)
+    return llvm.getelementptr(pointer.type, pointer, [], [more], ir.IntegerType.get_signless(8), 0)
+
+
 def words_of(array: Any) -> list[Any]:
     """A thread's words of what `load_words` gives."""
     from jax._src.lib.mlir import ir

@@ -11,7 +11,7 @@ import pytest
 from moe_jax import MoEConfig, RoutingConfig, apply_experts, moe, quantize_experts
 from moe_jax.ops import implementation as impl
 from moe_jax.parallel.tokens import quantize as quantize_tokens
-from moe_jax.quantization import FORMATS, dequantize_experts, reference
+from moe_jax.quantization import FORMATS, QuantFormat, Spec, dequantize_experts, reference
 from moe_jax.routing import route
 from moe_jax.types import TopK
 from tests.layers import experts_of, logits_of, plain, quick_jit, rank_of, reference_moe, x_of
@@ -96,7 +96,10 @@ def test_weights_alone_are_what_they_stand_for(name):
             check_close(layer(x, damaged, logits, config), right, 6e-3)
 
 
-@pytest.mark.parametrize("name", ["nvfp4_fp8", "mxfp8"])
+A_SCALE_A_TOKEN = QuantFormat("nvfp4_fp8_token", FORMATS["nvfp4"].weights, Spec("float8_e4m3fn", "token"))
+
+
+@pytest.mark.parametrize("name", [pytest.param(A_SCALE_A_TOKEN, id="nvfp4_fp8_token"), "mxfp8"])
 def test_codes_times_fine_groups_run_around_the_kernels_too(name, monkeypatch):
     """Where kernels run, rows and weights are dequantized and multiplied by that of 16-bit floats, and it is said."""
     config, x, experts, logits, given = problem(name, MoEConfig(4, 2, 128, 128))

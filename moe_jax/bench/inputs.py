@@ -61,7 +61,7 @@ def in_format(weights: ExpertWeights, config: MoEConfig) -> ExpertWeights:
     form = config.quantization
     if form is None:
         return weights
-    weights = prepare_where_possible(quantize_experts(weights, form), config.dtype)
+    weights = prepare_where_possible(quantize_experts(weights, form), form.dtype_of_rows(config.dtype))
     if form.activations is None or not form.activations.static:
         return weights
     scales = (jnp.full(config.num_experts, largest / form.activations.reach, jnp.float32) for largest in LARGEST)

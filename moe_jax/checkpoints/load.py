@@ -59,9 +59,9 @@ def load_layer(
             ``config.dtype``.
         quantization_config: what to read instead of the ``config.json`` or ``hf_quant_config.json`` beside the checkpoint.
         prepare: puts experts of four bits into the order in which the kernels of Hopper GPUs decode them, for rows of
-            ``config.dtype`` (`moe_jax.quantization.prepare_experts`): say so where those will run. Without it a layer does that
-            in every call, with a warning. What has no such order (other formats, float32 rows) stays as it is. Prepared
-            matrices cannot be split or saved as a checkpoint.
+            ``config.dtype`` or of FP8, as the number format has them (`moe_jax.quantization.prepare_experts`): say so where those
+            will run. Without it a layer does that in every call, with a warning. What has no such order (other formats, float32
+            rows) stays as it is. Prepared matrices cannot be split or saved as a checkpoint.
 
     Returns:
         `MoELayerWeights`. ``router`` ``[E, H]`` and ``router_bias`` ``[E]`` stay in the dtype they are stored in;
@@ -146,7 +146,9 @@ def _read_experts(
     block: Block, config: MoEConfig, expert_map: object, dtype: str | None, prepare: bool
 ) -> ExpertWeights:
     experts = read_experts(block, config, expert_map, dtype)
-    return prepare_where_possible(experts, config.dtype) if prepare else experts
+    form = config.quantization
+    of_rows = config.dtype if form is None else form.dtype_of_rows(config.dtype)
+    return prepare_where_possible(experts, of_rows) if prepare else experts
 
 
 class _Names(NamedTuple):

@@ -11,7 +11,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moe_jax.activations import Activation
-from moe_jax.kernels.hopper.matmul_config import MOST_FOUR_BIT, Config, default_config, eight_bit, four_bit, most_rows
+from moe_jax.kernels.hopper.matmul_config import (
+    MOST_FOUR_BIT,
+    Config,
+    default_config,
+    eight_bit,
+    four_bit,
+    from_four_bits,
+    most_rows,
+)
 from moe_jax.ops import block_scaled_matmul as block_scaled
 from moe_jax.ops import implementation as impl
 from moe_jax.ops.gather import plain_gather
@@ -19,8 +27,13 @@ from moe_jax.ops.group_tokens import Groups
 from moe_jax.quantization.array import QuantizedArray
 from moe_jax.quantization.formats import Spec
 from moe_jax.quantization.prepared import PreparedArray, prepare, unprepared
+from moe_jax.quantization.prepared_fp8 import PreparedFp8, fp8_blocks, prepare_fp8
 from moe_jax.quantization.rounding import scale_to_float32
 from moe_jax.quantization.rows import QuantizedRows
+
+_UNPREPARED = (
+    "weights of four bits are in natural order, put into the kernel's in every call; use prepare_experts() once"
+)
 
 
 def reason_against(
@@ -35,6 +48,15 @@ def reason_against(
     """Why the kernel cannot run the problem; None if it can. `rows_first`: it is that of `Config.rows_first`."""
     from moe_jax.kernels.hopper import matmul_fp8 as kernel
 
+    if _becomes_fp8(rows, weights):
+        weights = jax.eval_shape(prepare_fp8, weights)
+        if rows.spec.block != (1, kernel.GROUP):
+            given = f"granularity={rows.spec.granularity!r} and block={rows.spec.block}"
+            return f"rows with {given}: there must be a scale for each {kernel.GROUP} columns"
+        most = most_rows(True, rows_first)
+        if tile_rows > most:
+            return f"tile_rows={tile_rows} must be at most {most}, for the registers; group with fewer"
+        return kernel.supports(rows.values, rows.scales, weights, weights.scales, activation, dtype)
     if weights.columns is not None:
         return f"weights with {weights.columns} of their stored columns in use; store them without filling"
     if weights.spec.granularity not in ("tensor", "channel", "block"):
@@ -71,6 +93,8 @@ def quantized_matmul(
     decode odd sizes: there, where the kernels run, all weights are dequantized before, with a warning. Codes of four bits are
     decoded in an order of their own (`prepare_experts`); weights in the natural one are put into it first, with a warning.
 
+    Four-bit floats times FP8 rows become FP8, see `moe_jax.quantization.fp8_blocks`: in the kernel where it can run, or before.
+
     On a Blackwell GPU rows and weights that are both NVFP4, MXFP4 or MXFP8 have a kernel (`block_scaled_matmul`), which does not
     use `config`; not yet run on hardware.
 
@@ -89,6 +113,9 @@ def quantized_matmul(
     """
     from moe_jax.kernels.hopper import matmul_fp8 as kernel
 
+    gated = activation is not None and activation.is_gated
+    n_out = weights.shape[1] // (2 if gated else 1)
+    aligned = tokens_as_rows or groups.row_multiple % kernel.ROW_MULTIPLE == 0
     tile_group = groups.tile_group
     if not (isinstance(group_offset, int) and group_offset == 0):
         tile_group = tile_group + group_offset
@@ -98,21 +125,25 @@ def quantized_matmul(
         how = {"bias": bias, "activation": activation, "dtype": dtype}
         return block_scaled.block_scaled_matmul(rows, weights, groups, tile_group, **how)
     if isinstance(rows, QuantizedRows) and weights.spec.granularity == "group":
-        reason = f"{rows.spec.dtype} rows times weights whose scales change every {weights.spec.block[1]} columns have no kernel"
-        impl.choose(
-            "grouped_matmul", "xla" if implementation == "xla" else "auto", f"{reason}; rows are dequantized before"
-        )
         runs = impl.choose("grouped_matmul", implementation, None) != "xla"
-        rows = rows.dequantize().astype(dtype if runs else jnp.float32)
+        reason = f"{rows.spec.dtype} rows times weights whose scales change every {weights.spec.block[1]} columns have no kernel"
+        if _becomes_fp8(rows, weights):
+            first = aligned and not tokens_as_rows and _rows_first(weights, n_out, gated, config, quantize)
+            reason = reason_against(rows, weights, activation, groups.tile_rows, dtype, rows_first=first)
+            weights = _made_for_kernel(weights) if runs and reason is None else fp8_blocks(weights)
+            plain = (weights, *plain[1:])
+            config = config if reason is None else None  # made for another size of a weight
+        if reason is not None:
+            impl.choose(
+                "grouped_matmul", "xla" if implementation == "xla" else "auto", f"{reason}; rows are dequantized before"
+            )
+            rows = rows.dequantize().astype(dtype if runs else jnp.float32)
     if not isinstance(rows, QuantizedRows):
         if impl.choose("grouped_matmul", implementation, None) == "xla":
             return _plain(rows, *plain)
         return _weight_only(
             rows, weights, groups, bias, activation, group_offset, tile_group, tokens_as_rows, config, implementation
         )
-    gated = activation is not None and activation.is_gated
-    n_out = weights.shape[1] // (2 if gated else 1)
-    aligned = tokens_as_rows or groups.row_multiple % kernel.ROW_MULTIPLE == 0
     first = aligned and not tokens_as_rows and _rows_first(weights, n_out, gated, config, quantize)
     reason = reason_against(rows, weights, activation, groups.tile_rows, dtype, rows_first=first)
     chosen = impl.choose("grouped_matmul", implementation, reason)
@@ -123,8 +154,10 @@ def quantized_matmul(
 
         likely_tiles = min(groups.num_rows, weights.shape[0])
         config = eight_bit(default_config(groups.tile_rows, gated, n_out, likely_tiles))
+        config = from_four_bits(config) if isinstance(weights, PreparedFp8) else config
         config = within_memory(config, jnp.dtype(dtype).name, f"{weights.spec.dtype} {weights.spec.granularity}")
-    of_rows_and_weights = rows.values, rows.scales, weights.values, _scales(weights)
+    values = weights if isinstance(weights, PreparedFp8) else weights.values
+    of_rows_and_weights = rows.values, rows.scales, values, _scales(weights)
     schedule = tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
     options = {
         "config": config,
@@ -148,11 +181,26 @@ def quantized_matmul(
     )
 
 
+def _becomes_fp8(rows: QuantizedRows, weights: QuantizedArray) -> bool:
+    """Whether weights are of four bits and are rounded to FP8, as the rows are."""
+    return rows.spec.dtype == "float8_e4m3fn" and weights.spec.dtype == "float4_e2m1fn"
+
+
+def _made_for_kernel(weights: QuantizedArray) -> PreparedFp8:
+    if not isinstance(weights, PreparedFp8):
+        impl.choose("prepare", "auto", _UNPREPARED)
+    return prepare_fp8(weights)
+
+
 def _rows_first(weights: QuantizedArray, n_out: int, gated: bool, config: Config | None, quantize: Spec | None) -> bool:
     """Whether a plan wants rows on the M side and can have them; without, another kernel has the same bits."""
     from moe_jax.kernels.hopper.matmul_rows_first import supports
 
-    if config is None or not config.rows_first or weights.spec.granularity != "block":
+    if config is None or not config.rows_first:
+        return False
+    if weights.spec.dtype == "float4_e2m1fn":
+        weights = jax.eval_shape(prepare_fp8, weights)
+    elif weights.spec.granularity != "block":
         return False
     return supports(n_out, weights.scales.shape[1], gated, config, quantize=quantize is not None) is None
 
@@ -181,12 +229,7 @@ def _weight_only(
         )
     four_bits = weights.spec.codes_per_value == 2
     if four_bits and not isinstance(weights, PreparedArray):
-        impl.choose(
-            "prepare",
-            "auto",
-            "weights of four bits are in natural order, put into the kernel's in every call; "
-            "use prepare_experts() once",
-        )
+        impl.choose("prepare", "auto", _UNPREPARED)
         weights = prepare(weights, rows.dtype.name)
     gated = activation is not None and activation.is_gated
     n_out = weights.shape[1] // (2 if gated else 1)

@@ -25,6 +25,8 @@ from moe_jax.quantization.fp4 import unpack_fp4 as unpack_fp4
 from moe_jax.quantization.fp8_training import Fp8Training as Fp8Training
 from moe_jax.quantization.prepared import PreparedArray as PreparedArray
 from moe_jax.quantization.prepared import prepare as prepare
+from moe_jax.quantization.prepared_fp8 import PreparedFp8 as PreparedFp8
+from moe_jax.quantization.prepared_fp8 import fp8_blocks as fp8_blocks
 from moe_jax.quantization.quantize import dequantize as dequantize
 from moe_jax.quantization.quantize import fake_quantize_activations as fake_quantize_activations
 from moe_jax.quantization.quantize import merge_half_scales as merge_half_scales

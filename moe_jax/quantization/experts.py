@@ -89,7 +89,8 @@ def prepare_experts(experts: ExpertWeights, dtype: DTypeLike = "bfloat16", *, pr
 
     Args:
         experts: weights that are not of four bits stay as they are.
-        dtype: of the layer, bfloat16 or float16.
+        dtype: of the rows that they are multiplied with (`QuantFormat.dtype_of_rows`): that of the layer, bfloat16 or float16,
+            but float8_e4m3fn for ``nvfp4_fp8`` and ``mxfp4_fp8``.
         progress: shows a progress bar on the terminal's stderr.
 
     Example:

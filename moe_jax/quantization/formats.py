@@ -252,8 +252,22 @@ class QuantFormat:
 
     @property
     def multiplies_codes(self) -> bool:
-        """Whether kernels multiply codes with codes; where scales of weights change along a row, rows are dequantized."""
-        return self.row_spec is not None and self.weights.granularity != "group"
+        """Whether kernels multiply codes with codes; where FP8 weights change their scale along a row, rows are dequantized."""
+        return self.row_spec is not None and (self.weights.granularity != "group" or self.becomes_fp8)
+
+    @property
+    def becomes_fp8(self) -> bool:
+        """Whether weights are four-bit floats that become FP8, and are rounded to it: see `moe_jax.quantization.fp8_blocks`."""
+        return self.weights.dtype == "float4_e2m1fn" and self.row_spec is not None
+
+    def dtype_of_rows(self, dtype: DTypeLike) -> str:
+        """That of the rows that weights are multiplied with, in a layer of `dtype`: what `prepare_experts` wants to know.
+
+        Example:
+            >>> quant_format("nvfp4_fp8").dtype_of_rows("bfloat16"), quant_format("nvfp4").dtype_of_rows("bfloat16")
+            ('float8_e4m3fn', 'bfloat16')
+        """
+        return self.row_spec.dtype if self.row_spec is not None else jnp.dtype(dtype).name
 
 
 def _formats() -> dict[str, QuantFormat]:
@@ -309,7 +323,8 @@ def quant_format(name: str | QuantFormat) -> QuantFormat:
 
     Four bits, float4_e2m1fn: ``nvfp4`` (16 columns share a float8_e4m3fn scale, the matrix a float32 one) and ``mxfp4`` (32
     columns share a power of two) are weight-only; with ``_fp8`` activations are float8_e4m3fn, a scale for 128 columns of a
-    token, and with ``_w4a4`` they are of the weights' format, emulated on any device, see `QuantFormat.activations`
+    token, and so are weights when they are multiplied, rounded with their scales (`moe_jax.quantization.fp8_blocks`). With
+    ``_w4a4`` activations are of the weights' format, emulated on any device, see `QuantFormat.activations`
     (``nvfp4_w4a4_static``: with a given global scale). ``mxfp8``: float8_e4m3fn, 32 columns share a power of two, both
     operands; ``mxfp8_weight``: the weights alone.
 

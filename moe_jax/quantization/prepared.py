@@ -40,6 +40,7 @@ LANES = 32  # words of a line of a block
 CODE_LINES = 16  # lines of codes in a block; those of scales follow
 _FACTOR = 2.0**8  # of NVFP4: a product of code and scale that fits every 16-bit float is this much smaller
 _DTYPES = ("bfloat16", "float16")
+_FP8 = "float8_e4m3fn"
 
 
 class Term(NamedTuple):
@@ -129,8 +130,9 @@ def unprepared(spec: Spec, dtype: DTypeLike) -> str | None:
     """
     if spec.dtype not in ("int4", "float4_e2m1fn") or spec.granularity != "group":
         return f"{spec.dtype} with granularity={spec.granularity!r}; it must be int4 or float4_e2m1fn, in groups"
-    if jnp.dtype(dtype).name not in _DTYPES:
-        return f"rows of {jnp.dtype(dtype).name}; they must be one of {', '.join(_DTYPES)}"
+    if jnp.dtype(dtype).name not in _DTYPES and (spec.dtype, jnp.dtype(dtype).name) != ("float4_e2m1fn", _FP8):
+        more = f" or {_FP8}" if spec.dtype == "float4_e2m1fn" else ""
+        return f"rows of {jnp.dtype(dtype).name}; they must be one of {', '.join(_DTYPES)}{more}"
     size = spec.block[1]
     if spec.dtype == "int4" and size != 32 and size % SIDE:
         return f"int4 with a scale for {spec.block}: it must be for 32 columns, or a multiple of 64"
@@ -196,7 +198,8 @@ def prepare(weights: QuantizedArray, dtype: DTypeLike = "bfloat16") -> PreparedA
 
     Args:
         weights: ``[E, N, K]``, NVFP4, MXFP4 or int4 in groups; what is prepared already for that dtype is returned as it is.
-        dtype: bfloat16 or float16.
+        dtype: bfloat16 or float16; NVFP4 and MXFP4 also float8_e4m3fn, to which they are then rounded: see
+            `moe_jax.quantization.fp8_blocks`.
 
     Raises:
         ValueError: a format that has no such order.
@@ -209,6 +212,10 @@ def prepare(weights: QuantizedArray, dtype: DTypeLike = "bfloat16") -> PreparedA
         ((2, 1, 2, 18, 32), True)
     """
     name = jnp.dtype(dtype).name
+    if name == _FP8:
+        from moe_jax.quantization.prepared_fp8 import prepare_fp8
+
+        return prepare_fp8(weights)
     if isinstance(weights, PreparedArray):
         if weights.row_dtype != name:
             raise ValueError(

@@ -16,6 +16,7 @@ from moe_jax import reference
 from moe_jax.config import MoEConfig
 from moe_jax.quantization.array import QuantizedArray
 from moe_jax.quantization.formats import QuantFormat, quant_format
+from moe_jax.quantization.prepared_fp8 import fp8_blocks
 from moe_jax.quantization.quantize import dequantize, fake_quantize_activations
 from moe_jax.types import ExpertWeights, TopK
 
@@ -40,7 +41,8 @@ def apply_experts(
         experts: with a `QuantizedArray` for ``w13`` and ``w2``, or plain arrays.
         topk: which experts, with what weights.
         config: activation, dtype, and whether the router weight multiplies the input (before it is quantized).
-        format: of the activations; None, or a weight-only format, leaves them alone.
+        format: of the activations; None, or a weight-only format, leaves them alone. With FP8 activations four-bit weights
+            are rounded to FP8 as well.
         expert_map: as in `moe_jax.reference.apply_experts`.
         input_scales: of the rows before the up- and the down-projection, for a format whose scales are static; None: computed.
 
@@ -55,6 +57,7 @@ def apply_experts(
         >>> apply_experts(jnp.ones((2, 4)), quantize_experts(experts, "fp8_tensor"), topk, config, "fp8_tensor").tolist()
         [[32.0, 32.0, 32.0, 32.0], [0.0, 0.0, 0.0, 0.0]]
     """
+    becomes_fp8 = format is not None and quant_format(format).becomes_fp8
     spec, emulated = (
         (None, False) if format is None else (quant_format(format).activations, quant_format(format).emulates)
     )
@@ -80,7 +83,9 @@ def apply_experts(
         """Each row times the matrix of its expert."""
         out = jnp.zeros((rows.shape[0], matrices.shape[1]), jnp.float32)
         for expert in range(matrices.shape[0]):
-            y = jnp.matmul(rows, dequantize(matrices[expert]).T, precision=lax.Precision.HIGHEST)
+            matrix = matrices[expert]
+            matrix = fp8_blocks(matrix) if becomes_fp8 and isinstance(matrix, QuantizedArray) else matrix
+            y = jnp.matmul(rows, dequantize(matrix).T, precision=lax.Precision.HIGHEST)
             if bias is not None:
                 y = y + bias[expert].astype(jnp.float32)[None, :]
             out = jnp.where((local == expert)[:, None], y, out)

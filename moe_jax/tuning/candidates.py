@@ -60,6 +60,8 @@ _MANY_EIGHT_BIT: tuple[dict[str, Any], ...] = (
     {"quantizes": True},
     {"quantizes": False},
 )
+# Codes of four bits that become FP8 have a ring of their own, whose stages are taken from the others.
+_FROM_FOUR_BITS: tuple[dict[str, Any], ...] = ({"codes_stages": 2}, {"codes_stages": 4}, {"codes_stages": 8})
 
 
 def row_tiles(shape: LayerShape) -> tuple[int, ...]:
@@ -72,7 +74,7 @@ def row_tiles(shape: LayerShape) -> tuple[int, ...]:
     mean, most = shape.mean_rows, (128, 160, 192)
     some = 128
     if Codes.of(shape.codes).both:
-        some, most = (96, (88, 96, 128)) if Codes.of(shape.codes).granularity == "block" else (128, (128, 144, 160))
+        some, most = (96, (88, 96, 128)) if Codes.of(shape.codes).promoted else (128, (128, 144, 160))
     if Codes.of(shape.codes).four_bits:
         most = (128, 144, 160)
     likely = (64,) if mean <= 24 else (64, some) if mean <= 96 else most
@@ -103,7 +105,8 @@ def _variants(base: Config, shape: LayerShape, gated: bool, up: bool) -> list[Co
     """`base`, then its changes, each with as many stages as shared memory holds."""
     found = [base]
     changes = (_FEW_EIGHT_BIT, _MANY_EIGHT_BIT) if Codes.of(shape.codes).both else (_FEW_ROWS, _MANY_ROWS)
-    for change in changes[base.tile_rows > 64]:
+    more = _FROM_FOUR_BITS if Codes.of(shape.codes).from_four_bits else ()
+    for change in (*changes[base.tile_rows > 64], *more):
         config = dataclasses.replace(base, **change)
         if not splits(base.tile_rows, config) or (config.gather and not up):
             continue

@@ -20,6 +20,7 @@ from moe_jax.tuning.plan import Codes, LayerPlan, LayerShape, splits
 
 _BYTES = ("float8_e4m3fn", "int8")
 _OF_FOUR_BITS = 0.625  # bytes of a weight, with a scale and a zero point of 16 bits for each 32
+_OF_FP4 = 0.5625  # of one that becomes FP8, with a scale of 8 bits for each 16
 SHARED_MEMORY = 227 * 1024  # bytes that one block may have on a Hopper GPU
 
 
@@ -41,20 +42,21 @@ def shared_memory_bytes(config: Config, dtype: str, codes: str = "") -> int:
     of = Codes.of(codes)
     item = jnp.dtype(dtype).itemsize
     of_rows = 1 if of.both else item
-    of_weights = _OF_FOUR_BITS if of.four_bits else 1 if of.dtype in _BYTES else item
+    of_weights = _OF_FOUR_BITS if of.four_bits else 1 if of.both or of.dtype in _BYTES else item
     weight_rows = config.consumers * config.halves * WGMMA_ROWS
     row_scales = 0
     if of.both:  # for each group of columns in a stage, or for a whole tile
-        lines = config.stages * config.tile_k // GROUP if of.granularity == "block" else config.consumers
+        lines = config.stages * config.tile_k // GROUP if of.promoted else config.consumers
         row_scales = lines * held(config.tile_rows)
     buffers = (
         config.stages * config.tile_rows * config.tile_k * of_rows,
         config.stages * config.stage_rows * config.tile_k // config.depth * of_weights,
+        config.codes_stages * weight_rows * config.tile_k * _OF_FP4,
         config.consumers * (64 * 128 if config.rows_first else 2 * STORED * COLUMNS * item),  # rows on their way out
         weight_rows * 4 * (2 if config.rows_first else 1),  # a bias: of 64 rows of weights for each consumer, or of all
         row_scales * 4,
         weight_rows * 4 if of.granularity == "channel" else 0,
-        (2 * config.stages + 3 * config.consumers) * 8,
+        (2 * config.stages + 2 * config.codes_stages + 3 * config.consumers) * 8,
         ALIGNED if config.gather else 0,  # set aside for reductions
         2 * STORED * GROUP if config.quantizes and not config.rows_first else 0,  # codes on their way out, beside rows
     )
@@ -90,7 +92,7 @@ def config_misfit(config: Config, gated: bool, dtype: str, codes: str = "") -> s
     counts = config.row_counts
     sizes = {name: size for name, size in dataclasses.asdict(config).items() if type(size) is int}
     for name, size in sizes.items():
-        if size < 1:
+        if size < 1 and name != "codes_stages":
             return f"{name}={size} must be at least 1"
     if not counts or any(c < 8 or c % 8 for c in counts) or list(counts) != sorted(set(counts)):
         return f"row_counts={counts} must be multiples of 8 in ascending order"
@@ -142,6 +144,11 @@ def _four_bit_misfit(config: Config) -> str | None:
 
 def _eight_bit_misfit(config: Config, codes: str) -> str | None:
     """What the kernel of 8-bit operands cannot do beyond that."""
+    if Codes.of(codes).from_four_bits and (config.columns != WGMMA_ROWS or config.codes_stages < 2):
+        return (
+            f"columns={config.columns} must be {WGMMA_ROWS} and codes_stages={config.codes_stages} at least 2 for weights of "
+            "four bits that become FP8: a block of codes has so many rows"
+        )
     if config.cluster > 1 or config.gather:
         return f"cluster={config.cluster} and gather={config.gather} must be 1 and False for 8-bit rows"
     if config.tile_k % (GROUP * config.depth):
@@ -149,7 +156,7 @@ def _eight_bit_misfit(config: Config, codes: str) -> str | None:
             f"tile_k={config.tile_k} must be a multiple of {GROUP * config.depth} for 8-bit rows: with columns="
             f"{config.columns} a stage holds {config.depth} pieces of K, each of whole groups of {GROUP}"
         )
-    most = most_rows(Codes.of(codes).granularity == "block", config.rows_first)
+    most = most_rows(Codes.of(codes).promoted, config.rows_first)
     if config.tile_rows > most:
         return f"tile_rows={config.tile_rows} must be at most {most} for {codes}, for the registers"
     if Codes.of(codes).dtype == "int8" and config.tile_rows > 32 and config.tile_rows % 16:
@@ -200,9 +207,10 @@ def quantizes_misfit(name: str, config: Config, shape: LayerShape) -> str | None
     if name == "down":
         return "quantizes=True is for an up-projection: the rows of this one are not multiplied again"
     of = Codes.of(shape.codes)
-    if not (of.both and of.granularity == "block"):
+    if not of.promoted:
         return f"quantizes=True is for rows and weights with scales of blocks, not for {shape.codes or shape.dtype}"
-    return can_quantize(Spec(of.dtype, "group", GROUP), config, shape.intermediate_size, shape.gated)
+    dtype = "float8_e4m3fn" if of.from_four_bits else of.dtype
+    return can_quantize(Spec(dtype, "group", GROUP), config, shape.intermediate_size, shape.gated)
 
 
 def rows_first_misfit(name: str, config: Config, shape: LayerShape) -> str | None:
@@ -210,7 +218,7 @@ def rows_first_misfit(name: str, config: Config, shape: LayerShape) -> str | Non
     from moe_jax.kernels.hopper.matmul_rows_first import supports as can_run
 
     of, up = Codes.of(shape.codes), name == "up"
-    if not (of.both and of.granularity == "block"):
+    if not of.promoted:
         return f"rows_first=True is for rows and weights with scales of blocks, not for {shape.codes or shape.dtype}"
     gated, n_out = up and shape.gated, shape.intermediate_size if up else shape.hidden_size
     blocks = -(-n_out // GROUP) * (2 if gated else 1)
@@ -238,8 +246,8 @@ def _operands_misfit(shape: LayerShape, weights: Any, activation: Activation | N
     if of.weights_alone:
         # What cannot be decoded is dequantized before, and multiplied as plain weights are.
         return plain if reason_against_codes(rows, codes, None, activation, tile_rows, gather) else None
-    granularity, block = {"channel": ("token", None), "block": ("group", GROUP)}.get(of.granularity, ("tensor", None))
-    rows_spec = Spec(of.dtype, granularity, block)
+    granularity, block = {"channel": ("token", None), "tensor": ("tensor", None)}.get(of.granularity, ("group", GROUP))
+    rows_spec = Spec("float8_e4m3fn" if of.from_four_bits else of.dtype, granularity, block)
     scales = jax.ShapeDtypeStruct(scales_shape(*rows.shape, rows_spec), jnp.float32)
     values = jax.ShapeDtypeStruct(rows.shape, rows_spec.storage_dtype)
     quantized = QuantizedRows(values, scales, rows_spec)

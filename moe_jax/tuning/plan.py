@@ -18,6 +18,7 @@ from moe_jax.kernels.hopper.matmul_config import (
     fetches_by_token,
     few_counts,
     four_bit,
+    from_four_bits,
     pays_to_quantize,
     rows_first,
     tile_rows_for,
@@ -54,8 +55,18 @@ class Codes(NamedTuple):
 
     @property
     def both(self) -> bool:
-        """Whether both operands of the matmuls are codes, of a byte each."""
+        """Whether both operands of the matmuls are codes, of a byte each when they are multiplied."""
         return self.dtype != "" and not self.weights_alone
+
+    @property
+    def from_four_bits(self) -> bool:
+        """Whether weights are of four bits and become FP8, as the rows are."""
+        return self.both and self.dtype == "float4_e2m1fn"
+
+    @property
+    def promoted(self) -> bool:
+        """Whether both operands have scales of blocks: sums of 128 columns are scaled."""
+        return self.both and (self.granularity == "block" or self.from_four_bits)
 
     @property
     def four_bits(self) -> bool:
@@ -201,11 +212,13 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
 
     tiles = min(shape.num_pairs, shape.num_local_experts)
     if Codes.of(shape.codes).both:
-        promoted = Codes.of(shape.codes).granularity == "block"
+        promoted = Codes.of(shape.codes).promoted
         found = tile_rows or eight_bit_tile_rows(shape.mean_rows, shape.num_pairs, promoted)
         up = default_config(found, shape.gated, shape.intermediate_size, tiles)
         down = default_config(found, False, shape.hidden_size, tiles)
         up, down = (eight_bit(config, shape.mean_rows) for config in (up, down))
+        if Codes.of(shape.codes).from_four_bits:
+            up, down = from_four_bits(up), from_four_bits(down)
         first = {name: rows_first(config) for name, config in (("up", up), ("down", down))}
         many = shape.mean_rows >= MANY_PROMOTED if tile_rows is None else tile_rows == first["up"].tile_rows
         if promoted and many and not any(rows_first_misfit(name, config, shape) for name, config in first.items()):

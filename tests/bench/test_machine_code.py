@@ -35,10 +35,21 @@ def test_the_innermost_loops_are_counted(machine_code):
     assert machine_code.loops(SASS.replace("HGMMA", "FFMA")) == []
 
 
-@pytest.mark.parametrize(("name", "tile_rows"), [("fp8_channel", 144), ("fp8_weight_block", 64), ("nvfp4", 8)])
+@pytest.mark.parametrize(
+    ("name", "tile_rows"), [("fp8_channel", 144), ("fp8_weight_block", 64), ("nvfp4", 8), ("mxfp4_fp8", 64)]
+)
 def test_the_kernel_of_a_number_format(machine_code, name, tile_rows):
     module, config = machine_code.kernel_of("up", tile_rows, 256, 256, {"stages": 2}, name)
     assert isinstance(module, bytes) and (config.tile_rows, config.stages) == (tile_rows, 2)
+
+
+def test_the_loop_that_decodes_is_counted(machine_code):
+    permuted = "   -:-:-:Y:01        /*0010*/                   PRMT R2, R3, R4, R5\n" * 40
+    loop = f".L_x_5:\n{permuted}   -:-:-:Y:01        /*0020*/                   USEL UR1, UR2, URZ, UP0\n"
+    loop += "   -:-:-:Y:05        /*0030*/              @P0 BRA `(.L_x_5)\n"
+    found = {"uniform": 1, "vector": 41, "permutations": 40, "spills": 0}
+    assert machine_code.decoding_loop(SASS + loop) == found
+    assert machine_code.decoding_loop(SASS) is None
 
 
 def test_the_kernel_of_a_weight_gradient(machine_code):

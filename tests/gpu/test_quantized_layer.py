@@ -19,7 +19,7 @@ from moe_jax.experts import row_multiple
 from moe_jax.ops.group_tokens import group_tokens
 from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.ops.quantize_rows import quantize_rows, quantize_tokens
-from moe_jax.quantization import prepare, prepare_experts, quant_format, quantize, reference
+from moe_jax.quantization import fp8_blocks, prepare, prepare_experts, quant_format, quantize, reference
 from moe_jax.routing import route
 from moe_jax.tuning.plan import LayerPlan, LayerShape, default_plan
 from tests.gpu.test_layer import inputs, make_weights, poison_memory, rows, same_bits
@@ -44,6 +44,8 @@ FORMATS = (
     "int4_group32_zp",
     "nvfp4",
     "mxfp4",
+    "nvfp4_fp8",
+    "mxfp4_fp8",
 )
 SHAPES = {"qwen3": (32, 4, 2048, 768), "gpt-oss": (16, 4, 2880, 2880)}
 
@@ -52,7 +54,8 @@ SHAPES = {"qwen3": (32, 4, 2048, 768), "gpt-oss": (16, 4, 2880, 2880)}
 def layer_of(shape, name):
     """Config, quantized weights, the layer and its oracle."""
     config = MoEConfig(*SHAPES[shape], has_bias=shape == "gpt-oss", quantization=name)
-    experts = jax.block_until_ready(prepare_experts(quantize_experts(make_weights(config, jax.random.key(0)), name)))
+    experts, of_rows = quantize_experts(make_weights(config, jax.random.key(0)), name), config.quantization
+    experts = jax.block_until_ready(prepare_experts(experts, of_rows.dtype_of_rows(config.dtype)))
 
     def oracle(x, experts, logits, expert_map=None):
         topk = route(logits, config)
@@ -115,6 +118,19 @@ def test_plans_of_blocks_have_the_same_bits(name):
             poison_memory()
             found = jax.jit(functools.partial(moe, config=config, plan=plan))(x, experts, logits)
             assert same_bits(found, right), (num_tokens, rows_first, quantizes)
+
+
+@pytest.mark.parametrize("name", ["nvfp4_fp8", "mxfp4_fp8"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_four_bits_that_become_fp8_have_the_bits_of_fp8(shape, name):
+    """All tiles and plans: tokens as rows, weights and rows on the M side of wgmma, K that ends within a block."""
+    config, experts, layer, _ = layer_of(shape, name)
+    blocks = dataclasses.replace(experts, w13=fp8_blocks(experts.w13), w2=fp8_blocks(experts.w2))
+    other = jax.jit(functools.partial(moe, config=dataclasses.replace(config, quantization="fp8_block")))
+    for num_tokens in (1, 16, 100, 300, 1500, 6000):
+        x, logits = inputs(config, num_tokens)
+        poison_memory()
+        assert same_bits(layer(x, experts, logits), other(x, blocks, logits)), num_tokens
 
 
 def check_products(product, groups):

@@ -17,14 +17,23 @@ from tests.util import assert_discriminates, check_close
 
 @pytest.mark.parametrize(
     ("name", "num_tokens"),
-    [("fp8_block", 5), ("fp8_tensor", 19), ("int8_weight", 19), ("int4_group32", 5), ("nvfp4", 19)],
+    [
+        ("fp8_block", 5),
+        ("fp8_tensor", 19),
+        ("int8_weight", 19),
+        ("int4_group32", 5),
+        ("nvfp4", 19),
+        ("nvfp4_fp8", 5),
+        ("mxfp4_fp8", 19),
+    ],
 )
 def test_layer(name, num_tokens):
     """A few tokens are quantized where they are; one scale for all rows takes a kernel of its own; four bits are decoded."""
     config = MoEConfig(4, 2, 128, 64, quantization=name)
     x, logits = x_of(0, config, num_tokens), logits_of(0, config, num_tokens)
     experts = quantize_experts(experts_of(0, config), name)
-    out = moe(x, prepare_experts(experts), logits, config, implementation="mosaic_interpret")
+    prepared = prepare_experts(experts, config.quantization.dtype_of_rows("bfloat16"))
+    out = moe(x, prepared, logits, config, implementation="mosaic_interpret")
     oracle = quick_jit(lambda *a: reference.apply_experts(*a[:2], route(a[2], config), config, config.quantization))
     right = oracle(x, experts, logits)
     check_close(out, right, 1e-2)
@@ -43,13 +52,15 @@ def test_a_plan_that_does_not_quantize_rows_as_they_leave_has_a_kernel_more(monk
 
 
 @pytest.mark.parametrize(
-    ("name", "kernels"), [("fp8_block", 6), ("int8_channel", 7), ("fp8_weight_channel", 5), ("nvfp4", 5)]
+    ("name", "kernels"),
+    [("fp8_block", 6), ("int8_channel", 7), ("fp8_weight_channel", 5), ("nvfp4", 5), ("nvfp4_fp8", 6)],
 )
 def test_lowers_for_cuda_to_mosaic_alone(monkeypatch, name, kernels):
     """Routing, grouping, gather with quantizing, up, quantizing (of blocks up does it), down, combine; codes alone need none."""
     monkeypatch.undo()
     config = MoEConfig(8, 4, 256, 128, quantization=name)
-    experts = jax.eval_shape(lambda: prepare_experts(quantize_experts(experts_of(0, config), name)))
+    of_rows = config.quantization.dtype_of_rows("bfloat16")
+    experts = jax.eval_shape(lambda: prepare_experts(quantize_experts(experts_of(0, config), name), of_rows))
     layer = functools.partial(moe, config=config, implementation="mosaic")
     text = lower(layer, like("bfloat16", 1000, 256), experts, like("float32", 1000, 8))
     assert num_kernels(text) == kernels

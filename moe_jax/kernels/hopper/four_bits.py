@@ -54,20 +54,26 @@ class Blocks:
         weights: ``[E, N, K]``.
         config: how the work is tiled.
         gated: the activation takes gate and up.
+        columns: of a block.
+        stages: of the ring; the configuration's by default.
     """
 
-    def __init__(self, weights: PreparedArray, config: Config, gated: bool):
+    def __init__(
+        self, weights: PreparedArray, config: Config, gated: bool, columns: int = SIDE, stages: int | None = None
+    ):
         self._gated, self._halves, self._consumers = gated, config.halves, config.consumers
+        self._rows_first = config.rows_first  # a stage holds all blocks of the gate first
         self._blocks = weights.values.shape[1] // weights.halves
-        self._deep = config.tile_k // SIDE
+        self._deep = config.tile_k // columns
         self.copies = config.consumers * config.halves
-        self.scratch = plgpu.SMEM((config.stages, self.copies, self._deep, *weights.layout.shape), jnp.int32)
+        shape = (config.stages if stages is None else stages, self.copies, self._deep, *weights.layout.shape)
+        self.scratch = plgpu.SMEM(shape, jnp.int32)
 
     def fetch(self, source: Any, target: Any, expert: Any, n: Any, step: Any, slot: Any, full: Any) -> None:
         """Asks for the blocks of a step of tile column `n`: of each consumer gate and up, or neighbours."""
         for unit in range(self.copies):
             if self._gated:
-                wg, half = divmod(unit, self._halves)
+                wg, half = divmod(unit, self._halves) if not self._rows_first else divmod(unit, self._consumers)[::-1]
                 row = half * self._blocks + n * self._consumers + wg
             else:
                 row = n * self.copies + unit

@@ -43,6 +43,9 @@ class Config:
     quantizes: bool = False  # rows of an up-projection are quantized as they leave it: `quantized_store`
     rows_first: bool = False  # 8-bit rows on the M side of wgmma, 64 a consumer, by 128 of weights: `matmul_rows_first`
     overlap: bool = True  # products of a step run while the next are issued; its stage is handed back after that
+    codes_stages: int = (
+        0  # of a ring of four-bit codes that become FP8 weights in the other; 0: weights are FP8: `fp8_from_four`
+    )
 
     @property
     def depth(self) -> int:
@@ -198,6 +201,24 @@ def most_rows(promoted: bool, rows_first: bool) -> int:
     if not promoted:
         return _MOST_EIGHT_BIT
     return _ROWS_FIRST if rows_first else _PROMOTED
+
+
+def from_four_bits(config: Config) -> Config:
+    """The tiles of FP8 operands for weights of four bits that become FP8 on their way: see `fp8_from_four`.
+
+    Codes have a ring of their own, and stages take what it leaves: two or three are enough, for the codes of more are on their
+    way. A block of codes has 64 rows: no narrow tiles. What is best has not been measured.
+
+    Example:
+        >>> config = from_four_bits(Config((64, 96), tile_k=128, stages=4))
+        >>> config.stages, config.codes_stages
+        (3, 3)
+        >>> from_four_bits(Config((8,), consumers=1, columns=16, tile_k=1024)).tile_k
+        256
+    """
+    if config.consumers == 2:
+        return dataclasses.replace(config, stages=3, codes_stages=3, columns=WGMMA_ROWS)
+    return dataclasses.replace(config, stages=2, codes_stages=6, columns=WGMMA_ROWS, tile_k=256)
 
 
 def pays_to_quantize(config: Config, mean_rows: float) -> bool:

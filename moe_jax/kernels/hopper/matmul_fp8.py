@@ -40,23 +40,20 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from moe_jax import _compat
 from moe_jax.activations import Activation
+from moe_jax.kernels.hopper import fp8_from_four, tiles, views
 from moe_jax.kernels.hopper import row_scales as of_rows
-from moe_jax.kernels.hopper import tiles, views
 from moe_jax.kernels.hopper.codes import block_rows, block_scale
 from moe_jax.kernels.hopper.epilogue import Columns, Epilogue
 from moe_jax.kernels.hopper.gather_quantize import scales_shape
 from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
 from moe_jax.kernels.hopper.quantized_store import QuantizedStore, References
 from moe_jax.quantization.formats import Spec
+from moe_jax.quantization.prepared_fp8 import PreparedFp8
 
 SHORT = 16  # steps of a tile where scales of blocks are better not fetched a step ahead
 GROUP = 128  # columns of K that share a scale where they are promoted
 ROW_MULTIPLE = 4  # where tiles with scales of such groups should begin
-_DTYPES = (
-    ("float8_e4m3fn", "float8_e4m3fn"),
-    ("float8_e5m2", "float8_e4m3fn"),
-    ("int8", "int8"),
-)  # of rows and weights
+_DTYPES = {"float8_e4m3fn": "float8_e4m3fn", "float8_e5m2": "float8_e4m3fn", "int8": "int8"}  # of rows: of weights
 _OUTPUTS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
@@ -67,11 +64,9 @@ def supports(
     n, k = weights.shape[1:]
     gated = activation is not None and activation.is_gated
     out = n // (2 if gated else 1)
-    if (rows.dtype.name, weights.dtype.name) not in _DTYPES:
-        return (
-            f"rows {rows.dtype} and weights {weights.dtype} must both be float8_e4m3fn or both int8, or the rows float8_e5m2 "
-            "and the weights float8_e4m3fn"
-        )
+    made = "float8_e4m3fn" if isinstance(weights, PreparedFp8) else weights.dtype.name
+    if _DTYPES.get(rows.dtype.name) != made:
+        return f"rows {rows.dtype} and weights {made} must both be float8_e4m3fn (rows also float8_e5m2) or both int8"
     if jnp.dtype(out_dtype) not in _OUTPUTS:
         return f"the output {jnp.dtype(out_dtype)} must be bfloat16 or float16"
     if (tiles.swizzle_bytes(k, rows.dtype) or 0) < 64:
@@ -98,7 +93,7 @@ def supports(
 def grouped_matmul(
     rows: Shaped[Array, "rows K"],
     row_scales: Float[Array, "groups padded_rows"],
-    weights: Shaped[Array, "E N K"],
+    weights: Shaped[Array, "E N K"] | PreparedFp8,
     weight_scales: Float[Array, "E ..."],
     tile_group: Int[Array, "tiles"],
     tile_starts: Int[Array, "tiles"],
@@ -122,7 +117,8 @@ def grouped_matmul(
         rows: of all groups, float8_e4m3fn, float8_e5m2 or int8; with `tile_tokens` those of all tokens, at most as many as a
             tile holds.
         row_scales: float32, of each row one ``[1, rows + a tile]``, or one for each 128 columns ``[K / 128, rows + a tile]``.
-        weights: of the experts, of the same dtype; float8_e4m3fn beside float8_e5m2.
+        weights: of the experts, of the same dtype, or four-bit floats that become it (`fp8_from_four`); float8_e4m3fn beside
+            float8_e5m2.
         weight_scales: float32; of each row ``[E, N]``; of a matrix, or of its two halves, ``[E, 1]`` or ``[E, 2]``; of blocks
             ``[E, N blocks, K / 128]``, with a gate those of the halves one after the other.
         tile_group: the expert of each tile.
@@ -157,6 +153,10 @@ def grouped_matmul(
     a_group = GROUP // swizzled  # pieces
     groups = tk // GROUP  # of a stage
     operand = views.Operand(stages, tile_rows, tk, swizzled, dtype, interpreted)
+    decoder, transforms, made = None, tiles.transforms(k, dtype), weights.dtype
+    if isinstance(weights, PreparedFp8):
+        decoder = fp8_from_four.Decoder(weights, config, gated, transforms, interpret=interpreted)
+        weights, made = weights.values, jnp.float8_e4m3fn
     bias_dtype = None if bias is None else bias.dtype
     of_epilogue = dict(marked=shared, interpret=interpreted, stores=quantize is None)
     epilogue = Epilogue(config, n_out, out_dtype, activation, bias_dtype, **of_epilogue)
@@ -194,6 +194,7 @@ def grouped_matmul(
         row_scales_s = refs.pop(0) if promote else None
         a_row = None if promote else (row_scales_g, refs.pop(0), refs.pop(0))
         of_channels = (weight_scales_g, refs.pop(0), refs.pop(0)) if by_channel else None
+        of_codes = [refs.pop(0) for _ in decoder.scratch] if decoder else None
         ends = epilogue.references(outs[0], bias_g, refs)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
         m_tiles = count_g[0]
@@ -319,7 +320,7 @@ def grouped_matmul(
                     turn = i * k_steps + step
                     slot = lax.rem(turn, stages)
                     pl.when(turn >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
-                    for at, row, column in pieces:
+                    for at, row, column in [] if decoder else pieces:
                         ks = pl.ds(step * tk + column, tk // depth)
                         source = weights_g.at[expert, pl.ds(n * tile_cols + row, block_cols), ks]
                         plgpu.copy_gmem_to_smem(source, weights_s.at[slot, pl.ds(at, block_cols)], full.at[slot])
@@ -338,33 +339,49 @@ def grouped_matmul(
 
             tiles.observe_all(empty, turns, stages)
 
+        def produce_codes():
+            def place(i):
+                m, n = tile_at(i)
+                return group_g[m], n
+
+            decoder.produce(weights_g, of_codes, place, my_tiles, k_steps)
+
+        def produce_both(warp):
+            pl.when(warp == 0)(produce)
+            if decoder:
+                pl.when(warp == 1)(produce_codes)
+
         @pl.when(wg < consumers)
         def _():
-            if consumers == 2:
-                plgpu.set_max_registers(240, action="increase")
+            if consumers == 2 or decoder:
+                plgpu.set_max_registers(fp8_from_four.registers(config)[0] if decoder else 240, action="increase")
             pl.loop(0, my_tiles)(consume)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == consumers)
         def _():
-            if consumers == 2:
+            if consumers == 2 or decoder:
                 plgpu.set_max_registers(24, action="decrease")
-            plgpu.warp_map(lambda warp: pl.when(warp == 0)(produce))
+            plgpu.warp_map(produce_both)
+
+        if decoder:
+            pl.when(wg > consumers)(lambda: decoder.decode(of_codes, weights_s, full, empty, my_tiles * k_steps))
 
     body.__name__ = f"grouped_matmul_{'up' if activation is not None else 'down'}"
     operands = [rows, row_scales, weights, weight_scales, tile_group, tile_starts, tile_sizes, num_tiles]
     operands += [tile_tokens] if shared else []
     operands += [bias] if bias is not None else []
-    arrivals = len(pieces) + operand.pieces + (groups if promote else 0)
+    arrivals = (1 if decoder else len(pieces)) + operand.pieces + (groups if promote else 0)
     scratch = [
         operand.scratch,
-        plgpu.SMEM((stages, config.stage_rows, tk // depth), weights.dtype, transforms=tiles.transforms(k, dtype)),
+        plgpu.SMEM((stages, config.stage_rows, tk // depth), made, transforms=transforms),
         plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
         *([] if stored is None else stored.scratch),
         *([plgpu.SMEM((stages, groups, of_rows.held(tile_rows)), jnp.float32)] if promote else []),
         *([] if promote else scales_of_rows.scratch),
         *(channels.scratch if by_channel else []),
+        *(decoder.scratch if decoder else []),
         *epilogue.scratch,
     ]
     result = _compat.kernel(
@@ -372,7 +389,7 @@ def grouped_matmul(
         out_type=out_types[0] if stored is None else out_types,
         grid=(workers,),
         grid_names=("sm",),
-        num_threads=consumers + 1,
+        num_threads=consumers + (2 if decoder else 1),
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(

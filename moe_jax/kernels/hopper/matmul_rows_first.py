@@ -28,14 +28,15 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from moe_jax import _compat
 from moe_jax.activations import Activation
+from moe_jax.kernels.hopper import fp8_from_four, row_stores, tiles, views
 from moe_jax.kernels.hopper import row_scales as of_rows
-from moe_jax.kernels.hopper import row_stores, tiles, views
 from moe_jax.kernels.hopper.codes import block_rows, block_scale
 from moe_jax.kernels.hopper.epilogue import Epilogue
 from moe_jax.kernels.hopper.gather_quantize import scales_shape
 from moe_jax.kernels.hopper.matmul_config import Config
 from moe_jax.kernels.hopper.matmul_fp8 import GROUP
 from moe_jax.quantization.formats import Spec
+from moe_jax.quantization.prepared_fp8 import PreparedFp8
 
 CONSUMERS, HALVES = 2, 2
 TILE_ROWS = CONSUMERS * row_stores.ROWS
@@ -74,7 +75,7 @@ def supports(n_out: int, blocks: int, gated: bool, config: Config, *, quantize: 
 def grouped_matmul(
     rows: Shaped[Array, "rows K"],
     row_scales: Float[Array, "groups padded_rows"],
-    weights: Shaped[Array, "E N K"],
+    weights: Shaped[Array, "E N K"] | PreparedFp8,
     weight_scales: Float[Array, "E blocks groups"],
     tile_group: Int[Array, "tiles"],
     tile_starts: Int[Array, "tiles"],
@@ -102,6 +103,10 @@ def grouped_matmul(
     operand = views.Operand(stages, TILE_ROWS, tk, swizzled, dtype, interpreted)
     block = block_rows(n_out, weight_scales.shape[1], gated)
     sums = jnp.int32 if dtype == jnp.int8 else jnp.float32
+    decoder, transforms, made = None, tiles.transforms(k, dtype), weights.dtype
+    if isinstance(weights, PreparedFp8):
+        decoder = fp8_from_four.Decoder(weights, config, gated, transforms, interpret=interpreted)
+        weights, made = weights.values, jnp.float8_e4m3fn
     bias_dtype = None if bias is None else bias.dtype
     epilogue = Epilogue(
         config,
@@ -127,7 +132,9 @@ def grouped_matmul(
         bias_g = refs.pop(0) if bias is not None else None
         outs = tuple(refs.pop(0) for _ in out_types)
         rows_s, weights_s, row_scales_s, out_s, full, empty = refs[:6]
-        ends = epilogue.references(None, bias_g, refs[6:])
+        refs = refs[6:]
+        of_codes = [refs.pop(0) for _ in decoder.scratch] if decoder else None
+        ends = epilogue.references(None, bias_g, refs)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
         m_tiles = count_g[0]
         my_tiles = tiles.share(m_tiles * n_tiles, worker, workers)
@@ -212,7 +219,7 @@ def grouped_matmul(
                     turn = i * k_steps + step
                     slot = lax.rem(turn, stages)
                     pl.when(turn >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
-                    for half in range(HALVES):
+                    for half in [] if decoder else range(HALVES):
                         source = pl.ds(n * tile_cols + half * distance, COLUMNS), pl.ds(step * tk, tk)
                         target = weights_s.at[slot, pl.ds(half * COLUMNS, COLUMNS)]
                         plgpu.copy_gmem_to_smem(weights_g.at[expert, *source], target, full.at[slot])
@@ -231,28 +238,44 @@ def grouped_matmul(
 
             tiles.observe_all(empty, turns, stages)
 
+        def produce_codes():
+            def place(i):
+                m, n = tile_at(i)
+                return group_g[m], n
+
+            decoder.produce(weights_g, of_codes, place, my_tiles, k_steps)
+
+        def produce_both(warp):
+            pl.when(warp == 0)(produce)
+            if decoder:
+                pl.when(warp == 1)(produce_codes)
+
         @pl.when(wg < CONSUMERS)
         def _():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(fp8_from_four.registers(config)[0] if decoder else 240, action="increase")
             pl.loop(0, my_tiles)(consume)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == CONSUMERS)
         def _():
             plgpu.set_max_registers(24, action="decrease")
-            plgpu.warp_map(lambda warp: pl.when(warp == 0)(produce))
+            plgpu.warp_map(produce_both)
+
+        if decoder:
+            pl.when(wg > CONSUMERS)(lambda: decoder.decode(of_codes, weights_s, full, empty, my_tiles * k_steps))
 
     body.__name__ = f"grouped_matmul_{'up' if activation is not None else 'down'}"
     operands = [rows, row_scales, weights, weight_scales, tile_group, tile_starts, tile_sizes, num_tiles]
     operands += [bias] if bias is not None else []
-    arrivals = HALVES + operand.pieces + groups
+    arrivals = (1 if decoder else HALVES) + operand.pieces + groups
     scratch = [
         operand.scratch,
-        plgpu.SMEM((stages, HALVES * COLUMNS, tk), weights.dtype, transforms=tiles.transforms(k, dtype)),
+        plgpu.SMEM((stages, HALVES * COLUMNS, tk), made, transforms=transforms),
         plgpu.SMEM((stages, groups, of_rows.held(TILE_ROWS)), jnp.float32),
         stored.scratch,
         plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+        *(decoder.scratch if decoder else []),
         *epilogue.scratch,
     ]
     result = _compat.kernel(
@@ -260,7 +283,7 @@ def grouped_matmul(
         out_type=out_types[0] if quantize is None else out_types,
         grid=(workers,),
         grid_names=("sm",),
-        num_threads=CONSUMERS + 1,
+        num_threads=CONSUMERS + (2 if decoder else 1),
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(
