@@ -53,7 +53,7 @@ def test_a_weight_makes_float16_subnormal():
     check(normal(2, 3, 256, dtype="float16"), None, SPECS["fp8 group ue8m0"], weights=jnp.full((3, 1), 1e-5))
 
 
-@pytest.mark.parametrize("hidden", [16, 1024, 2880])
+@pytest.mark.parametrize("hidden", [16, 80, 1024, 2880])
 def test_widths(hidden):
     check(normal(3, 3, hidden, dtype="bfloat16"), places_of(3, 3, 2), SPECS["fp8 group"])
 
@@ -133,6 +133,7 @@ LOWERED = {
     "mixtral, inner": (128, None, 14336, "bfloat16", "fp8 token"),
     "one token": (1, 1, 4096, "float32", "fp8 group of 32"),
     "many slots": (9, 33, 1040, "float32", "fp8 group"),
+    "narrow rows": (9, 2, 80, "bfloat16", "fp8 group"),
 }
 
 

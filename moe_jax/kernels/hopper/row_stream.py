@@ -136,9 +136,14 @@ class Plan:
         return self.tiles * self.tile.columns
 
     @property
+    def is_bulk(self) -> bool:
+        """Whether one bulk copy brings a row."""
+        return self.columns * jnp.dtype(self.tile.dtype).itemsize % 128 == 0
+
+    @property
     def copies(self) -> int:
         """That bring a row."""
-        return pl.cdiv(self.columns, _BOX) if self.columns * jnp.dtype(self.tile.dtype).itemsize % 128 else 1
+        return 1 if self.is_bulk else pl.cdiv(self.columns, _BOX)
 
     @property
     def scratch(self) -> list[Any]:
@@ -186,7 +191,7 @@ class Stream:
     def _fetch(self, i: Any) -> None:
         slot, plan = lax.rem(i, self._plan.ahead + 1), self._plan
         source, target, full = self._x.at[self.token(i)], self._rows.at[slot], self._full.at[slot]
-        if plan.copies == 1:
+        if plan.is_bulk:
             mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS  # what a plain bulk copy asks for
             plgpu.copy_gmem_to_smem(source, target.at[pl.ds(0, plan.columns)], full, oob_mode=mode)
             return
