@@ -127,6 +127,8 @@ def test_tokens_as_rows(num_tokens):
         out = run(x, weights, tokens_as_rows=True, implementation=chosen)
         assert out.shape == (groups.num_rows, 48)
         check_grouped_matmul(out, plain_gather(x, groups.positions), weights, groups, None, config, 0)
+    if num_tokens == 1:  # its gradients are those of several
+        return
 
     def loss(x, weights, chosen):
         rows = x if chosen == "mosaic_interpret" else plain_gather(x, groups.positions)
