@@ -13,10 +13,11 @@ multiplication make them from the scale's byte. Seven instructions make eight we
 
 and a table takes three (MXFP4: for 32 columns; NVFP4: for 16, and four for the fractions of four scales).
 
-Counted in the machine code (`benchmarks/machine_code.py`): 256 weights of a thread, its part of 256 rows x 128 columns, take 352
-instructions of the vector units (NVFP4) or 318 to 320 (MXFP4), loads, stores and barriers among them, 1.4 or 1.25 a weight. A
-thread that multiplies takes as many a step as with FP8 weights, 157 in `matmul_rows_first` and 181 in `matmul_fp8` with 96 rows,
-though it has 216 or 224 registers in the place of 240; no loop over K spills. Not timed yet.
+Counted in the machine code (benchmarks/results, 2026-11-27-machine-code-fp8-from-four-bits.txt): 256 weights of a thread, its
+part of 256 rows x 128 columns, take 353 instructions of the vector units (NVFP4) or 318 (MXFP4), loads, stores and barriers among
+them, 1.4 or 1.25 a weight. A thread that multiplies takes 161 a step in `matmul_rows_first` (with FP8 weights 157) and 181 in
+`matmul_fp8` with 96 rows (the same), though it has 216 or 224 registers in the place of 240; no loop over K spills, the ways out
+of down-projections do. Not timed yet: no GPU has run it.
 """
 
 from __future__ import annotations
@@ -81,14 +82,15 @@ class Decoder:
         ]
 
     def produce(
-        self, source: Any, refs: Any, place: Callable[[Any], tuple[Any, Any]], my_tiles: Any, steps: int
+        self, source: Any, refs: Any, groups: Any, tile_at: Callable[[Any], Any], my_tiles: Any, steps: int
     ) -> None:
         """Fills the ring of codes: a warp's work.
 
         Args:
             source: the codes in GPU memory.
             refs: of `scratch`.
-            place: the expert and the tile column of a tile of this multiprocessor.
+            groups: the expert of each tile of rows.
+            tile_at: the tile of rows and the tile column of a tile of this multiprocessor.
             my_tiles: their number.
             steps: of each.
         """
@@ -97,7 +99,8 @@ class Decoder:
 
         @pl.loop(0, my_tiles)
         def _tile(i):
-            expert, n = place(i)
+            m, n = tile_at(i)
+            expert = groups[m]
 
             @pl.loop(0, steps)
             def _step(step):

@@ -43,9 +43,7 @@ class Config:
     quantizes: bool = False  # rows of an up-projection are quantized as they leave it: `quantized_store`
     rows_first: bool = False  # 8-bit rows on the M side of wgmma, 64 a consumer, by 128 of weights: `matmul_rows_first`
     overlap: bool = True  # products of a step run while the next are issued; its stage is handed back after that
-    codes_stages: int = (
-        0  # of a ring of four-bit codes that become FP8 weights in the other; 0: weights are FP8: `fp8_from_four`
-    )
+    codes_stages: int = 0  # of the ring of four-bit codes that become FP8 weights (`fp8_from_four`); 0 without
 
     @property
     def depth(self) -> int:

@@ -238,17 +238,11 @@ def grouped_matmul(
 
             tiles.observe_all(empty, turns, stages)
 
-        def produce_codes():
-            def place(i):
-                m, n = tile_at(i)
-                return group_g[m], n
-
-            decoder.produce(weights_g, of_codes, place, my_tiles, k_steps)
-
         def produce_both(warp):
             pl.when(warp == 0)(produce)
             if decoder:
-                pl.when(warp == 1)(produce_codes)
+                codes = weights_g, of_codes, group_g, tile_at, my_tiles, k_steps
+                pl.when(warp == 1)(lambda: decoder.produce(*codes))
 
         @pl.when(wg < CONSUMERS)
         def _():
