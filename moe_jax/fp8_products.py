@@ -16,7 +16,6 @@ from jaxtyping import Array, Float
 from moe_jax.config import MoEConfig
 from moe_jax.kernels.hopper.matmul_config import Config, default_config, eight_bit, rows_first
 from moe_jax.kernels.hopper.matmul_rows_first import TILE_ROWS
-from moe_jax.ops.activation_codes import ActivationCodes, through_activation_to_codes
 from moe_jax.ops.combine import combine
 from moe_jax.ops.gather import gather
 from moe_jax.ops.group_tokens import Groups
@@ -98,24 +97,20 @@ class Fp8Products(Products):
         groups: Groups,
         h: Float[Array, "R N"],
         row_weights: Float[Array, " R"],
-    ) -> ActivationGradients | ActivationCodes:
-        """`activation_input_grad` of `cotangents`: as codes if all that follows takes these, which a bias's gradient does not."""
+    ) -> ActivationGradients:
+        """`activation_input_grad` of `cotangents`."""
         if not self.config.fp8_training.input_grad:
             return super().back_to_pre_activation(rows[0], experts, groups, h, row_weights)
         product = self._multiply(rows[0], experts.w2, groups)
-        if self.config.fp8_training.weight_grad and experts.w13_bias is None:
-            return through_activation_to_codes(product, h, row_weights, groups, self.config.act, **self._of_gradients)
         return through_activation(product, h, row_weights, self.config.act)
 
     def back_through_up(
-        self, dh: Any, x: Float[Array, "T H"], experts: ExpertWeights, groups: Groups
+        self, dh: Float[Array, "R N"], x: Float[Array, "T H"], experts: ExpertWeights, groups: Groups
     ) -> tuple[Float[Array, "R H"], Float[Array, "E N H"]]:
         """The cotangents of the rows that the up-projection took, and the gradient of ``w13``."""
         fp8 = self.config.fp8_training
         rows = columns = dh
-        if isinstance(dh, tuple):
-            rows, columns = dh
-        elif fp8.input_grad and fp8.weight_grad:
+        if fp8.input_grad and fp8.weight_grad:
             rows, columns = quantize_rows_both(dh, groups, **self._of_gradients)
         elif fp8.input_grad:
             rows = quantize_rows(dh, self._gradient_rows, groups=groups, **self.options)
@@ -128,13 +123,11 @@ class Fp8Products(Products):
             gathered = gather(x, groups, **self.options)
         return back(rows, experts.w13, groups), self._contract_rows(columns, gathered, groups)
 
-    def of_w2(self, rows: tuple[Any, Any], activated: Any, groups: Groups) -> Float[Array, "E H I"]:
+    def of_w2(self, rows: tuple[Any, Any], activated: Float[Array, "R I"], groups: Groups) -> Float[Array, "E H I"]:
         """The gradient of ``w2``, of `cotangents` and the activations times router weights."""
         if not self.config.fp8_training.weight_grad:
             return super().of_w2(rows[1], activated, groups)
-        if not isinstance(activated, QuantizedArray):
-            activated = quantize_transposed(activated, groups, **self.options)
-        return self._contract_rows(rows[1], activated, groups)
+        return self._contract_rows(rows[1], quantize_transposed(activated, groups, **self.options), groups)
 
     def _contract_rows(self, left: Any, right: Any, groups: Groups) -> Float[Array, "E M N"]:
         return weight_grad(left, right, groups, out_dtype=self.config.dtype, **self.options)
