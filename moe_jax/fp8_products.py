@@ -102,7 +102,7 @@ class Fp8Products(Products):
         if not self.config.fp8_training.input_grad:
             return super().back_to_pre_activation(rows[0], experts, groups, h, row_weights)
         product = self._multiply(rows[0], experts.w2, groups)
-        return through_activation(product, h, row_weights, self.config.act)
+        return through_activation(product, h, row_weights, self.config.act, **self.options)
 
     def back_through_up(
         self, dh: Float[Array, "R N"], x: Float[Array, "T H"], experts: ExpertWeights, groups: Groups

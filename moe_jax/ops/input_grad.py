@@ -114,7 +114,7 @@ def activation_input_grad(
 
     def run(rows, weights, groups, pre_activation, row_weights):
         product = input_grad(rows, weights, groups, implementation=implementation)
-        return through_activation(product, pre_activation, row_weights, activation)
+        return through_activation(product, pre_activation, row_weights, activation, implementation=implementation)
 
     return impl.without_gradient("activation_input_grad", run)(rows, weights, groups, pre_activation, row_weights)
 
@@ -124,8 +124,41 @@ def through_activation(
     pre_activation: Float[Array, "R N"],
     row_weights: Float[Array, " R"],
     activation: Activation,
+    *,
+    implementation: str = "auto",
 ) -> ActivationGradients:
-    """`activation_input_grad` after its product, in plain JAX."""
+    """`activation_input_grad` after its product: a kernel that reads and writes everything once, or plain JAX.
+
+    Args:
+        product: ``[R, I]``, the cotangents of the activations, before the router weights.
+        pre_activation: ``[R, 2I]``, gate first, or ``[R, I]``.
+        row_weights: float32 ``[R]``, the router weight of each row.
+        activation: between the projections.
+        implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
+    """
+    from moe_jax.kernels.hopper import activation_grad as kernel
+
+    impl.check_name(implementation)
+    reason = kernel.supports(product, pre_activation)
+    # XLA has what the kernel has not, and is not slow: no reason to warn, or to refuse.
+    chosen = "xla" if reason is not None else impl.choose("through_activation", implementation, None)
+
+    def run(product, pre_activation, row_weights):
+        if chosen == "xla":
+            return _plain_through_activation(product, pre_activation, row_weights, activation)
+        interpret = impl.interpret_params(chosen)
+        found = kernel.activation_grad(product, pre_activation, row_weights, activation, interpret=interpret)
+        return ActivationGradients(*found)
+
+    return impl.without_gradient("through_activation", run)(product, pre_activation, row_weights)
+
+
+def _plain_through_activation(
+    product: Float[Array, "R I"],
+    pre_activation: Float[Array, "R N"],
+    row_weights: Float[Array, " R"],
+    activation: Activation,
+) -> ActivationGradients:
     h, d, dtype = pre_activation.astype(jnp.float32), product.astype(jnp.float32), pre_activation.dtype
     scaled, s = d * row_weights[:, None], row_weights[:, None]
     if activation.is_gated:
