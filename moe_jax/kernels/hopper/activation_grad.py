@@ -7,7 +7,6 @@ multiprocessor, and some compute while others wait for memory. Rows of no group 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ from moe_jax.kernels.hopper.block_codes import A_ROW, INFINITY
 
 ROWS, COLUMNS = 128, 64  # of a tile
 TAKEN = 64  # rows that registers take at a time
-CTAS_PER_SM = 4
+CTAS_PER_SM = 2  # by ptxas 186 registers a thread (silu), 255 at most
 
 
 def supports(product: Any, pre_activation: Any) -> str | None:
@@ -59,26 +58,22 @@ def activation_grad(
     (rows, columns), interpreted = product.shape, interpret is not None
     parts = pre_activation.shape[1] // columns  # gate and up, or one
     across = columns // COLUMNS
-    # Columns that registers take at a time: by ptxas 111 a thread with 32 of them (silu), enough for four CTAs, 186 with 64. But
-    # rows of 64 bytes leave shared memory from even ones on alone.
-    width = 32 if rows % 2 == 0 else COLUMNS
     blocks = pl.cdiv(rows, ROWS)
     again = blocks * ROWS - rows  # the last block begins early, with rows that the one before it sends
     workers = CTAS_PER_SM * (multiprocessors or _compat.num_multiprocessors())
-    tile = views.Operand(parts + 1, ROWS, COLUMNS, width, product.dtype, interpreted)
-    every = [(i, piece) for i in range(parts + 1) for piece in range(tile.pieces)]
+    tile = views.Operand(parts + 1, ROWS, COLUMNS, COLUMNS, product.dtype, interpreted)
 
     def body(d_g, h_g, s_g, back_g, a_g, sums_g, tiles_s, full):
         worker = lax.axis_index("sm")
 
-        def piece_of(matrices, i, piece, row, column):
+        def tile_of(matrices, i, row, column):
             """Of gate and up, or whatever the pre-activation has, and last of the activations."""
             matrix, of_part = (matrices[1], 0) if i == parts else (matrices[0], i * across)
-            return matrix.at[pl.ds(row, ROWS), pl.ds((column + of_part) * COLUMNS + piece * width, width)]
+            return matrix.at[pl.ds(row, ROWS), pl.ds((column + of_part) * COLUMNS, COLUMNS)]
 
-        def replace(piece, first, row):
-            """Takes what is made of some rows of a piece to its places; returns the sums of rows."""
-            places = [tile.eights(tiles_s).at[i, piece, pl.ds(first, TAKEN)] for i in range(parts + 1)]
+        def replace(first, row):
+            """Takes what is made of some rows to its places; returns the sums of rows."""
+            places = [tile.eights(tiles_s).at[i, 0, pl.ds(first, TAKEN)] for i in range(parts + 1)]
             *h, d = (plgpu.load(place, layout=plgpu.Layout.WGMMA).astype(jnp.float32) for place in places)
             weights = plgpu.load(s_g.at[pl.ds(row + first, TAKEN)], layout=A_ROW, optimized=False)
             s = lax.broadcast_in_dim(weights, d.shape, [0])
@@ -97,21 +92,20 @@ def activation_grad(
             skip = block * ROWS - row
             singles = tile.singles(tiles_s)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for i, piece in every:
-                plgpu.copy_gmem_to_smem(piece_of((h_g, d_g), i, piece, row, column), singles.at[i, piece], full)
+            for i in range(parts + 1):
+                plgpu.copy_gmem_to_smem(tile_of((h_g, d_g), i, row, column), singles.at[i, 0], full)
             plgpu.barrier_wait(full)
             for first in range(0, ROWS, TAKEN):
-                sums = functools.reduce(jnp.add, [replace(piece, first, row) for piece in range(tile.pieces)])
-                row_scales.store(sums_g, column, block * ROWS + first, sums, TAKEN, A_ROW, interpreted)
+                row_scales.store(sums_g, column, block * ROWS + first, replace(first, row), TAKEN, A_ROW, interpreted)
             plgpu.commit_smem()
-            for i, piece in every:
-                target = piece_of((back_g, a_g), i, piece, row, column)
+            for i in range(parts + 1):
+                target = tile_of((back_g, a_g), i, row, column)
 
-                def send(first, count, i=i, piece=piece, target=target):
+                def send(first, count, i=i, target=target):
                     sent = pl.ds(skip + first, count)
-                    plgpu.copy_smem_to_gmem(singles.at[i, piece, sent], target.at[sent], commit_group=False)
+                    plgpu.copy_smem_to_gmem(singles.at[i, 0, sent], target.at[sent], commit_group=False)
 
-                views.send_first(send, ROWS - skip, ROWS, row_bytes=width * product.dtype.itemsize)
+                views.send_first(send, ROWS - skip, ROWS)
             plgpu.commit_smem_to_gmem_group()
 
         plgpu.wait_smem_to_gmem(0)
@@ -127,7 +121,7 @@ def activation_grad(
         out_type=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
         grid=(workers,),
         grid_names=("sm",),
-        scratch_types=[tile.scratch, plgpu.Barrier(num_arrivals=len(every))],
+        scratch_types=[tile.scratch, plgpu.Barrier(num_arrivals=parts + 1)],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=_compat.LANE),
         interpret=interpret,
     )(product, pre_activation, row_weights)
