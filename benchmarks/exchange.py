@@ -172,10 +172,12 @@ def layers(mesh: Any, config: MoEConfig, tokens: int, wanted: tuple[str, ...]) -
         "all_gather, codes": AllGatherReduceScatter(quantize_before=True),
         "ragged_all_to_all": AllToAll(),
     }
-    for name, exchange in exchanges.items():
+    for (name, exchange), chunks in itertools.product(exchanges.items(), (1, 2)):
         if name.split(",")[0] not in wanted:
             continue
-        layer = functools.partial(moe_parallel, config=config, parallel=parallel, exchange=exchange)
+        name = name if chunks == 1 else f"{name}, {chunks} chunks"
+        options = {"parallel": parallel, "exchange": exchange, "chunks": chunks}
+        layer = functools.partial(moe_parallel, config=config, **options)
         sharded = jax.shard_map(layer, mesh=mesh, in_specs=SPEC, out_specs=SPEC, check_vma=False)
         try:
             yield timed(f"layer, {name}", sharded, x, experts, logits)
