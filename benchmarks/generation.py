@@ -6,7 +6,7 @@ python benchmarks/generation.py --toy --mode eager
 
 The model has the shape of Qwen3-30B-A3B in all but its number of layers, and random weights. A step is everything between one
 token and the next: embedding, attention over a cache of fixed size, router, experts, logits, the most likely token. It is
-recorded in a CUDA graph (``graph``), compiled by torch, which records one too (``compile``), or run as it is (``eager``). All
+recorded in a CUDA graph, as it is (``graph``) or compiled by torch (``compile``), or run as it is (``eager``). All
 implementations have the same weights; `agree` says how many of their tokens are those of the first one, which rounding alone
 changes where two tokens are almost as likely, and `logits_error` how far the logits of the first step are from its.
 """
@@ -111,22 +111,24 @@ class Writer:
 
 
 def stepper(writer: Writer, mode: str) -> Callable[[], None]:
-    """A step in the way that `mode` says, after some steps of warming up; the writer has to be started again."""
-    step = writer.step
-    if mode == "compile":
-        step = torch.compile(writer.step, mode="reduce-overhead")
+    """A step in the way that `mode` says, after some steps of warming up; the writer has to be started again.
+
+    A step writes what the next one reads, for which torch's own graphs (``mode="reduce-overhead"``) are skipped: what it compiled
+    is recorded here.
+    """
+    step = torch.compile(writer.step) if mode == "compile" else writer.step
     for _ in range(WARM_UP):
         step()
-    if mode != "graph":
+    if mode == "eager":
         return step
     writer.start()
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        writer.step()
+        step()
     torch.cuda.current_stream().wait_stream(stream)
     with torch.cuda.graph(graph):
-        writer.step()
+        step()
     return graph.replay
 
 

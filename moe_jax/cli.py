@@ -206,8 +206,9 @@ def bench(
             "ragged_dot (jax.lax's) and xla (our plain-JAX form); one that cannot run here says why."
         ),
     ] = "",
-    peer_seconds: Annotated[
-        float, typer.Option(min=0.001, help="About how long the times of a peer are taken, for each number of tokens.")
+    seconds: Annotated[
+        float,
+        typer.Option(min=0.001, help="About how long the times of a layer, ours or a peer's, are taken in a row."),
     ] = 1.0,
     budget: Annotated[
         float | None, typer.Option(min=0.0, help="Seconds; what is not begun when they are spent is not measured.")
@@ -248,7 +249,7 @@ def bench(
             quantization=parse_format(quantization),
             implementation=implementation.value,
             compare=parse_peers(compare),
-            peer_seconds=peer_seconds,
+            seconds=seconds,
             budget=budget,
             checks=checks,
             commit=commit,

@@ -122,6 +122,7 @@ class Entrant:
                 ceilings=turn.ceilings,
                 checks=options.checks,
                 on_gpu=has_gpu(),
+                seconds=options.seconds,
             )
         except Exception as failure:  # one row must not take the others with it
             row["failed"] = f"{type(failure).__name__}: {failure}"[:2000]
@@ -131,7 +132,7 @@ class Entrant:
                 progress(f"{what}, {name}")
                 if time.monotonic() > turn.deadline:
                     peer = f"not begun: the budget of {options.budget:g} s is spent"
-                row["peers"][name] = measure_peer(peer, config, x, logits, expected, options.peer_seconds, has_gpu())
+                row["peers"][name] = measure_peer(peer, config, x, logits, expected, options.seconds, has_gpu())
         return row
 
 

@@ -41,6 +41,7 @@ def measure(
     ceilings: Ceilings,
     checks: bool,
     on_gpu: bool,
+    seconds: float = 1.0,
 ) -> dict[str, Any]:
     """What a row of the result file says about our layer, beside its case.
 
@@ -56,6 +57,7 @@ def measure(
         ceilings: of the device.
         checks: also run what must hold bit for bit: two runs, and a token alone.
         on_gpu: kernel times can be taken.
+        seconds: about how long its time is taken.
     """
     x, logits = operands
     tokens = x.shape[0]
@@ -83,7 +85,7 @@ def measure(
     if checks:
         row |= _bit_checks(config, layer, weights, x, logits, output, again) | _memory(config, layer, tokens)
     del output, again
-    return row | _times(config, stack, operands, logits, ceilings, on_gpu)
+    return row | _times(config, stack, operands, logits, ceilings, on_gpu, seconds)
 
 
 def _implementations(config: MoEConfig, tokens: int, implementation: str) -> str:
@@ -123,7 +125,13 @@ def _memory(config: MoEConfig, layer: Layer, tokens: int) -> dict[str, int]:
 
 
 def _times(
-    config: MoEConfig, stack: Any, operands: tuple[Any, ...], logits: jax.Array, ceilings: Ceilings, on_gpu: bool
+    config: MoEConfig,
+    stack: Any,
+    operands: tuple[Any, ...],
+    logits: jax.Array,
+    ceilings: Ceilings,
+    on_gpu: bool,
+    seconds: float,
 ) -> dict[str, Any]:
     tokens = logits.shape[0]
     calls = layers_a_call(tokens)
@@ -131,13 +139,13 @@ def _times(
     touched = int((loads > 0).sum())
     found: dict[str, Any] = {"touched_experts": touched, "rows_per_expert_max": int(loads.max())}
     least = floors(config, tokens, touched, ceilings)
+    layer_us = call_time(lambda: stack(*operands), seconds=seconds) / calls
     if on_gpu:
         try:
             kernels = kernel_times(stack, *operands, layers=calls)
             found |= _rates(kernels, layer_flops(config, tokens), expert_bytes(config, touched), least.us)
         except RuntimeError as error:  # the profiler's; the layer can be timed without
             found["kernels_reason"] = str(error)[:300]
-    layer_us = call_time(lambda: stack(*operands)) / calls
     found["layer_us"] = round(layer_us, 1)
     found["floor_memory_us"] = round(least.memory_us, 2)
     found["floor_compute_us"] = round(least.compute_us, 2)

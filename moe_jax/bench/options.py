@@ -20,7 +20,7 @@ class BenchOptions:
         quantization: name of the experts' number format, see `moe_jax.quantization.quant_format`; None: not quantized.
         implementation: what is measured.
         compare: names of peers.
-        peer_seconds: about how long the times of a peer are taken in a row.
+        seconds: about how long the times of a layer, ours or a peer's, are taken in a row: a GPU at work becomes slower.
         budget: seconds; a row or peer not begun when they are spent is not measured. None: no end.
         processes: each case in its own process, see `moe_jax.bench.processes`; None for several cases on a GPU.
         checks: also run what must hold bit for bit.
@@ -35,7 +35,7 @@ class BenchOptions:
     quantization: str | None = None
     implementation: str = "auto"
     compare: tuple[str, ...] = ()
-    peer_seconds: float = 1.0
+    seconds: float = 1.0
     budget: float | None = None
     processes: bool | None = None
     checks: bool = False

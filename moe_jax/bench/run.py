@@ -52,7 +52,7 @@ def run_bench(
             if value not in ("", None)
         },
         "budget_seconds": options.budget,
-        "peer_seconds": options.peer_seconds,
+        "seconds": options.seconds,
         "layers_a_call": many if few == many else f"{few} (up to {FEW_TOKENS} tokens) or {many}",
         "rows": [],
         "skipped": [head for case in options.cases for head in plan(case, options)],

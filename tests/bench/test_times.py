@@ -90,7 +90,7 @@ def test_call_time_divides_by_the_calls_and_ends_when_calls_are_slow(monkeypatch
 def gpu_row(monkeypatch, kernel_times):
     config = Case("tiny", 4, 2, 32, 16).config("float32")
     monkeypatch.setattr(measure, "kernel_times", kernel_times)
-    monkeypatch.setattr(measure, "call_time", lambda call: 10.0 * layers_a_call(64))
+    monkeypatch.setattr(measure, "call_time", lambda call, seconds: 10.0 * layers_a_call(64))
     layer, weights = measure.make_layer(config, "xla"), inputs.make_weights(config, jax.random.key(0))
     compile_all([Job(layer, config, weights, 64), Job(layer, config, weights, 64, stack=False)])
     x, logits = inputs.make_inputs(config, 64)
