@@ -1,9 +1,8 @@
 """Rows to other GPUs over NVLink: each row is fetched once and written straight to its places in the memory of their owners.
 
 One block has a run of neighbouring rows, their destinations in shared memory, and a ring of rows on their way: bulk copies alone,
-one thread issues them. Rows without a destination are not fetched, but for a block's first two, which come together with the
-destinations. What every rank needs of every row (`notes`: the experts of a token, their weights) goes along in one piece a block
-and rank.
+one thread issues them. Rows without a destination are not fetched. What every rank needs of every row (`notes`: the experts of a
+token, their weights) goes along in one piece a block and rank.
 
 Ranks meet before the kernel ends: then all rows of all ranks have arrived. Before the first row is written all must have begun,
 so that nothing that ran before uses the memory any more: JAX sees to that (`_compat.ranks_start_together`), or they meet once
@@ -13,7 +12,8 @@ There is no interpreter for that: it has no semaphores and no memory of others. 
 Measured on two H100s, rows of 7168 (benchmarks/results/2026-11-27-h100x2-exchange.json, .txt): 4096 bfloat16 tokens a rank in
 165 us, 354 GB/s over NVLink, and back in 165 us (XLA: all-gather 267, reduce-scatter 270, ragged all-to-all 22100 us); float8 in
 85 us. 128 tokens in 10.0 and 9.8 us (25 and 21). JAX's barrier before the kernel, 4 to 5 us, is not counted here; a meeting of
-our own beside it took 3 us. Five stores that may still be reading their rows instead of three: 1.4 us; more stages are no better.
+our own beside it took 3 us. Five stores that may still be reading their rows instead of three: 1.4 us; more stages are no better,
+nor are up to 24 for rows of float8, nor first rows that are fetched together with their destinations (2026-11-27-h100x2-stages.txt).
 """
 
 from __future__ import annotations
@@ -157,18 +157,21 @@ def send_rows(
         copy_in(table_g.at[block], table_s, told)
         if notes is not None:
             copy_in(notes_g.at[block], notes_s, told)
+        plgpu.barrier_wait(told)
         first = block * mine
         last = jnp.minimum(tokens - first, mine)
 
         def goes(i):
-            """Whether the row was fetched, the first ones, or goes anywhere."""
+            """Whether the row goes anywhere."""
             at = jnp.minimum(i, mine - 1) * places
-            found = i < ahead
-            for place in range(places):
+            found = table_s[at] >= 0
+            for place in range(1, places):
                 found = found | (table_s[at + place] >= 0)
             return found & (i < last)
 
-        def fetch(i, count, wanted):
+        def fetch(i, count):
+            wanted = goes(i)
+
             @pl.when(wanted)
             def _():
                 slot = lax.rem(count, stages)
@@ -177,8 +180,7 @@ def send_rows(
 
             return count + wanted.astype(jnp.int32)
 
-        count = lax.fori_loop(0, ahead, lambda i, count: fetch(i, count, i < last), jnp.int32(0))
-        plgpu.barrier_wait(told)
+        count = lax.fori_loop(0, ahead, fetch, jnp.int32(0))
         if meets:
             hear(semaphores[1])
         if notes is not None:
@@ -206,7 +208,7 @@ def send_rows(
             plgpu.commit_smem_to_gmem_group()
             # The row that is fetched next takes the place of one that was sent `_UNREAD` rows ago or earlier.
             plgpu.wait_smem_to_gmem(_UNREAD, wait_read_only=True)
-            return fetch(i + ahead, fetched, goes(i + ahead)), sent + wanted.astype(jnp.int32)
+            return fetch(i + ahead, fetched), sent + wanted.astype(jnp.int32)
 
         lax.fori_loop(0, last, one, (count, jnp.int32(0)))
         plgpu.wait_smem_to_gmem(0)
