@@ -13,7 +13,7 @@ Measured on two H100s, rows of 7168 (benchmarks/results/2026-11-27-h100x2-exchan
 165 us, 354 GB/s over NVLink, and back in 165 us (XLA: all-gather 267, reduce-scatter 270, ragged all-to-all 22100 us); float8 in
 85 us. 128 tokens in 10.0 and 9.8 us (25 and 21). JAX's barrier before the kernel, 4 to 5 us, is not counted here; a meeting of
 our own beside it took 3 us. Five stores that may still be reading their rows instead of three: 1.4 us; more stages are no better,
-nor are up to 24 for rows of float8, nor first rows that are fetched together with their destinations (2026-11-27-h100x2-stages.txt).
+nor are up to 24 for rows of float8, nor first rows fetched together with their destinations (2026-11-27-h100x2-stages.txt).
 """
 
 from __future__ import annotations
