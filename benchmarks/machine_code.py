@@ -335,11 +335,9 @@ def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quanti
     spec = form.activations
 
     def multiply(rows, row_scales, weights, scales, *schedule):
-        more = dict(quantize=spec if config.quantizes else None, out_dtype="bfloat16", config=config)
-        operands = rows, row_scales, weights, scales, *schedule, None, activation
-        if config.rows_first:
-            return matmul_rows_first.grouped_matmul(*operands, **more)
-        return matmul_fp8.grouped_matmul(*operands, aligned=True, **more)
+        more = dict(quantize=spec if config.quantizes else None, out_dtype="bfloat16", config=config, aligned=True)
+        kernel = matmul_rows_first if config.rows_first else matmul_fp8
+        return kernel.grouped_matmul(rows, row_scales, weights, scales, *schedule, None, activation, **more)
 
     of_rows = [_like(ROWS, k, dtype=spec.dtype), _like(*scales_shape(ROWS, k, spec), dtype="float32")]
     return config, multiply, [*of_rows, *operands]

@@ -196,8 +196,7 @@ def _quantized_reasons(
         scales = jax.ShapeDtypeStruct(scales_shape(pairs, columns, rows_spec), jnp.float32)
         values = jax.ShapeDtypeStruct(rows.shape, rows_spec.storage_dtype)
         quantized = QuantizedRows(values, scales, rows_spec)
-        reason = quantized_matmul.reason_against(
-            quantized, codes, act, tile_rows, config.dtype, rows_first=tiling.rows_first
-        )
+        not_first = None if tiling.rows_first else "rows_first=False"
+        reason = quantized_matmul.reason_against(quantized, codes, act, tile_rows, config.dtype, not_first=not_first)
         found.append((op, reason))
     return found

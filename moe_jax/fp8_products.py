@@ -14,8 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe_jax.config import MoEConfig
-from moe_jax.kernels.hopper.matmul_config import Config, default_config, eight_bit, rows_first
-from moe_jax.kernels.hopper.matmul_rows_first import TILE_ROWS
 from moe_jax.ops.combine import combine
 from moe_jax.ops.gather import gather
 from moe_jax.ops.group_tokens import Groups
@@ -29,10 +27,7 @@ from moe_jax.products import Products
 from moe_jax.quantization.array import QuantizedArray
 from moe_jax.quantization.fp8_training import ROWS, rows_spec
 from moe_jax.quantization.rows import QuantizedRows
-from moe_jax.tuning.fit import within_memory
 from moe_jax.types import ExpertWeights
-
-_CODES = f"{ROWS.dtype} block"  # of `moe_jax.tuning.plan.LayerShape`
 
 
 class Fp8Products(Products):
@@ -147,16 +142,6 @@ class Fp8Products(Products):
             groups,
             bias=bias,
             tokens_as_rows=tokens_as_rows,
-            config=_config(groups, weights, self.config.dtype),
             out_dtype=jnp.dtype(self.config.dtype),
             **self.options,
         )
-
-
-def _config(groups: Groups, weights: QuantizedArray, dtype: str) -> Config | None:
-    """With rows on the M side where their tiles are those of that kernel; None leaves the choice to the operation."""
-    if groups.tile_rows != TILE_ROWS or groups.tokens_as_rows:
-        return None
-    tiles = min(groups.num_rows, weights.shape[0])
-    config = rows_first(eight_bit(default_config(groups.tile_rows, False, weights.shape[1], tiles)))
-    return within_memory(config, dtype, _CODES)

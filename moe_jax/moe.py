@@ -14,6 +14,7 @@ from moe_jax.experts import expert_mlp, gather_rows, row_multiple
 from moe_jax.ops.combine import combine
 from moe_jax.ops.group_tokens import Groups, group_tokens
 from moe_jax.ops.implementation import check_name, choose
+from moe_jax.quantization.array import QuantizedArray
 from moe_jax.routing import route_and_group
 from moe_jax.tuning.plan import LayerPlan, LayerShape, plan_for, training_plan
 from moe_jax.types import ExpertWeights, MoELayerWeights, SharedExpertWeights, TopK
@@ -139,7 +140,10 @@ def layer_plan(num_tokens: int, experts: ExpertWeights, config: MoEConfig, imple
         return None
     shape = LayerShape.of(config, num_tokens, experts.num_local_experts)
     training = config.fp8_training
-    return training_plan(shape) if training is not None and training.contracts_columns else plan_for(shape)
+    if training is not None and training.contracts_columns:
+        return training_plan(shape)
+    quantized = [w.spec for w in (experts.w13, experts.w2) if isinstance(w, QuantizedArray)]
+    return plan_for(shape, whole_blocks=not any(s.granularity == "block" and s.block[0] % 128 for s in quantized))
 
 
 def _run_experts(

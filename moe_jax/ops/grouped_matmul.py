@@ -110,7 +110,9 @@ def grouped_matmul(
     reason = kernel.supports(rows, weights, bias, activation, groups.tile_rows, gathered is not None)
     chosen = impl.choose("grouped_matmul", implementation, reason)
     if config is not None and chosen != "xla":
-        _check_config(config, gated, rows.dtype.name)
+        from moe_jax.tuning.fit import check_config
+
+        check_config(config, gated, rows.dtype.name)
     if not (isinstance(group_offset, int) and group_offset == 0):
         groups = dataclasses.replace(groups, tile_group=groups.tile_group + group_offset)
 
@@ -147,14 +149,6 @@ def grouped_matmul(
     call = jax.custom_vjp(run)
     call.defvjp(lambda *operands: (run(*operands), operands), backward)
     return call(rows, weights, bias, without_sizes(groups))
-
-
-def _check_config(config: Config, gated: bool, dtype: str) -> None:
-    from moe_jax.tuning.fit import config_misfit
-
-    reason = config_misfit(config, gated, dtype)
-    if reason:
-        raise ValueError(f"config={config} cannot run: {reason}; leave config None for the default")
 
 
 def _plain(

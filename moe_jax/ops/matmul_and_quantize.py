@@ -48,8 +48,8 @@ def matmul_and_quantize(
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
     """
     if scales is None and not tokens_as_rows and _as_they_leave(rows, weights, groups, spec, activation, config):
-        first = config.rows_first
-        reason = reason_against(rows, weights, activation, groups.tile_rows, out_dtype, rows_first=first)
+        not_first = None if config.rows_first else "rows_first=False"
+        reason = reason_against(rows, weights, activation, groups.tile_rows, out_dtype, not_first=not_first)
         if reason is None and impl.choose("grouped_matmul", implementation, None) != "xla":
             values, found = quantized_matmul(
                 rows,

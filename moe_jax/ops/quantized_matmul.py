@@ -19,6 +19,7 @@ from moe_jax.kernels.hopper.matmul_config import (
     four_bit,
     from_four_bits,
     most_rows,
+    rows_first,
 )
 from moe_jax.ops import block_scaled_matmul as block_scaled
 from moe_jax.ops import implementation as impl
@@ -43,9 +44,9 @@ def reason_against(
     tile_rows: int,
     dtype: DTypeLike,
     *,
-    rows_first: bool = False,
+    not_first: str | None = "rows_first=False",
 ) -> str | None:
-    """Why the kernel cannot run the problem; None if it can. `rows_first`: it is that of `Config.rows_first`."""
+    """Why the kernel cannot run the problem; None if it can. `not_first`: why it is not that of `Config.rows_first`."""
     from moe_jax.kernels.hopper import matmul_fp8 as kernel
 
     if _becomes_fp8(rows, weights):
@@ -53,10 +54,8 @@ def reason_against(
         if rows.spec.block != (1, kernel.GROUP):
             given = f"granularity={rows.spec.granularity!r} and block={rows.spec.block}"
             return f"rows with {given}: there must be a scale for each {kernel.GROUP} columns"
-        most = most_rows(True, rows_first)
-        if tile_rows > most:
-            return f"tile_rows={tile_rows} must be at most {most}, for the registers; group with fewer"
-        return kernel.supports(rows.values, rows.scales, weights, weights.scales, activation, dtype)
+        reason = _too_many_rows(tile_rows, True, not_first)
+        return reason or kernel.supports(rows.values, rows.scales, weights, weights.scales, activation, dtype)
     if weights.columns is not None:
         return f"weights with {weights.columns} of their stored columns in use; store them without filling"
     if weights.spec.granularity not in ("tensor", "channel", "block"):
@@ -66,11 +65,19 @@ def reason_against(
         return f"blocks {weights.spec.block} of weights and {rows.spec.block} of rows must both have {kernel.GROUP} columns"
     if not blocks and rows.spec.granularity == "group":
         return "rows with a scale for each group of columns need weights with a scale for each block"
-    most = most_rows(blocks, rows_first)
-    if tile_rows > most:
-        return f"tile_rows={tile_rows} must be at most {most}, for the registers; group with fewer"
     scales = jax.eval_shape(_scales, weights)
-    return kernel.supports(rows.values, rows.scales, weights.values, scales, activation, dtype)
+    reason = _too_many_rows(tile_rows, blocks, not_first)
+    return reason or kernel.supports(rows.values, rows.scales, weights.values, scales, activation, dtype)
+
+
+def _too_many_rows(tile_rows: int, promoted: bool, not_first: str | None) -> str | None:
+    most = most_rows(promoted, not_first is None)
+    if tile_rows <= most:
+        return None
+    other = (
+        f", or {most_rows(True, True)} with rows on the M side of wgmma ({not_first})" if promoted and not_first else ""
+    )
+    return f"tile_rows={tile_rows} must be at most {most}{other}, for the registers; group with fewer"
 
 
 def quantized_matmul(
@@ -93,6 +100,8 @@ def quantized_matmul(
     decode odd sizes: there, where the kernels run, all weights are dequantized before, with a warning. Codes of four bits are
     decoded in an order of their own (`prepare_experts`); weights in the natural one are put into it first, with a warning.
 
+    With scales of blocks tiles have up to 96 rows, or 128, which then stand on the M side of wgmma (`Config.rows_first`).
+
     Four-bit floats times FP8 rows become FP8, see `moe_jax.quantization.fp8_blocks`: in the kernel where it can run, or before.
 
     On a Blackwell GPU rows and weights that are both NVFP4, MXFP4 or MXFP8 have a kernel (`block_scaled_matmul`), which does not
@@ -110,6 +119,9 @@ def quantized_matmul(
         dtype: of the output.
         implementation: a name that was checked.
         quantize: the format of the result, where the kernel runs and can: then codes and scales come back.
+
+    Raises:
+        ValueError: a `config` that cannot run 8-bit rows, where the kernels run.
     """
     from moe_jax.kernels.hopper import matmul_fp8 as kernel
 
@@ -124,12 +136,18 @@ def quantized_matmul(
     if block_scaled.runs(rows, weights, implementation, **problem):
         how = {"bias": bias, "activation": activation, "dtype": dtype}
         return block_scaled.block_scaled_matmul(rows, weights, groups, tile_group, **how)
+    runs = impl.choose("grouped_matmul", implementation, None) != "xla"
+    codes, not_first = f"{weights.spec.dtype} {weights.spec.granularity}", None
+    if isinstance(rows, QuantizedRows) and (weights.spec.granularity != "group" or _becomes_fp8(rows, weights)):
+        from moe_jax.tuning.fit import check_config
+
+        not_first = _against_rows_first(weights, groups.tile_rows, n_out, gated, config, quantize, tokens_as_rows)
+        if config is not None and runs:
+            check_config(config, gated, jnp.dtype(dtype).name, codes, not_first if config.rows_first else None)
     if isinstance(rows, QuantizedRows) and weights.spec.granularity == "group":
-        runs = impl.choose("grouped_matmul", implementation, None) != "xla"
         reason = f"{rows.spec.dtype} rows times weights whose scales change every {weights.spec.block[1]} columns have no kernel"
         if _becomes_fp8(rows, weights):
-            first = aligned and not tokens_as_rows and _rows_first(weights, n_out, gated, config, quantize)
-            reason = reason_against(rows, weights, activation, groups.tile_rows, dtype, rows_first=first)
+            reason = reason_against(rows, weights, activation, groups.tile_rows, dtype, not_first=not_first)
             weights = _made_for_kernel(weights) if runs and reason is None else fp8_blocks(weights)
             plain = (weights, *plain[1:])
             config = config if reason is None else None  # made for another size of a weight
@@ -139,13 +157,12 @@ def quantized_matmul(
             )
             rows = rows.dequantize().astype(dtype if runs else jnp.float32)
     if not isinstance(rows, QuantizedRows):
-        if impl.choose("grouped_matmul", implementation, None) == "xla":
+        if not runs:
             return _plain(rows, *plain)
         return _weight_only(
             rows, weights, groups, bias, activation, group_offset, tile_group, tokens_as_rows, config, implementation
         )
-    first = aligned and not tokens_as_rows and _rows_first(weights, n_out, gated, config, quantize)
-    reason = reason_against(rows, weights, activation, groups.tile_rows, dtype, rows_first=first)
+    reason = reason_against(rows, weights, activation, groups.tile_rows, dtype, not_first=not_first)
     chosen = impl.choose("grouped_matmul", implementation, reason)
     if chosen == "xla":
         return _plain(rows.dequantize(), *plain)
@@ -155,17 +172,18 @@ def quantized_matmul(
         likely_tiles = min(groups.num_rows, weights.shape[0])
         config = eight_bit(default_config(groups.tile_rows, gated, n_out, likely_tiles))
         config = from_four_bits(config) if isinstance(weights, PreparedFp8) else config
-        config = within_memory(config, jnp.dtype(dtype).name, f"{weights.spec.dtype} {weights.spec.granularity}")
+        config = within_memory(config if not_first else rows_first(config), jnp.dtype(dtype).name, codes)
     values = weights if isinstance(weights, PreparedFp8) else weights.values
     of_rows_and_weights = rows.values, rows.scales, values, _scales(weights)
     schedule = tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
     options = {
         "config": config,
         "out_dtype": jnp.dtype(dtype),
+        "aligned": aligned,
         "quantize": quantize,
         "interpret": impl.interpret_params(chosen),
     }
-    if first:
+    if not_first is None:
         from moe_jax.kernels.hopper import matmul_rows_first
 
         return matmul_rows_first.grouped_matmul(*of_rows_and_weights, *schedule, bias, activation, **options)
@@ -176,7 +194,6 @@ def quantized_matmul(
         activation,
         tile_tokens=groups.tile_tokens if tokens_as_rows else None,
         total_rows=groups.num_rows,
-        aligned=aligned,
         **options,
     )
 
@@ -192,17 +209,28 @@ def _made_for_kernel(weights: QuantizedArray) -> PreparedFp8:
     return prepare_fp8(weights)
 
 
-def _rows_first(weights: QuantizedArray, n_out: int, gated: bool, config: Config | None, quantize: Spec | None) -> bool:
-    """Whether a plan wants rows on the M side and can have them; without, another kernel has the same bits."""
+def _against_rows_first(
+    weights: QuantizedArray,
+    tile_rows: int,
+    n_out: int,
+    gated: bool,
+    config: Config | None,
+    quantize: Spec | None,
+    tokens_as_rows: bool,
+) -> str | None:
+    """Why rows do not stand on the M side; None if they do: a config wants it, or there is none and tiles have the rows."""
     from moe_jax.kernels.hopper.matmul_rows_first import supports
 
-    if config is None or not config.rows_first:
-        return False
+    config = config or Config((tile_rows,), rows_first=True)
+    if not config.rows_first:
+        return "rows_first=False"
+    if tokens_as_rows:
+        return "rows_first=True needs rows of their own for each group, not those of tokens"
     if weights.spec.dtype == "float4_e2m1fn":
         weights = jax.eval_shape(prepare_fp8, weights)
     elif weights.spec.granularity != "block":
-        return False
-    return supports(n_out, weights.scales.shape[1], gated, config, quantize=quantize is not None) is None
+        return f"rows_first=True needs weights with granularity='block', not {weights.spec.granularity!r}"
+    return supports(n_out, weights.scales.shape[1], gated, config, quantize=quantize is not None)
 
 
 def _weight_only(

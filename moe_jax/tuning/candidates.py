@@ -61,7 +61,7 @@ _MANY_EIGHT_BIT: tuple[dict[str, Any], ...] = (
     {"quantizes": False},
 )
 # Codes of four bits that become FP8 have a ring of their own, whose stages are taken from the others.
-_FROM_FOUR_BITS: tuple[dict[str, Any], ...] = ({"codes_stages": 2}, {"codes_stages": 4}, {"codes_stages": 8})
+_FROM_FOUR_BITS: tuple[dict[str, Any], ...] = tuple({"codes_stages": stages} for stages in (2, 3, 4, 8))
 
 
 def row_tiles(shape: LayerShape) -> tuple[int, ...]:

@@ -129,6 +129,17 @@ def config_misfit(config: Config, gated: bool, dtype: str, codes: str = "") -> s
     return None
 
 
+def check_config(config: Config, gated: bool, dtype: str, codes: str = "", known: str | None = None) -> None:
+    """Raises ValueError for a configuration that the kernel cannot run, by `config_misfit` or for a reason that is `known`.
+
+    Example:
+        >>> check_config(Config(halves=1), gated=False, dtype="bfloat16")
+    """
+    reason = known or config_misfit(config, gated, dtype, codes)
+    if reason:
+        raise ValueError(f"config={config} cannot run: {reason}; leave config None for the default")
+
+
 def _four_bit_misfit(config: Config) -> str | None:
     """What the kernel of weights of four bits cannot do beyond that."""
     if config.columns != WGMMA_ROWS:
@@ -147,7 +158,7 @@ def _eight_bit_misfit(config: Config, codes: str) -> str | None:
     if Codes.of(codes).from_four_bits and (config.columns != WGMMA_ROWS or config.codes_stages < 2):
         return (
             f"columns={config.columns} must be {WGMMA_ROWS} and codes_stages={config.codes_stages} at least 2 for weights of "
-            "four bits that become FP8: a block of codes has so many rows"
+            "four bits that become FP8, a block of codes has so many rows; use from_four_bits()"
         )
     if config.cluster > 1 or config.gather:
         return f"cluster={config.cluster} and gather={config.gather} must be 1 and False for 8-bit rows"
@@ -251,4 +262,5 @@ def _operands_misfit(shape: LayerShape, weights: Any, activation: Activation | N
     scales = jax.ShapeDtypeStruct(scales_shape(*rows.shape, rows_spec), jnp.float32)
     values = jax.ShapeDtypeStruct(rows.shape, rows_spec.storage_dtype)
     quantized = QuantizedRows(values, scales, rows_spec)
-    return reason_against(quantized, codes, activation, tile_rows, shape.dtype, rows_first=config.rows_first)
+    not_first = None if config.rows_first else "rows_first=False"
+    return reason_against(quantized, codes, activation, tile_rows, shape.dtype, not_first=not_first)

@@ -19,6 +19,7 @@ from moe_jax.kernels.hopper.matmul_config import (
     few_counts,
     four_bit,
     from_four_bits,
+    most_rows,
     pays_to_quantize,
     rows_first,
     tile_rows_for,
@@ -247,10 +248,15 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
     return LayerPlan(tile_rows, up, down)
 
 
-def plan_for(shape: LayerShape) -> LayerPlan:
+def plan_for(shape: LayerShape, *, whole_blocks: bool = True) -> LayerPlan:
     """The tuned plan of the nearest size measured on this kind of device (`cache.find_tuned`), else `default_plan`.
 
     Under `jit` this is asked when a function is traced: what is compiled already keeps its plan.
+
+    Args:
+        shape: of the layer.
+        whole_blocks: scales of blocks are those of 128 rows of weights or more, as `Config.rows_first` needs them. A part of an
+            expert that was cut within blocks has smaller ones.
 
     Example:
         >>> plan = plan_for(LayerShape(128, 32768, 2048, 768, gated=True, dtype="bfloat16"))
@@ -260,7 +266,10 @@ def plan_for(shape: LayerShape) -> LayerPlan:
     from moe_jax.tuning.cache import find_tuned
 
     tuned = find_tuned(shape)
-    return default_plan(shape) if tuned is None else tuned.plan
+    plan = default_plan(shape) if tuned is None else tuned.plan
+    if not whole_blocks and (plan.up.rows_first or plan.down.rows_first):
+        return default_plan(shape, most_rows(True, False))
+    return plan
 
 
 def training_plan(shape: LayerShape) -> LayerPlan:

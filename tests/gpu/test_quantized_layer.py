@@ -21,10 +21,11 @@ from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.ops.quantize_rows import quantize_rows, quantize_tokens
 from moe_jax.quantization import fp8_blocks, prepare, prepare_experts, quant_format, quantize, reference
 from moe_jax.routing import route
-from moe_jax.tuning.plan import LayerPlan, LayerShape, default_plan
+from moe_jax.tuning.plan import LayerShape
 from tests.gpu.test_layer import inputs, make_weights, poison_memory, rows, same_bits
 from tests.grouping import occupied_rows
 from tests.layers import rank_of
+from tests.tuning.plans import plan_of_blocks
 from tests.util import assert_discriminates, check_close
 
 pytestmark = pytest.mark.gpu
@@ -86,7 +87,7 @@ def test_format(shape, name):
 @pytest.mark.parametrize("name", FORMATS[:6])
 @pytest.mark.parametrize("num_tokens", [300, 1500])
 def test_products_of_the_same_codes(name, num_tokens):
-    """Both projections, where groups begin as in a layer and where they begin at any row."""
+    """Both projections, where groups begin as in a layer and where they begin at any row; scales of blocks with rows first."""
     config, experts, _, _ = layer_of("qwen3", name)
     x, logits = inputs(config, num_tokens)
     spec, ids = config.quantization.activations, route(logits, config).ids
@@ -105,16 +106,10 @@ def test_plans_of_blocks_have_the_same_bits(name):
     """Rows quantized as they leave the up-projection or by a kernel of its own, weights or rows on the M side of wgmma."""
     config, experts, layer, _ = layer_of("qwen3", name)
     for num_tokens in (500, 1500):
-        rule = default_plan(LayerShape.of(config, num_tokens), 128)
         x, logits = inputs(config, num_tokens)
         right = layer(x, experts, logits)
         for rows_first, quantizes in itertools.product([False, True], repeat=2):
-            counts = (64, 128) if rows_first else (64, 96, 128)
-            up, down = (
-                dataclasses.replace(config, row_counts=counts, stages=4, rows_first=rows_first)
-                for config in (rule.up, rule.down)
-            )
-            plan = LayerPlan(128, dataclasses.replace(up, quantizes=quantizes, stages=3 if quantizes else 4), down)
+            plan = plan_of_blocks(LayerShape.of(config, num_tokens), rows_first, quantizes)
             poison_memory()
             found = jax.jit(functools.partial(moe, config=config, plan=plan))(x, experts, logits)
             assert same_bits(found, right), (num_tokens, rows_first, quantizes)

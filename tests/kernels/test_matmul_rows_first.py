@@ -25,7 +25,7 @@ OTHER = Config((128,), tile_k=128, stages=2, overlap=False)
 
 
 def operands_of(name, sizes, k, n, gated):
-    """Rows of groups that begin at multiples of 4, weights, and the rows' schedule."""
+    """Rows, weights, and the rows' schedule."""
     form, groups = quant_format(name), groups_with_sizes(1, sizes, 128)
     x = quantize(normal(1, groups.num_rows, k, dtype="bfloat16"), form.activations)
     weights = quantize(normal(2, len(sizes), n, k, scale=k**-0.5), form.weights, halves=2 if gated else 1)
@@ -37,6 +37,7 @@ CASES = {
     "K, columns and rows that do not divide": ("fp8_block", (68, 3), 320, 2 * 192, True, None),
     "no gate, one consumer at work": ("fp8_block", (4, 60), 256, 320, False, "bfloat16"),
     "int8": ("int8_block", (72,), 256, 128, False, None),
+    "groups that begin anywhere": ("fp8_block", (5, 70), 128, 256, True, None),
 }
 
 
@@ -50,7 +51,9 @@ def test_products_and_bits(case):
     schedule = groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
     act = ACT if gated else None
     assert kernel.supports(n // (2 if gated else 1), weights.scales.shape[1], gated, CONFIG) is None
-    options = dict(out_dtype="bfloat16", interpret=_compat.interpret_params(), multiprocessors=2)
+    aligned = not np.any(np.asarray(groups.tile_starts) % 4)
+    assert aligned == (case != "groups that begin anywhere")
+    options = dict(out_dtype="bfloat16", interpret=_compat.interpret_params(), multiprocessors=2, aligned=aligned)
     out = kernel.grouped_matmul(*operands, *schedule, bias, act, config=CONFIG, **options)
     right = expected(x, weights, groups, bias, gated)
     check_close(out, right, 6e-3)
@@ -67,7 +70,7 @@ def test_gradients_in_e5m2():
     x = quantize(x.dequantize(), rows_spec("float8_e5m2"))
     operands = x.values, transposed(x.scales, groups.num_rows), weights.values, weight_scales(weights)
     schedule = groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
-    options = dict(out_dtype="bfloat16", interpret=_compat.interpret_params(), multiprocessors=2)
+    options = dict(out_dtype="bfloat16", interpret=_compat.interpret_params(), multiprocessors=2, aligned=True)
     assert matmul_fp8.supports(*operands, None, "bfloat16") is None
     out, same = (
         module.grouped_matmul(*operands, *schedule, None, None, config=config, **options)
@@ -79,13 +82,16 @@ def test_gradients_in_e5m2():
     assert "rows also float8_e5m2" in matmul_fp8.supports(*turned, None, "bfloat16")
 
 
-@pytest.mark.parametrize("name", ["fp8_block", pytest.param("int8_block", marks=pytest.mark.once)])
-def test_rows_quantized_as_they_leave(name):
+@pytest.mark.parametrize(
+    ("name", "sizes", "multiple"),
+    [("fp8_block", (72, 0, 11), 4), pytest.param("int8_block", (5, 70), 1, marks=pytest.mark.once)],
+)
+def test_rows_quantized_as_they_leave(name, sizes, multiple):
     """Through the op: codes and scales of rows bit for bit those of a kernel that reads the rows again."""
-    x, weights, groups = operands_of(name, (72, 0, 11), 128, 256, True)
+    x, weights, groups = operands_of(name, sizes, 128, 256, True)
     rows = QuantizedRows(x.values, transposed(x.scales, groups.num_rows), x.spec)
     spec = quant_format(name).activations
-    groups = dataclasses.replace(groups, row_multiple=4)
+    groups = dataclasses.replace(groups, row_multiple=multiple)
     found, right = (
         matmul_and_quantize(
             rows, weights, groups, spec, activation=ACT, config=config, implementation="mosaic_interpret"
@@ -97,9 +103,9 @@ def test_rows_quantized_as_they_leave(name):
         np.testing.assert_array_equal(mine, other)
 
 
-@pytest.mark.parametrize("quantizes", [False, True])
+@pytest.mark.parametrize(("quantizes", "aligned"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("shape", [(128, 2048, 768), (32, 7168, 2048), (8, 4096, 14336)], ids=str)
-def test_lowers_for_cuda(monkeypatch, shape, quantizes):
+def test_lowers_for_cuda(monkeypatch, shape, quantizes, aligned):
     monkeypatch.undo()
     experts, hidden, inner = shape
     rows, spec = 4096, quant_format("fp8_block").activations
@@ -109,7 +115,8 @@ def test_lowers_for_cuda(monkeypatch, shape, quantizes):
         operands = *codes, like("float8_e4m3fn", experts, n, k), like("float32", experts, blocks, k // 128)
         schedule = [like("int32", 64)] * 3 + [like("int32", 1)]
         quantize = spec if quantizes and act else None
-        matmul = functools.partial(kernel.grouped_matmul, config=CONFIG, out_dtype="bfloat16", quantize=quantize)
+        options = dict(config=CONFIG, out_dtype="bfloat16", quantize=quantize, aligned=aligned)
+        matmul = functools.partial(kernel.grouped_matmul, **options)
         assert_lowers_to_kernels(lambda *a, matmul=matmul, act=act: matmul(*a, None, act), *operands, *schedule)
 
 

@@ -2,16 +2,19 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import pytest
 
 from moe_jax import MoEConfig, moe, quantize_experts
+from moe_jax.kernels.hopper import matmul_fp8, matmul_rows_first
 from moe_jax.quantization import prepare_experts, reference
 from moe_jax.routing import route
 from moe_jax.tuning.plan import LayerShape, default_plan
 from tests.layers import experts_of, logits_of, quick_jit, x_of
 from tests.lowering import like, lower, num_kernels
+from tests.tuning.plans import plan_of_blocks
 from tests.util import assert_discriminates, check_close
 
 
@@ -49,6 +52,26 @@ def test_a_plan_that_does_not_quantize_rows_as_they_leave_has_a_kernel_more(monk
     plan = dataclasses.replace(rule, up=dataclasses.replace(rule.up, quantizes=False))
     layer = functools.partial(moe, config=config, plan=plan, implementation="mosaic")
     assert num_kernels(lower(layer, like("bfloat16", 1000, 256), experts, like("float32", 1000, 8))) == 7
+
+
+@pytest.mark.parametrize(("rows_first", "quantizes"), list(itertools.product([False, True], repeat=2)))
+def test_all_plans_of_blocks_are_kernels_alone(monkeypatch, rows_first, quantizes):
+    """Those of tests/gpu/test_quantized_layer.py, which compares their bits."""
+    monkeypatch.undo()
+    config = MoEConfig(32, 4, 2048, 768, quantization="fp8_block")
+    experts = jax.eval_shape(lambda: quantize_experts(experts_of(0, config), "fp8_block"))
+    plan, called = plan_of_blocks(LayerShape.of(config, 500), rows_first, quantizes), []
+    for module in (matmul_fp8, matmul_rows_first):
+
+        def spy(*operands, inner=module.grouped_matmul, module=module, **keywords):
+            called.append((module, keywords["config"], keywords["quantize"] is not None))
+            return inner(*operands, **keywords)
+
+        monkeypatch.setattr(module, "grouped_matmul", spy)
+    layer = functools.partial(moe, config=config, plan=plan, implementation="mosaic")
+    assert num_kernels(lower(layer, like("bfloat16", 500, 2048), experts, like("float32", 500, 32))) == 7 - quantizes
+    module = matmul_rows_first if rows_first else matmul_fp8
+    assert called == [(module, plan.up, quantizes), (module, plan.down, False)]
 
 
 @pytest.mark.parametrize(

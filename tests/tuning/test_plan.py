@@ -1,6 +1,7 @@
 """What a plan is, and the default rule."""
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -8,7 +9,7 @@ from moe_jax import MoEConfig
 from moe_jax.kernels.hopper import matmul_config
 from moe_jax.tuning.fit import misfit
 from moe_jax.tuning.plan import LayerPlan, LayerShape, default_plan, plan_for
-from tests.tuning.plans import FEW, MANY, entry_of, pairs
+from tests.tuning.plans import FEW, MANY, entry_of, pairs, plan_of_blocks
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,15 @@ def test_blocks_of_many_rows_stand_first(mean, inner, tile_rows, first, quantize
     assert (plan.tile_rows, plan.up.rows_first, plan.down.rows_first) == (tile_rows, first, first)
     assert (plan.up.quantizes, plan.down.quantizes) == (quantizes, False)
     assert misfit(shape, plan) is None
+
+
+@pytest.mark.parametrize("codes", ["float8_e4m3fn block", "int8 block"])
+@pytest.mark.parametrize(("rows_first", "quantizes"), list(itertools.product([False, True], repeat=2)))
+def test_all_plans_of_blocks_run(rows_first, quantizes, codes):
+    shape = LayerShape(32, 4 * 500, 2048, 768, True, "bfloat16", codes)
+    plan = plan_of_blocks(shape, rows_first, quantizes)
+    assert misfit(shape, plan) is None
+    assert (plan.tile_rows, plan.up.rows_first, plan.up.quantizes) == (128 if rows_first else 96, rows_first, quantizes)
 
 
 @pytest.mark.parametrize("codes", ["", "weights float4_e2m1fn group", "weights int4 group"])
@@ -91,6 +101,15 @@ def test_a_plan_for_smaller_tiles_still_runs(tile_rows, cluster):
     assert plan.up.cluster == (cluster if tile_rows == 16 else 1)
     assert misfit(FEW, plan) is None
     assert base.for_tile_rows(64) is base
+
+
+def test_small_blocks_have_no_plan_with_rows_first():
+    shape = LayerShape(128, 64000, 2048, 768, True, "bfloat16", "float8_e4m3fn block")
+    assert plan_for(shape).up.rows_first
+    plan = plan_for(shape, whole_blocks=False)
+    assert plan.tile_rows == 96 and not plan.up.rows_first and misfit(shape, plan) is None
+    few = pairs(shape, 128)
+    assert plan_for(few, whole_blocks=False) == plan_for(few)
 
 
 def test_the_plan_is_that_of_the_nearest_size(folders):

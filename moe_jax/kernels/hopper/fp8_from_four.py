@@ -17,7 +17,7 @@ Counted in the machine code (benchmarks/results, 2026-11-27-machine-code-fp8-fro
 part of 256 rows x 128 columns, take 353 instructions of the vector units (NVFP4) or 318 (MXFP4), loads, stores and barriers among
 them, 1.4 or 1.25 a weight. A thread that multiplies takes 161 a step in `matmul_rows_first` (with FP8 weights 157) and 181 in
 `matmul_fp8` with 96 rows (the same), though it has 216 or 224 registers in the place of 240. No loop over K spills; what is
-around it does, but for up-projections with rows first. Not timed yet: no GPU has run it.
+around it does, but for up-projections with rows first. How deep the rings are: `matmul_config.from_four_bits`.
 """
 
 from __future__ import annotations

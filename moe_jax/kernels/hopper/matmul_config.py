@@ -205,17 +205,19 @@ def from_four_bits(config: Config) -> Config:
     """The tiles of FP8 operands for weights of four bits that become FP8 on their way: see `fp8_from_four`.
 
     Codes have a ring of their own, and stages take what it leaves: two or three are enough, for the codes of more are on their
-    way. A block of codes has 64 rows: no narrow tiles. What is best has not been measured.
+    way. In tiles of many rows two stages of codes are better than three: qwen3-30b-a3b on an H100, kernels of a layer of 4096
+    tokens 542.8 us instead of 552.5, of 16384 tokens 1860.7 instead of 1898.9. What they leave is no room for a fourth stage
+    beside them. A block of codes has 64 rows: no narrow tiles. What is best for few rows has not been measured.
 
     Example:
         >>> config = from_four_bits(Config((64, 96), tile_k=128, stages=4))
         >>> config.stages, config.codes_stages
-        (3, 3)
+        (3, 2)
         >>> from_four_bits(Config((8,), consumers=1, columns=16, tile_k=1024)).tile_k
         256
     """
     if config.consumers == 2:
-        return dataclasses.replace(config, stages=3, codes_stages=3, columns=WGMMA_ROWS)
+        return dataclasses.replace(config, stages=3, codes_stages=2, columns=WGMMA_ROWS)
     return dataclasses.replace(config, stages=2, codes_stages=6, columns=WGMMA_ROWS, tile_k=256)
 
 

@@ -7,7 +7,8 @@ columns that share a scale when the rows are quantized again lie in four lanes (
 
 Each of two consumers takes 64 rows of a tile by 128 rows of the gate's weights and 128 of the up-projection's, or 256. Sums are
 those of `matmul_fp8` bit for bit: the same products in the same order, the same scales rounded once. A tile of at most 64 rows
-leaves one consumer without work: for groups of many rows alone.
+leaves one consumer without work: for groups of many rows alone. Groups that begin at any row cost the loop no instruction: two
+scales of rows are loaded one by one anyhow.
 
 Learned on an H100 (benchmarks/results/2026-11-27-h100-fp8-rows-first.txt), up-projections beside those of `matmul_fp8`, groups of
 random size: mixtral-8x7b, 2048 rows an expert, 3174 us instead of 3521 (1213 TFLOP/s); dsv3-ep8, 512 rows, 913 instead of 1042;
@@ -86,11 +87,12 @@ def grouped_matmul(
     *,
     config: Config,
     out_dtype: Any,
+    aligned: bool = False,
     quantize: Spec | None = None,
     interpret: Any = None,
     multiprocessors: int | None = None,
 ) -> Float[Array, "rows N_out"] | tuple[Shaped[Array, "rows N_out"], Float[Array, "G Rp"]]:
-    """`matmul_fp8.grouped_matmul` for rows of groups that begin at multiples of 4, with scales of blocks; arguments as there."""
+    """`matmul_fp8.grouped_matmul` with scales of blocks; arguments as there."""
     (n_weights, k), dtype = weights.shape[1:], rows.dtype
     gated = activation is not None and activation.is_gated
     n_out = n_weights // 2 if gated else n_weights
@@ -159,6 +161,7 @@ def grouped_matmul(
 
         def multiply(slot, m, col, first, mine):
             expert, shape = group_g[m], (row_stores.ROWS, COLUMNS)
+            first_scale = first if aligned else first + of_rows.before(starts_g[m])
             epilogue.fetch_bias(ends, wg, expert, col)
 
             def of_blocks(step):
@@ -174,7 +177,7 @@ def grouped_matmul(
                 following = of_blocks(step + 1)
                 plgpu.barrier_wait(full.at[slot])
                 for group in range(groups):
-                    scales = row_scales_s.at[slot, group, pl.ds(first, row_stores.ROWS)]
+                    scales = row_scales_s.at[slot, group, pl.ds(first_scale, row_stores.ROWS)]
                     a_scale = plgpu.load(scales, layout=plgpu.Layout.WGMMA.reduce(1))
 
                     def add(half, total, group=group, a_scale=a_scale):

@@ -48,9 +48,19 @@ def copy(source: Any, line: Any, first_row: Any, rows: int, target: Any, full: A
     plgpu.copy_gmem_to_smem(source.at[line, begin], target.at[pl.ds(0, count)], full)
 
 
+def before(first_row: Any) -> Any:
+    """Scales that `copy` brings before that of the first row.
+
+    Example:
+        >>> before(8), before(11)
+        (0, 3)
+    """
+    return first_row & (_STEP - 1)
+
+
 def load(scales: Any, first_row: Any, rows: int, aligned: bool, interpret: bool) -> jax.Array:
     """float32 ``[rows]``, what `copy` brought, as columns of a tile that wgmma has made."""
-    shift, layout = first_row & (_STEP - 1), plgpu.Layout.WGMMA.reduce(0)
+    shift, layout = before(first_row), plgpu.Layout.WGMMA.reduce(0)
     if aligned:
         return plgpu.load(scales.at[pl.ds(0, rows)], layout=layout)
     if interpret:
