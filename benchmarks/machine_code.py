@@ -302,7 +302,7 @@ def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quanti
     )
     from_four = form.multiplies_codes and weights.spec.codes_per_value == 2
     if weights.spec.codes_per_value == 2 and not from_four:
-        rule = within_memory(four_bit(rule), "bfloat16", f"weights {weights.spec.dtype} group")
+        rule = within_memory(four_bit(rule, activation is not None), "bfloat16", f"weights {weights.spec.dtype} group")
         config = dataclasses.replace(rule, **changes)
 
         def decode_four_bits(rows, weights, *schedule):

@@ -267,7 +267,7 @@ def _weight_only(
         if four_bits:
             from moe_jax.tuning.fit import within_memory
 
-            config = within_memory(four_bit(config), rows.dtype.name, f"weights {weights.spec.dtype} group")
+            config = within_memory(four_bit(config, gated), rows.dtype.name, f"weights {weights.spec.dtype} group")
     return kernel.grouped_matmul(
         rows,
         weights if four_bits else weights.values,

@@ -19,8 +19,8 @@ from moe_jax.kernels.hopper.views import ALIGNED, COLUMNS, STORED
 from moe_jax.tuning.plan import Codes, LayerPlan, LayerShape, splits
 
 _BYTES = ("float8_e4m3fn", "int8")
-_OF_FOUR_BITS = 0.625  # bytes of a weight, with a scale and a zero point of 16 bits for each 32
-_OF_FP4 = 0.5625  # of one that becomes FP8, with a scale of 8 bits for each 16
+_OF_INT4 = 0.625  # bytes of a weight, with a scale and a zero point of 16 bits for each 32
+_OF_FP4 = 0.5625  # with a scale of 8 bits for each 16
 SHARED_MEMORY = 227 * 1024  # bytes that one block may have on a Hopper GPU
 
 
@@ -42,7 +42,9 @@ def shared_memory_bytes(config: Config, dtype: str, codes: str = "") -> int:
     of = Codes.of(codes)
     item = jnp.dtype(dtype).itemsize
     of_rows = 1 if of.both else item
-    of_weights = _OF_FOUR_BITS if of.four_bits else 1 if of.both or of.dtype in _BYTES else item
+    of_weights = 1 if of.both or of.dtype in _BYTES else item
+    if of.four_bits:
+        of_weights = _OF_FP4 if of.dtype == "float4_e2m1fn" else _OF_INT4
     weight_rows = config.consumers * config.halves * WGMMA_ROWS
     row_scales = 0
     if of.both:  # for each group of columns in a stage, or for a whole tile

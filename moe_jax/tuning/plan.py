@@ -231,13 +231,13 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
     four_bits = Codes.of(shape.codes).four_bits
     gather = gather and not (four_bits and shape.mean_rows < MANY_FETCHED_FOUR_BIT)
     if tile_rows is None:
-        tile_rows = tile_rows_for(shape.mean_rows, shape.num_pairs, gather)
+        tile_rows = tile_rows_for(shape.mean_rows, shape.num_pairs, gather, coded=bool(shape.codes))
         tile_rows = min(tile_rows, MOST_FETCHED_FOUR_BIT) if four_bits and gather else tile_rows
     if four_bits:
         tile_rows = min(tile_rows, MOST_FOUR_BIT)
         gather = gather and tile_rows % 16 == 0 and tile_rows <= MOST_FETCHED_FOUR_BIT
         sides = (shape.gated, shape.intermediate_size), (False, shape.hidden_size)
-        up, down = (four_bit(default_config(tile_rows, gated, n_out, tiles)) for gated, n_out in sides)
+        up, down = (four_bit(default_config(tile_rows, gated, n_out, tiles), gated) for gated, n_out in sides)
         up = dataclasses.replace(up, gather=gather)
         return LayerPlan(tile_rows, *(within_memory(config, shape.dtype, shape.codes) for config in (up, down)))
     up = default_config(tile_rows, shape.gated, shape.intermediate_size, tiles)

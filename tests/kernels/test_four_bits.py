@@ -158,7 +158,9 @@ def test_what_it_does_not_run():
 
 
 def test_tiles():
-    few = four_bit(Config((8, 64), consumers=1, columns=32, tile_k=256, stages=4))
-    assert (few.columns, few.tile_k, few.tile_rows) == (64, 256, 64)
-    many = four_bit(Config((128, 160), cluster=2, gather=True))
+    few = four_bit(Config((8,), consumers=1, columns=32, tile_k=256, stages=4), gated=True)
+    assert (few.columns, few.tile_k, few.consumers) == (64, 256, 1)
+    some = [four_bit(Config((8, 64), consumers=1, tile_k=128, stages=4), gated) for gated in (True, False)]
+    assert [(c.consumers, c.halves, c.tile_k) for c in some] == [(2, 2, 128), (2, 1, 256)]
+    many = four_bit(Config((128, 160), cluster=2, gather=True), gated=True)
     assert (many.cluster, many.gather, many.tile_rows) == (1, True, 160)

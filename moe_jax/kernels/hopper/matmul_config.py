@@ -10,6 +10,7 @@ from moe_jax import _compat
 
 WGMMA_ROWS = 64  # rows of weights that one wgmma takes
 _FEW = (8, 16, 24, 32, 40, 48, 64)
+_ABOUT_64 = (16, 48, 64, 80)  # nearly all experts of 64 rows have one tile
 _SOME = (16, 32, 48, 64, 80, 96, 112, 128)
 _MANY = (16, 32, 64, 96, 112, 120, 128, 136, 144, 152, 160)
 # As many as the registers hold; three stages, two blocks together.
@@ -66,12 +67,19 @@ class Config:
         return self.row_counts[-1]
 
 
-def tile_rows_for(mean_rows: float, num_pairs: int, gather: bool = False) -> int:
-    """The row tile for a mean number of rows per expert, of so many in all; `gather` as in `Config`."""
+def tile_rows_for(mean_rows: float, num_pairs: int, gather: bool = False, *, coded: bool = True) -> int:
+    """The row tile for a mean number of rows per expert, of so many in all; `gather` as in `Config`, `coded`: weights are codes.
+
+    Example:
+        >>> [tile_rows_for(mean, 8192) for mean in (8.0, 64.0, 256.0)], tile_rows_for(64.0, 8192, coded=False)
+        ([64, 128, 160], 80)
+    """
     if num_pairs <= 8:
         return 8
+    if mean_rows <= 48:
+        return _FEW[-1]
     if mean_rows <= 96:
-        return _FEW[-1] if mean_rows <= 48 else _SOME[-1]
+        return _SOME[-1] if coded or mean_rows > 64 else _ABOUT_64[-1]
     return _MANY[-1] if gather or mean_rows < 512 else _MOST[-1]
 
 
@@ -101,7 +109,8 @@ def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -
         likely_tiles: row tiles that a spread-out routing makes.
 
     With few rows the stream of weights is all that counts: narrow tiles keep every multiprocessor busy, 128 elements of K a
-    stage read memory in longer runs.
+    stage read memory in longer runs. So it is with 64 rows an expert, in tiles of 80 that hold nearly all of them: a layer of
+    qwen3-235b and 1024 tokens 1827 us, 1872 with 64 of K and twice the weights a tile (2026-11-27-h100-variants.txt).
     """
 
     def up_to(counts):
@@ -113,9 +122,12 @@ def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -
         return Config(up_to(_MANY), stages=4)
     # Where steps wait for memory, a stage that is handed back only when the next has come is one less on its way: 0.2 to 1 %
     # of a layer of 128 or 1024 tokens (2026-11-25-h200-variants.txt). With a handful of rows it is the other way round.
-    if tile_rows > _FEW[-1]:
+    if tile_rows > _ABOUT_64[-1]:
         return Config(up_to(_SOME), stages=4, overlap=False)
-    few = Config(up_to(_FEW), consumers=1, halves=2, tile_k=128, stages=4, overlap=tile_rows <= 16)
+    counts = up_to(_FEW if tile_rows <= _FEW[-1] else _ABOUT_64)
+    few = Config(counts, consumers=1, halves=2, tile_k=128, stages=4, overlap=tile_rows <= 16)
+    if tile_rows > _FEW[-1]:
+        return few
     multiprocessors = _compat.num_multiprocessors()
     if not gated and likely_tiles * pl.cdiv(n_out, 2 * WGMMA_ROWS) < multiprocessors:
         few = dataclasses.replace(few, halves=1, stages=6)
@@ -147,8 +159,12 @@ def few_counts(config: Config) -> Config:
     return dataclasses.replace(config, row_counts=counts)
 
 
-def four_bit(config: Config) -> Config:
-    """The same tiles for weights of four bits: a stage of few rows takes more of K; no clusters.
+def four_bit(config: Config, gated: bool) -> Config:
+    """The same tiles for weights of four bits: a stage of few rows takes more of K, and two consumers decode it; no clusters.
+
+    With few rows decoding takes one consumer as long as a tile is on its way, and the epilogue comes on top: qwen3-235b, NVFP4,
+    16 tokens on an H100, down-projection 153 us with one consumer, 104 with two (2026-11-27-h100-variants.txt). One token is as
+    it was.
 
     Blocks of 64 rows are decoded whole (no narrow tiles). What ptxas says (`benchmarks/machine_code.py`): from 176 rows on, and
     from 160 on where rows are fetched by their tokens, it lets every product wait for the one before, so that nothing is decoded
@@ -158,9 +174,11 @@ def four_bit(config: Config) -> Config:
     (benchmarks/results/2026-11-27-h100-four-bits-many-rows.txt).
 
     Example:
-        >>> four_bit(Config((8,), consumers=1, columns=16, tile_k=512)).tile_k
+        >>> four_bit(Config((8,), consumers=1, columns=16, tile_k=512), gated=True).tile_k
         256
-        >>> four_bit(Config((64, 128, 136, 144))).row_counts
+        >>> four_bit(Config((64,), consumers=1), gated=False).halves
+        1
+        >>> four_bit(Config((64, 128, 136, 144)), gated=True).row_counts
         (128, 144)
     """
     counts = tuple(c for c in few_counts(config).row_counts if c <= MOST_FOUR_BIT)
@@ -169,6 +187,8 @@ def four_bit(config: Config) -> Config:
     wide = dict(row_counts=counts, cluster=1, columns=WGMMA_ROWS)
     if config.consumers == 1:
         wide |= dict(tile_k=256, stages=6)
+        if config.tile_rows > 8 and config.halves == 2:
+            wide |= dict(consumers=2) | (dict(tile_k=128) if gated else dict(halves=1))
     return dataclasses.replace(config, **wide)
 
 
