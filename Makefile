@@ -50,8 +50,8 @@ notebooks: $(INSTALLED)
 	$(VENV)/bin/python notebooks/execute.py
 
 # README's tables and the pictures, of these result files of moe-jax bench.
-RESULTS ?= $(addprefix benchmarks/results/, 2026-11-25-h200-bf16-layer.json 2026-11-26-h100-fp8_block-layer.json \
-    2026-11-26-h100-fp8_block-large-layer.json 2026-11-27-h100-fp8_block-many-layer.json 2026-11-26-h100-fp8_channel-layer.json)
+RESULTS ?= $(addprefix benchmarks/results/, 2026-11-25-h200-bf16-layer.json 2026-11-27-h100-bf16-layer.json \
+    2026-11-27-h100-fp8_block-layer.json 2026-11-27-h100-fp8_block-equal-seconds-layer.json 2026-11-26-h100-fp8_channel-layer.json)
 results: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/table.py $(RESULTS)
 

@@ -89,9 +89,9 @@ def activation_input_grad(
 
     With h the pre-activation, s a row's router weight and ``d = rows @ weights[group]``, all in float32:
     ``s * d * activation'(h)``, ``s * activation(h)`` and ``sum(d * activation(h))``. The product leaves its kernel rounded to the
-    dtype of the rows, and XLA makes one or two passes of the rest, near memory speed. In the epilogue of the kernel the same took
-    longer than both: its multiplications wait for it (1476 against about 1100 us for 131072 rows of 2048, I 768, on an H100;
-    benchmarks/results/2026-11-27-h100-training-epilogue.txt).
+    dtype of the rows, and `through_activation` is a pass of its own, at memory speed. In the epilogue of the product's kernel the
+    same took longer than both, when XLA still made the pass: its multiplications wait for it (1476 against about 1100 us for
+    131072 rows of 2048, I 768, on an H100; benchmarks/results/2026-11-27-h100-training-epilogue.txt).
 
     Args:
         rows: ``[R, H]``, the cotangents of each row's token, grouped as `groups` says.

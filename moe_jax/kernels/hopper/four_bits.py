@@ -20,9 +20,9 @@ rows): NVFP4 2.3, MXFP4 2.1, int4 2.6, with a scale and a zero point for each 32
 ptxas lets products wait for each other where registers run short, and nothing is decoded meanwhile: `matmul_config.four_bit`
 says when, and what that costs.
 
-NVFP4 on an H100, qwen3-30b-a3b, the kernels of a layer (benchmarks/results, 2026-11-27-h100-four-bits.txt and -many-rows.txt):
-119, 163, 247, 569 and 2199 us at 16, 128, 1024, 4096 and 16384 tokens; Marlin 121, 182, 539, 1595 and 5725; bfloat16 271, 421,
-491, 715 and 2319.
+NVFP4 on an H100, qwen3-30b-a3b, the kernels of a layer (benchmarks/results, 2026-11-27-h100-variants.txt and -nvfp4-layer.json,
+Marlin in -four-bits-peers.txt): 98, 161, 244, 570 and 2245 us at 16, 128, 1024, 4096 and 16384 tokens; Marlin 119, 183, 547, 1592
+and 5681; bfloat16 271, 419, 487, 686 and 2106. 128 tokens were measured with one consumer, which has two since.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ rows by 128 columns twice. Every 128 a sum is scaled, by the product of the scal
 How many steps a tile takes is read on the GPU; an expert without rows takes none, and its gradient is zero.
 
 Every element is summed over blocks in order, in one accumulator: the same bits run after run. By ptxas nothing spills, and a
-step has 159 vector instructions a thread, 128 of which scale and add up.
+step has 159 vector instructions a thread, 128 of which scale and add up. On an H100, 16384 tokens: qwen3-30b-a3b 772 us, 1069
+TFLOP/s, and 397; in 16 bits 1383 and 716 (benchmarks/results/2026-11-27-h100-training-fp8.json).
 """
 
 from __future__ import annotations
