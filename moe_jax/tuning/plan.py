@@ -283,8 +283,8 @@ def training_plan(shape: LayerShape, scaling: str = "block") -> LayerPlan:
 
     Example:
         >>> shape = LayerShape(128, 131072, 2048, 768, gated=True, dtype="bfloat16")
-        >>> training_plan(shape).tile_rows, default_plan(shape).tile_rows
-        (128, 160)
+        >>> training_plan(shape).tile_rows, training_plan(shape, "tensor").tile_rows, default_plan(shape).tile_rows
+        (128, 144, 160)
     """
     quantized = default_plan(dataclasses.replace(shape, codes=f"float8_e4m3fn {scaling}"))
     plan = default_plan(shape, quantized.tile_rows)
