@@ -12,7 +12,7 @@ block has the same codes and scale (weights), or a scale for each row (`RowsOut`
 once. Codes and scales are those of `moe_jax.quantization.quantize`, bit for bit. Not timed yet.
 
 Or a scale is given, one for all rows or one for each matrix, and read from GPU memory: both orders have it, and codes alone are
-made. So it is with `Fp8Training(scaling="tensor")`; not yet run on a GPU.
+made. So it is with `Fp8Training(scaling="tensor")`; not yet run on a GPU. By ptxas no more registers than below, and no spills.
 
 By ptxas 168 registers a thread and no spills. Magnitudes are compared as 16-bit integers: as float32 they stay in registers
 until they are scaled, which takes 255.
