@@ -38,6 +38,7 @@ PRECISIONS = {
     "bfloat16": None,
     "fp8": Fp8Training(),
     "fp8-16-bit-weight-grad": Fp8Training(weight_grad=False),
+    "fp8-tensor": Fp8Training(scaling="tensor"),
 }
 
 

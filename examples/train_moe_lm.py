@@ -26,7 +26,8 @@ from moe_lm.model import SIZES
 def main(
     size: Annotated[str, typer.Option(help="toy, small, or gpu")] = "toy",
     precision: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, fp8 or fp8-e5m2 (not toy); by default that of the size")
+        str | None,
+        typer.Option(help="float32, bfloat16, fp8, fp8-e5m2 or fp8-tensor (not toy); by default that of the size"),
     ] = None,
     steps: Annotated[int, typer.Option(help="steps of the whole run", min=1)] = 300,
     balancing: Annotated[

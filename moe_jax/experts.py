@@ -60,7 +60,7 @@ def row_multiple(config: MoEConfig) -> int:
     from moe_jax.kernels.hopper.matmul_fp8 import ROW_MULTIPLE
 
     form, training = config.quantization, config.fp8_training
-    if training is not None and training.contracts_columns:
+    if training is not None and training.contracts_columns and training.scaling == "block":
         return ROW_MULTIPLE
     if form is None or not form.multiplies_codes:
         return 1

@@ -80,7 +80,9 @@ def explain_plan(
         return f"{what} none, the kernels do not run ({reason})"
     shape, training = LayerShape.of(config, num_tokens, num_local_experts), config.fp8_training
     if training is not None and training.contracts_columns:
-        return f"{what} that of FP8 training, {_words(training_plan(shape))} (nothing is tuned for it)"
+        return (
+            f"{what} that of FP8 training, {_words(training_plan(shape, training.scaling))} (nothing is tuned for it)"
+        )
     tuned = find_tuned(shape)
     if tuned is not None:
         return f"{what} tuned with {tuned.shape.num_pairs} pairs, {_words(tuned.plan)} ({tuned.path})"
@@ -104,7 +106,7 @@ def _kernel_reasons(config: MoEConfig, num_tokens: int, num_local: int) -> list[
         return jax.ShapeDtypeStruct(shape, dtype)
 
     if config.fp8_training is not None and config.fp8_training.forward:  # rows and weights are those of this format
-        config = dataclasses.replace(config, quantization="fp8_block", fp8_training=None)
+        config = dataclasses.replace(config, quantization=f"fp8_{config.fp8_training.scaling}", fp8_training=None)
     pairs = num_tokens * config.top_k
     plan = plan_for(LayerShape.of(config, num_tokens, num_local))
     tile_rows = plan.tile_rows

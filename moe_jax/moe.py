@@ -141,7 +141,7 @@ def layer_plan(num_tokens: int, experts: ExpertWeights, config: MoEConfig, imple
     shape = LayerShape.of(config, num_tokens, experts.num_local_experts)
     training = config.fp8_training
     if training is not None and training.contracts_columns:
-        return training_plan(shape)
+        return training_plan(shape, training.scaling)
     quantized = [w.spec for w in (experts.w13, experts.w2) if isinstance(w, QuantizedArray)]
     return plan_for(shape, whole_blocks=not any(s.granularity == "block" and s.block[0] % 128 for s in quantized))
 

@@ -147,6 +147,9 @@ def test_fp8_training():
     ops = {e.op for e in explain(config, 16384, "gpu") if e.implementation == "mosaic" and e.reason is None}
     assert {"gather_quantize (up)", "gather_quantize (down)", "grouped_matmul (up)"} <= ops
     assert "that of FP8 training, tile_rows=128" in explain_plan(config, 16384, "gpu")
+    tensor = dataclasses.replace(config, fp8_training=Fp8Training(scaling="tensor"))
+    assert ops == {e.op for e in explain(tensor, 16384, "gpu") if e.implementation == "mosaic" and e.reason is None}
+    assert "that of FP8 training, tile_rows=144" in explain_plan(tensor, 16384, "gpu")
     only = dataclasses.replace(config, fp8_training=Fp8Training(False, False, True))
     assert "gather" in {e.op for e in explain(only, 16384, "gpu")} and "FP8" not in explain_plan(only, 16384, "gpu")
 

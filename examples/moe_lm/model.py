@@ -17,6 +17,7 @@ PRECISIONS = {  # the dtype of the model, and what of the experts' products is F
     "bfloat16": ("bfloat16", None),
     "fp8": ("bfloat16", Fp8Training()),
     "fp8-e5m2": ("bfloat16", Fp8Training(gradient_dtype="float8_e5m2")),
+    "fp8-tensor": ("bfloat16", Fp8Training(scaling="tensor")),
 }
 
 

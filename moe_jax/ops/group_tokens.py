@@ -263,7 +263,8 @@ def tile_schedule(
     def of_tile(values):  # one more, for the tiles after the last
         return jnp.concatenate([values, jnp.zeros(1, jnp.int32)])[group]
 
-    group = jnp.searchsorted(last_tile, tile, side="right").astype(jnp.int32)
+    # All compared with all: a binary search is a loop, which a GPU would be asked about step by step.
+    group = jnp.searchsorted(last_tile, tile, side="right", method="compare_all").astype(jnp.int32)
     before = (tile - of_tile(last_tile - group_tiles)) * of_tile(shares)  # rows of the group in its earlier tiles
     tile_sizes = jnp.clip(of_tile(sizes) - before, 0, of_tile(shares))
     return (

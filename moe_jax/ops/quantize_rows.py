@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from moe_jax.ops.gather_quantize import gather_quantize
+from moe_jax.ops.group_rows import held_rows
 from moe_jax.ops.group_tokens import Groups
 from moe_jax.quantization.formats import Spec
 from moe_jax.quantization.quantize import quantize
@@ -33,7 +34,8 @@ def quantize_tokens(
     """
     positions, total_rows = groups.positions, groups.num_rows
     if groups.tokens_as_rows:
-        if spec.granularity == "tensor" and not spec.static:  # a token without a local expert has no part in the scale
+        # A token without a local expert has no part in the scale.
+        if spec.granularity == "tensor" and not spec.static and scales is None:
             x = jnp.where((positions >= 0).any(axis=1)[:, None], x, 0)
         positions = total_rows = None
     return gather_quantize(x, positions, spec, scales=scales, total_rows=total_rows, implementation=implementation)
@@ -57,16 +59,37 @@ def quantize_rows(
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Raises:
-        ValueError: one scale for all, and rows of no group between the groups.
+        ValueError: one scale for all that is not given, and rows of no group between the groups.
     """
-    shared = spec.granularity == "tensor" and not spec.static
+    shared = spec.granularity == "tensor" and not spec.static and scales is None
     if shared and groups.row_multiple != 1:
         raise ValueError(
             f"one scale for all rows, and row_multiple={groups.row_multiple}: the rows between the groups would have a part in "
-            "it; group the tokens with row_multiple=1"
+            "it; group the tokens with row_multiple=1, or give the scale (`shared_scale`)"
         )
     num_rows = jnp.sum(groups.group_sizes, dtype=jnp.int32)[None] if shared else None
     return gather_quantize(rows, None, spec, num_rows=num_rows, scales=scales, implementation=implementation)
+
+
+def shared_scale(
+    rows: Float[Array, "R_or_T M"], spec: Spec, groups: Groups, *, by_token: bool = False
+) -> Float[Array, ""]:
+    """One scale for the rows of all groups, wherever these lie, in plain JAX. Other rows have no part in it, NaN included.
+
+    Args:
+        rows: ``[R, M]``, grouped as `groups` says.
+        spec: ``tensor``, of the codes.
+        groups: of the rows.
+        by_token: `rows` are hidden states instead, ``[T, M]``, and those of tokens with a row count.
+
+    Example:
+        >>> from moe_jax.ops.group_tokens import group_tokens
+        >>> groups = group_tokens(jnp.array([[0], [-1]], jnp.int32), num_experts=1)
+        >>> shared_scale(jnp.array([[448.0], [jnp.inf]]), Spec("float8_e4m3fn", "tensor"), groups, by_token=True).item()
+        1.0
+    """
+    held = (groups.positions >= 0).any(axis=1) if by_token else held_rows(groups)
+    return quantize(rows, spec, valid=held).scales  # the codes are not computed: nothing reads them
 
 
 def quantize_block_scaled(

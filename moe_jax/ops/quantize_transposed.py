@@ -58,9 +58,10 @@ def quantize_transposed(
     *,
     dtype: DTypeLike = DTYPE,
     by_token: bool = False,
+    scale: Float[Array, ""] | None = None,
     implementation: str = "auto",
 ) -> QuantizedArray:
-    """The rows of all groups as columns, in FP8: a scale for each 128 of their elements x a block of `column_blocks`.
+    """The rows of all groups as columns, in FP8: a scale for each 128 of their elements x a block of `column_blocks`, or one.
 
     FP8 tensor cores take operands with the contracted axis last: `moe_jax.ops.weight_grad.weight_grad` contracts the rows of
     an expert. Zeros fill its last block, so that no block belongs to two experts. Blocks after the last that holds rows are
@@ -71,10 +72,11 @@ def quantize_transposed(
         groups: from `moe_jax.ops.group_tokens.group_tokens`.
         dtype: of the codes: ``float8_e4m3fn`` or ``float8_e5m2``.
         by_token: `rows` are hidden states instead, ``[T, M]``, and each row is that of its token: a gather that writes nothing.
+        scale: one for all, which `moe_jax.ops.quantize_rows.shared_scale` made.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Returns:
-        ``[M, 128 * blocks]``, with scales ``[M / 128, blocks]``. It has no derivative of its own.
+        ``[M, 128 * blocks]``, with scales ``[M / 128, blocks]``, or the given one. It has no derivative of its own.
 
     Raises:
         ValueError: columns that 128 does not divide.
@@ -86,7 +88,7 @@ def quantize_transposed(
         >>> found.shape, found.scales.shape, found.dequantize()[0, 128:131].tolist()
         ((256, 384), (2, 3), [1.0, 1.0, 0.0])
     """
-    return _both(rows, groups, dtype, by_token, implementation, of_rows=False)[1]
+    return _both(rows, groups, dtype, by_token, scale, implementation, of_rows=False)[1]
 
 
 def quantize_rows_both(
@@ -95,6 +97,7 @@ def quantize_rows_both(
     *,
     dtype: DTypeLike = DTYPE,
     by_token: bool = False,
+    scale: Float[Array, ""] | None = None,
     implementation: str = "auto",
 ) -> tuple[QuantizedRows, QuantizedArray]:
     """``quantize_rows(rows, rows_spec(dtype), groups=groups)`` and ``quantize_transposed(rows, groups, dtype=dtype)``, read once.
@@ -104,6 +107,7 @@ def quantize_rows_both(
         groups: of the rows.
         dtype: as there.
         by_token: as there; the first is then ``quantize_tokens(rows, rows_spec(dtype), groups)``.
+        scale: as there, of both: the codes are the same.
         implementation: ``auto``, ``xla``, ``mosaic`` or ``mosaic_interpret``.
 
     Returns:
@@ -118,41 +122,59 @@ def quantize_rows_both(
         >>> [found.shape for found in quantize_rows_both(jnp.ones((2, 256)), groups, by_token=True)]
         [(4, 256), (256, 384)]
     """
-    return _both(rows, groups, dtype, by_token, implementation, of_rows=True)
+    return _both(rows, groups, dtype, by_token, scale, implementation, of_rows=True)
 
 
 def _both(
-    rows: Array, groups: Groups, dtype: DTypeLike, by_token: bool, implementation: str, *, of_rows: bool
+    rows: Array,
+    groups: Groups,
+    dtype: DTypeLike,
+    by_token: bool,
+    scale: Array | None,
+    implementation: str,
+    *,
+    of_rows: bool,
 ) -> tuple[QuantizedRows | None, QuantizedArray]:
     from moe_jax.kernels.hopper import quantize_blocks as kernel
+    from moe_jax.kernels.hopper.gather_quantize import scales_shape
 
     impl.check_name(implementation)
     if rows.shape[1] % GROUP:
         raise ValueError(f"{rows.shape[1]} columns must be a multiple of {GROUP}, as many share a scale; pad them")
-    of_codes, of_columns = rows_spec(dtype), blocks_spec(dtype)
+    scaling = "block" if scale is None else "tensor"
+    of_codes, of_columns = rows_spec(dtype, scaling), blocks_spec(dtype, scaling)
     blocks = column_blocks(groups)
     chosen = "xla"
     if rows.size and blocks.group.size:
         chosen = impl.choose("quantize_transposed", implementation, kernel.supports(rows))
 
-    def run(rows, positions, *blocks):
+    def run(rows, scale, positions, *blocks):
+        one = None if scale is None else scale.reshape(1)
         if chosen == "xla":
             own = None
             if of_rows:
                 total_rows = groups.num_rows if by_token else rows.shape[0]
-                own = plain_gather_quantize(rows, positions if by_token else None, of_codes, total_rows=total_rows)
+                places = positions if by_token else None
+                own = plain_gather_quantize(rows, places, of_codes, one, total_rows=total_rows)
             gathered = plain_gather(rows, positions, groups.num_rows) if by_token else rows
-            return own, plain_quantize_transposed(gathered, ColumnBlocks(*blocks), of_columns)
+            return own, plain_quantize_transposed(gathered, ColumnBlocks(*blocks), of_columns, scale)
         options = {"row_spec": of_codes if of_rows else None, "interpret": impl.interpret_params(chosen)}
         if by_token:
             options["row_tokens"] = row_tokens(positions, groups.num_rows + GROUP)
+        if scale is not None:
+            *own, values = kernel.quantize_rows_of_blocks(rows, *blocks[1:], of_columns, scale=one, **options)
+            lines = [jnp.broadcast_to(scale, scales_shape(*codes.shape, of_codes)) for codes in own]
+            own = QuantizedRows(*own, *lines, of_codes) if of_rows else None
+            return own, QuantizedArray(values, scale, spec=of_columns)
         *own, values, scales = kernel.quantize_rows_of_blocks(rows, *blocks[1:], of_columns, **options)
         return (QuantizedRows(*own, of_codes) if of_rows else None), QuantizedArray(values, scales, spec=of_columns)
 
-    return impl.without_gradient("quantize_transposed", run)(rows, groups.positions, *blocks)
+    return impl.without_gradient("quantize_transposed", run)(rows, scale, groups.positions, *blocks)
 
 
-def plain_quantize_transposed(rows: Float[Array, "R M"], blocks: ColumnBlocks, spec: Spec) -> QuantizedArray:
+def plain_quantize_transposed(
+    rows: Float[Array, "R M"], blocks: ColumnBlocks, spec: Spec, scale: Float[Array, ""] | None = None
+) -> QuantizedArray:
     """In plain JAX."""
     columns = rows.shape[1]
     if rows.shape[0] == 0:
@@ -161,4 +183,4 @@ def plain_quantize_transposed(rows: Float[Array, "R M"], blocks: ColumnBlocks, s
     held = place[None, :] < blocks.sizes[:, None]
     source = jnp.minimum(blocks.starts[:, None] + place[None, :], rows.shape[0] - 1)
     picked = jnp.where(held[:, :, None], rows[source], 0)
-    return quantize(picked.reshape(-1, columns).T, spec)
+    return quantize(picked.reshape(-1, columns).T, spec, scales=scale)

@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int
 from moe_jax.ops import implementation as impl
 from moe_jax.ops.group_tokens import Groups
 from moe_jax.quantization.array import QuantizedArray
-from moe_jax.quantization.fp8_training import GRADIENT_DTYPES, GROUP, blocks_spec
+from moe_jax.quantization.fp8_training import GRADIENT_DTYPES, GROUP, SCALINGS, blocks_spec
 
-_SPECS = tuple(blocks_spec(dtype) for dtype in GRADIENT_DTYPES)
+_SPECS = tuple(blocks_spec(dtype, scaling) for dtype in GRADIENT_DTYPES for scaling in SCALINGS)
 
 
 def quantized_weight_grad(
@@ -44,7 +44,7 @@ def quantized_weight_grad(
         if operand.spec not in _SPECS or operand.ndim != 2 or operand.shape[1] != left.shape[1]:
             raise ValueError(
                 f"{name} has shape {operand.shape} and {operand.spec}, but both must have {left.shape[1]} columns and be FP8 in "
-                f"blocks of {GROUP} x {GROUP}; use quantize_transposed with the same groups"
+                f"blocks of {GROUP} x {GROUP}, or with one scale; use quantize_transposed with the same groups"
             )
     if 0 in (*shape, left.shape[1]):
         return jnp.zeros(shape, out_dtype) if accumulate is None else accumulate
@@ -53,13 +53,18 @@ def quantized_weight_grad(
 
     def run(left, right, firsts, counts, accumulate):
         if chosen != "xla":
-            operands = left.values, left.scales, right.values, right.scales, firsts, counts, accumulate
+            operands = left.values, _of_blocks(left), right.values, _of_blocks(right), firsts, counts, accumulate
             return kernel.weight_grad(*operands, out_dtype=out_dtype, interpret=impl.interpret_params(chosen))
         return _plain(left, right, firsts, counts, accumulate).astype(out_dtype)
 
     counts = -(-groups.group_sizes // GROUP)
     firsts = jnp.cumsum(counts, dtype=jnp.int32) - counts
     return impl.without_gradient("weight_grad", run)(left, right, firsts, counts, accumulate)
+
+
+def _of_blocks(operand: QuantizedArray) -> Float[Array, "blocks_of_rows blocks"]:
+    """Its scales, one repeated."""
+    return jnp.broadcast_to(operand.scales, tuple(size // GROUP for size in operand.shape))
 
 
 def _plain(

@@ -272,19 +272,20 @@ def plan_for(shape: LayerShape, *, whole_blocks: bool = True) -> LayerPlan:
     return plan
 
 
-def training_plan(shape: LayerShape) -> LayerPlan:
+def training_plan(shape: LayerShape, scaling: str = "block") -> LayerPlan:
     """The plan of a layer some of whose products are FP8 (`moe_jax.Fp8Training`): tiles of rows that these can have too.
 
     It says how the projections are tiled where they are not quantized; the others follow from `LayerPlan.tile_rows`.
 
     Args:
         shape: of the layer, which is not quantized itself.
+        scaling: `Fp8Training.scaling`; products with one scale are not promoted and have other tiles.
 
     Example:
         >>> shape = LayerShape(128, 131072, 2048, 768, gated=True, dtype="bfloat16")
-        >>> training_plan(shape).tile_rows, default_plan(shape).tile_rows
-        (128, 160)
+        >>> training_plan(shape).tile_rows, training_plan(shape, "tensor").tile_rows, default_plan(shape).tile_rows
+        (128, 144, 160)
     """
-    quantized = default_plan(dataclasses.replace(shape, codes="float8_e4m3fn block"))
+    quantized = default_plan(dataclasses.replace(shape, codes=f"float8_e4m3fn {scaling}"))
     plan = default_plan(shape, quantized.tile_rows)
     return dataclasses.replace(plan, up=dataclasses.replace(plan.up, gather=False))

@@ -134,6 +134,7 @@ def test_precisions():
     small = models.SIZES["small"].with_precision("fp8")
     assert small.fp8 and small.dtype == "bfloat16" and small.moe.fp8_training.anything
     assert small.with_precision("fp8-e5m2").moe.fp8_training.gradient_dtype == "float8_e5m2"
+    assert small.with_precision("fp8-tensor").moe.fp8_training.scaling == "tensor"
     assert small.with_precision("float32").moe.fp8_training is None and small.with_precision(None) is small
     with pytest.raises(ValueError, match="hidden_size that is a multiple of 128"):
         models.SIZES["toy"].with_precision("fp8")

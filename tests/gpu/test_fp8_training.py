@@ -23,6 +23,8 @@ SWITCHES = {
     "input_grad": Fp8Training(False, True, False),
     "weight_grad": Fp8Training(False, False, True),
     "all, e5m2": Fp8Training(gradient_dtype="float8_e5m2"),
+    "all, tensor": Fp8Training(scaling="tensor"),
+    "all, tensor, e5m2": Fp8Training(gradient_dtype="float8_e5m2", scaling="tensor"),
 }
 
 
@@ -39,9 +41,12 @@ def test_kernels_and_plain_form(num_tokens, name):
     operands = x_of(0, config, num_tokens), experts_of(0, config), logits_of(0, config, num_tokens)
     g = normal([0, 1], num_tokens, config.hidden_size, dtype="bfloat16")
     found, again = (jax.tree.leaves(both(*operands, g, config, "mosaic")) for _ in range(2))
-    # Sums in another order flip codes of what was rounded to 16 bits before it is quantized.
+    # Sums in another order flip codes of what was rounded to 16 bits before it is quantized. Where that is the largest number of
+    # a tensor the scale of all moves, and other codes stand for all of it. On a CPU, with all scales 0.4 or 0.8 % larger, results
+    # were 3.3e-2 to 5.9e-2 apart, and up to 8.5e-2 with gradients in e5m2.
+    tolerance = 1e-2 if config.fp8_training.scaling == "block" else 1e-1
     for mine, same, plain in zip(found, again, jax.tree.leaves(both(*operands, g, config, "xla")), strict=True):
-        check_close(mine, plain.astype(jnp.float32), 1e-2)
+        check_close(mine, plain.astype(jnp.float32), tolerance)
         np.testing.assert_array_equal(np.asarray(mine, np.float32), np.asarray(same, np.float32))
 
 

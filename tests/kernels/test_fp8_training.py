@@ -12,8 +12,9 @@ from tests.util import assert_discriminates, check_close
 pytestmark = pytest.mark.once
 
 
-def test_both_directions():
-    config = MoEConfig(2, 1, 128, 128, fp8_training=Fp8Training(gradient_dtype="float8_e5m2"))
+@pytest.mark.parametrize("scaling", ["block", "tensor"])
+def test_both_directions(scaling):
+    config = MoEConfig(2, 1, 128, 128, fp8_training=Fp8Training(gradient_dtype="float8_e5m2", scaling=scaling))
     x, experts, topk = x_of(0, config, 12), experts_of(0, config), topk_of(0, config, 12)
     g = normal(1, 12, 128, dtype="bfloat16")
 

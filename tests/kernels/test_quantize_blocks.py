@@ -9,7 +9,8 @@ from moe_jax import _compat
 from moe_jax.kernels.hopper import quantize_blocks as kernel
 from moe_jax.ops.gather_quantize import plain_gather_quantize
 from moe_jax.ops.quantize_transposed import ColumnBlocks, plain_quantize_transposed
-from moe_jax.quantization.fp8_training import BLOCKS, ROWS, blocks_spec, rows_spec
+from moe_jax.quantization.formats import Spec
+from moe_jax.quantization.fp8_training import BLOCKS, ROWS, TENSOR, blocks_spec, rows_spec
 from moe_jax.quantization.quantize import quantize
 from tests.layers import normal
 from tests.lowering import like, lower, operations
@@ -94,6 +95,60 @@ def test_rows_fetched_by_token(name, row_spec):
         np.testing.assert_array_equal(np.asarray(own[1])[:, held], np.asarray(own_gathered[1])[:, held])
 
 
+def broken(codes):
+    """What a check must refuse: the codes of twice the scale, and columns that are one further."""
+    wide = np.asarray(codes, np.float32)
+    return [jnp.asarray(wide / 2, codes.dtype), jnp.roll(codes, 1, axis=-1)]
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("name", CASES)
+def test_rows_with_a_scale_that_is_given(name, dtype, by_token):
+    """Both orders, codes alone: those of `quantize` with one scale for the rows that count; NaN in the others is not seen."""
+    starts, sizes, count, rows, columns = CASES[name]
+    held = [start + i for start, size in zip(starts[:count], sizes, strict=False) for i in range(size)]
+    spec = Spec(dtype, "tensor")
+    x, valid = rows_of_all_sizes(rows, columns, "bfloat16"), np.isin(np.arange(rows), held)
+    x = jnp.where(valid[:, None], x.at[0, 0].set(3.0), jnp.nan)  # an infinity would leave the other codes zero
+    expected = quantize(x, spec, valid=valid)
+    schedule = [jnp.asarray(a, jnp.int32) for a in (starts, sizes, [count])]
+    options = {"interpret": _compat.interpret_params(), "scale": expected.scales.reshape(1), **OPTIONS}
+    given = x
+    if by_token:  # each row from another place
+        place = np.random.default_rng(5).permutation(rows)
+        given = jnp.zeros_like(x).at[place].set(x)
+        tokens = np.full(rows + 128, -1, np.int32)
+        tokens[held] = place[held]
+        options["row_tokens"] = jnp.asarray(tokens)
+    own, codes = kernel.quantize_rows_of_blocks(given, *schedule, spec, row_spec=spec, **options)
+    (alone,) = kernel.quantize_rows_of_blocks(given, *schedule, spec, **options)
+    turned = plain_quantize_transposed(x, ColumnBlocks(schedule[0], *schedule), spec, expected.scales)
+    np.testing.assert_array_equal(bits(own)[held], bits(expected.values)[held])
+    for found in (codes, alone):
+        np.testing.assert_array_equal(bits(found)[:, : 128 * count], bits(turned.values)[:, : 128 * count])
+    if count:
+        assert np.abs(np.nan_to_num(np.asarray(own, np.float32)[held])).max() == spec.largest
+        for wrong in broken(codes):
+            assert (bits(wrong)[:, : 128 * count] != bits(turned.values)[:, : 128 * count]).any()
+
+
+@pytest.mark.parametrize("natural", [True, False])
+def test_weights_with_scales_that_are_given(natural):
+    """One for each matrix, of quite different sizes; one matrix is zero."""
+    w = rows_of_all_sizes(3 * 256, 128, "bfloat16").reshape(3, 256, 128).at[0, 0, 0].set(0.5)
+    w = (w * jnp.asarray([1.0, 0.0, 64.0])[:, None, None].astype(w.dtype)).at[0, 3, 7].set(jnp.inf)
+    expected = quantize(w, TENSOR)
+    options = {"natural": natural, "scales": expected.scales, "interpret": _compat.interpret_params(), **OPTIONS}
+    *own, codes = kernel.quantize_both(w, TENSOR, **options)
+    np.testing.assert_array_equal(bits(codes), bits(expected.values).swapaxes(1, 2))
+    assert len(own) == natural
+    for found in own:
+        np.testing.assert_array_equal(bits(found), bits(expected.values))
+    other = kernel.quantize_both(w, TENSOR, **options | {"scales": jnp.roll(expected.scales, 1)})[-1]
+    assert (bits(other) != bits(codes)).any(), "each matrix takes its own scale"
+
+
 @pytest.mark.parametrize("natural", [True, False])
 def test_weights_in_both_orders(natural):
     w = rows_of_all_sizes(3 * 256, 128, "bfloat16").reshape(3, 256, 128)
@@ -114,13 +169,23 @@ def test_they_lower_for_cuda():
     for natural in (True, False):
         text = lower(lambda w, natural=natural: kernel.quantize_both(w, BLOCKS, natural=natural), w)
         assert sum(count for name, count in operations(text).items() if name != "reshape") == 1
+        text = lower(
+            lambda w, scales, natural=natural: kernel.quantize_both(w, TENSOR, natural=natural, scales=scales),
+            w,
+            like(jnp.float32, 4),
+        )
+        assert sum(count for name, count in operations(text).items() if name != "reshape") == 1
     blocks = [like(jnp.int32, size) for size in (9, 9, 1)]
     for row_spec in (None, ROWS):
 
-        def run(x, starts, sizes, count, row_tokens=None, row_spec=row_spec):
-            options = {"row_spec": row_spec, "row_tokens": row_tokens}
-            return kernel.quantize_rows_of_blocks(x, starts, sizes, count, BLOCKS, **options)
+        def run(x, starts, sizes, count, row_tokens=None, scale=None, row_spec=row_spec):
+            row_spec = row_spec if scale is None or row_spec is None else TENSOR
+            options = {"row_spec": row_spec, "row_tokens": row_tokens, "scale": scale}
+            spec = BLOCKS if scale is None else TENSOR
+            return kernel.quantize_rows_of_blocks(x, starts, sizes, count, spec, **options)
 
-        x = like(jnp.bfloat16, 1000, 384)
+        x, tokens, scale = like(jnp.bfloat16, 1000, 384), like(jnp.int32, 2128), like(jnp.float32, 1)
         assert sum(operations(lower(run, x, *blocks)).values()) == 1
-        assert sum(operations(lower(run, x, *blocks, like(jnp.int32, 2128))).values()) == 1
+        assert sum(operations(lower(run, x, *blocks, tokens)).values()) == 1
+        assert sum(operations(lower(run, x, *blocks, None, scale)).values()) == 1
+        assert sum(operations(lower(run, x, *blocks, tokens, scale)).values()) == 1

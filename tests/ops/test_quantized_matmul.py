@@ -18,7 +18,7 @@ from moe_jax.ops.group_tokens import group_tokens
 from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.ops.matmul_and_quantize import matmul_and_quantize
 from moe_jax.quantization import QuantFormat, Spec, prepare, quant_format, quantize
-from moe_jax.quantization.fp8_training import ROWS
+from moe_jax.quantization.fp8_training import ROWS, TENSOR
 from moe_jax.quantization.rows import QuantizedRows
 from moe_jax.tuning.plan import LayerShape, default_plan
 from tests.layers import experts_of
@@ -73,6 +73,16 @@ def test_tiles_of_128_rows_stand_first(name, multiple, used):
         lower(*multiplied(multiply, 128, weights, form.activations, multiple))
     rule = FIRST if name != "nvfp4_fp8" else dataclasses.replace(FIRST, stages=3, codes_stages=2)
     assert used == [(matmul_rows_first, rule, multiple == 4)] * 2
+
+
+@pytest.mark.parametrize("tile_rows", [16, 128, 144])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_products_of_fp8_training_with_one_scale(tile_rows, dtype, used):
+    """Rows on the N side of wgmma, whatever the tile."""
+    products = Fp8Products(MoEConfig(EXPERTS, 1, K, N // 2, fp8_training=Fp8Training(scaling="tensor")), "mosaic")
+    lower(*multiplied(products._multiply, tile_rows, weights_of(TENSOR), Spec(dtype, "tensor"), 1))
+    ((used_module, config, aligned),) = used
+    assert used_module is matmul_fp8 and config.tile_rows == tile_rows and not aligned
 
 
 @pytest.mark.parametrize(("tile_rows", "module"), [(96, matmul_fp8), (128, matmul_rows_first)])

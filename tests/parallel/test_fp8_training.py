@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moe_jax import Fp8Training, MoEConfig, TopK, apply_experts, route
@@ -16,12 +17,14 @@ from tests.util import assert_discriminates, check_close, relative_error
 
 TOKENS, COUNTS = 256, (128, 95)  # of two shards, so that experts have several blocks of rows
 CONFIG = MoEConfig(3, 2, 128, 256, fp8_training=Fp8Training())
+TENSOR = MoEConfig(3, 2, 128, 256, fp8_training=Fp8Training(scaling="tensor"))
 PLAIN = MoEConfig(3, 2, 128, 256)
 PARTS = ("y", "x", "w13", "w2", "logits")
 
 # tp, expert parallel, exchange
 CASES = {
     "parts of every expert": (2, False, AllGatherReduceScatter()),  # two of four ranks have nothing but filling
+    "all-gather": (2, True, AllGatherReduceScatter()),  # one of four ranks has no expert
     "all-to-all": (2, True, AllToAll()),
     "peer": (1, True, PeerExchange()),
     "batched": (1, True, Batched(AllToAll(), max_tokens=TOKENS)),
@@ -52,17 +55,17 @@ def on_one_device(config):
 
 
 @functools.cache
-def over_a_mesh(name):
+def over_a_mesh(name, config=CONFIG):
     """Where rows that are no tokens hold NaN."""
     tp, ep, exchange = CASES[name]
     mesh, counts = mesh_of(tp, dp=2), jnp.asarray(COUNTS, jnp.int32)
-    layer = sharded(mesh, parallel_of(mesh, ep), CONFIG, exchange=exchange, compiled=False)
+    layer = sharded(mesh, parallel_of(mesh, ep), config, exchange=exchange, compiled=False)
 
     def run(x, experts, logits):
         real = only_real(jnp.ones((TOKENS, 1)), COUNTS, 2) != 0
         return layer(jnp.where(real, x, jnp.nan), experts, jnp.where(real, logits, jnp.nan), num_tokens=counts)
 
-    return found(run, CONFIG)
+    return found(run, config)
 
 
 @pytest.mark.parametrize("name", ["parts of every expert", "all-to-all", pytest.param("peer", marks=pytest.mark.once)])
@@ -73,6 +76,21 @@ def test_it_is_the_layer_of_one_device(name):
         check_close(actual[part], expected[part], tolerance)
         assert relative_error(expected[part], on_one_device(PLAIN)[part]) > 1e-2, f"{part} is not quantized"
     assert_discriminates(lambda w2: check_close(w2, expected["w2"], 1e-5), actual["w2"])
+
+
+@pytest.mark.parametrize(
+    "name", ["parts of every expert", "all-gather", pytest.param("batched", marks=pytest.mark.once)]
+)
+def test_each_rank_has_a_scale_of_its_own(name):
+    """Other codes than on one device, as near to what bfloat16 gives; rows that are no tokens, NaN here, have no part in it."""
+    actual, expected = over_a_mesh(name, TENSOR), on_one_device(TENSOR)
+    for part in PARTS:
+        plain = on_one_device(PLAIN)[part]
+        assert 1e-2 < relative_error(actual[part], plain) < 1.2 * relative_error(expected[part], plain), part
+        check_close(actual[part], expected[part], 1e-1)
+        flat = np.asarray(expected[part], np.float64).reshape(-1, expected[part].shape[-1])
+        assert_discriminates(lambda a, flat=flat: check_close(a, flat, 1e-1), np.reshape(actual[part], flat.shape))
+    assert (actual["w13"] != expected["w13"]).any()
 
 
 @pytest.mark.once

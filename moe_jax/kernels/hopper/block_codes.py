@@ -116,7 +116,11 @@ class ColumnsOut:
     def scale(self, largest: Any) -> tuple[Any, Any]:
         """The scale of a block, and its reciprocal for each row of a piece."""
         scale = self._scaling.scale(largest)
-        return scale, self._scaling.reciprocal(plgpu.layout_cast(jnp.full((PIECE,), scale), A_ROW), A_ROW)
+        return scale, self.inverse(scale)
+
+    def inverse(self, scale: Any) -> Any:
+        """The reciprocal of a scale that the rule of `quantize` made, for each row of a piece."""
+        return self._scaling.reciprocal(plgpu.layout_cast(jnp.full((PIECE,), scale), A_ROW), A_ROW)
 
     def fill(self, ref: Any, pieces: Any, inverse: Any) -> None:
         """Takes the codes of the pieces, float32 ``[64 columns, 128 rows]``, into shared memory."""
@@ -155,7 +159,7 @@ class BlockOut:
 
 
 class RowsOut:
-    """The codes of a block's rows as they are, with a scale for each row: rows that are not the block's are not stored.
+    """The codes of a block's rows as they are, with a scale for each row or a given one: rows not the block's are not stored.
 
     Args:
         spec: of the codes.
@@ -168,17 +172,24 @@ class RowsOut:
         self._codes = views.Operand(1, SIDE, SIDE, PIECE, spec.storage_dtype, interpret)
         self.scratch = self._codes.scratch
 
-    def fill(self, ref: Any, load: Any, target: Any, place: tuple[Any, Any], size: Any) -> None:
-        """As `BlockOut.fill`, before the block's scale is known: fewer registers. The scales go to GPU memory at once."""
+    def fill(self, ref: Any, load: Any, target: Any, place: tuple[Any, Any], size: Any, given: Any = None) -> None:
+        """As `BlockOut.fill`, before the block's scale is known: fewer registers. The scales go to GPU memory at once.
+
+        With the reciprocal of a scale given for each row of a piece there are none to store.
+        """
         scaling, (row, column) = self._scaling, place
         for first in range(0, SIDE, PIECE):
             pieces = [load(piece, first) for piece in range(PIECES)]
-            order = jnp.maximum(*(jnp.max(scaling.order(values), axis=1) for values in pieces))
-            scale = scaling.scale(scaling.amax(order))
-            inverse = lax.broadcast_in_dim(scaling.reciprocal(scale, A_ROW), (PIECE, PIECE), [0])
+            inverse = given
+            if given is None:
+                order = jnp.maximum(*(jnp.max(scaling.order(values), axis=1) for values in pieces))
+                scale = scaling.scale(scaling.amax(order))
+                inverse = scaling.reciprocal(scale, A_ROW)
+            inverse = lax.broadcast_in_dim(inverse, (PIECE, PIECE), [0])
             for piece, values in enumerate(pieces):
                 self._codes.eights(ref).at[0, piece, pl.ds(first, PIECE)][...] = scaling.encode(values, inverse)
-            row_scales.store(target[1], column, row + first, scale, size - first, A_ROW, self._interpret)
+            if given is None:
+                row_scales.store(target[1], column, row + first, scale, size - first, A_ROW, self._interpret)
 
     def send(self, ref: Any, target: Any, place: tuple[Any, Any], size: Any) -> None:
         """Sends the codes of the rows that count on their way."""
