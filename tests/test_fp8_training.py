@@ -144,6 +144,16 @@ def test_they_are_those_of_the_quantized_operands(name, topk):
         assert_discriminates(lambda a, flat=flat: check_close(a, flat, 5e-3), actual[part].reshape(flat.shape))
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["forward", "input_grad", "weight_grad"])
+def test_one_direction_with_one_scale(name, topk, plain):
+    config = config_of(dataclasses.replace(SWITCHES[name], scaling="tensor"))
+    actual, expected = found(config, topk), by_hand(config, topk)
+    for part in PARTS:
+        check_close(actual[part], expected[part], 5e-3)
+    assert {part for part in PARTS if (actual[part] != plain[part]).any()} == CHANGED[name]
+
+
 @pytest.mark.parametrize(
     ("name", "tolerance"), [("all", 8e-2), ("all, e5m2", 1.2e-1), ("all, tensor", 8e-2), ("all, tensor, e5m2", 1.2e-1)]
 )
