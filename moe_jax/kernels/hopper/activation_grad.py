@@ -5,8 +5,9 @@ What becomes of them takes their places in shared memory and leaves from there: 
 multiprocessor, and some compute while others wait for memory. Rows of no group are computed too, from whatever they hold.
 
 On an H100 (benchmarks/results, 2026-11-27-h100-training-passes.txt and -training-fp8.json): 131072 rows, I 768, 448 us, 2.7 TB/s;
-XLA's two fusions 595. Three or four CTAs a multiprocessor: 473 and 476. With FP8 codes of rows and of columns as its outputs, in
-the place of 16 bits, one CTA alone found room, and the pass took 2105 us; this one and those that quantize take 872.
+XLA's two fusions 595. Three or four CTAs a multiprocessor, of 32 columns at a time: 473 and 476. With FP8 codes of rows and of
+columns as its outputs, in the place of 16 bits, one CTA alone found room, and the pass took 2105 us; this one and those that
+quantize take 872.
 """
 
 from __future__ import annotations

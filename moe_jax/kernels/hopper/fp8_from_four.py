@@ -18,6 +18,9 @@ part of 256 rows x 128 columns, take 353 instructions of the vector units (NVFP4
 them, 1.4 or 1.25 a weight. A thread that multiplies takes 161 a step in `matmul_rows_first` (with FP8 weights 157) and 181 in
 `matmul_fp8` with 96 rows (the same), though it has 216 or 224 registers in the place of 240. No loop over K spills; what is
 around it does, but for up-projections with rows first. How deep the rings are: `matmul_config.from_four_bits`.
+
+On an H100, the kernels of a layer with such weights and with FP8 ones (2026-11-27-h100-variants.txt): qwen3-30b-a3b, NVFP4, 543
+and 497 us with 4096 tokens, 1861 and 1731 with 16384; gpt-oss-120b, MXFP4, 4096 tokens, 1808 (three stages of codes) and 1720.
 """
 
 from __future__ import annotations

@@ -226,8 +226,9 @@ def from_four_bits(config: Config) -> Config:
 
     Codes have a ring of their own, and stages take what it leaves: two or three are enough, for the codes of more are on their
     way. In tiles of many rows two stages of codes are better than three: qwen3-30b-a3b on an H100, kernels of a layer of 4096
-    tokens 542.8 us instead of 552.5, of 16384 tokens 1860.7 instead of 1898.9. What they leave is no room for a fourth stage
-    beside them. A block of codes has 64 rows: no narrow tiles. What is best for few rows has not been measured.
+    tokens 542.8 us instead of 552.5, of 16384 tokens 1860.7 instead of 1898.9 (2026-11-27-h100-variants.txt). What they leave is
+    no room for a fourth stage beside them. A block of codes has 64 rows: no narrow tiles. What is best for few rows has not been
+    measured.
 
     Example:
         >>> config = from_four_bits(Config((64, 96), tile_k=128, stages=4))

@@ -101,7 +101,7 @@ def quantize_rows_of_blocks(
 
     def place(index, refs):
         count_g, starts_g, sizes_g, *own = refs
-        scales_g = own.pop(0 if given else -1)
+        scales_g = own.pop(0 if given else -1)  # the last operand, or the last result
         codes_g = own.pop()
         line = jnp.int32(across) if row_tokens is None else count_g[0]
         outer = lax.div(index, line)
@@ -147,7 +147,7 @@ def quantize_both(
     out_types = out_types[::2] if given else out_types
 
     def place(index, refs):
-        scales_g, *refs = refs if given else (refs[-1], *refs[:-1])
+        scales_g, *refs = refs if given else (refs[-1], *refs[:-1])  # the operand, or the last result
         codes_g = refs[-1]
         row = lax.div(index, jnp.int32(across))  # of blocks, of all experts
         column = index - row * across
