@@ -11,9 +11,18 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.activations import Activation, get_activation
+from moe_jax.kernels.hopper.epilogue import FEW_ROWS
 from moe_jax.kernels.hopper.matmul_bf16 import supports
-from moe_jax.kernels.hopper.matmul_config import MOST_FETCHED_FOUR_BIT, MOST_FOUR_BIT, WGMMA_ROWS, Config, most_rows
+from moe_jax.kernels.hopper.matmul_config import (
+    MOST_CONSUMERS,
+    MOST_FETCHED_FOUR_BIT,
+    MOST_FOUR_BIT,
+    WGMMA_ROWS,
+    Config,
+    most_rows,
+)
 from moe_jax.kernels.hopper.matmul_fp8 import GROUP
+from moe_jax.kernels.hopper.pairs import handed_over
 from moe_jax.kernels.hopper.row_scales import held
 from moe_jax.kernels.hopper.views import ALIGNED, COLUMNS, STORED
 from moe_jax.tuning.plan import Codes, LayerPlan, LayerShape, splits
@@ -60,6 +69,7 @@ def shared_memory_bytes(config: Config, dtype: str, codes: str = "") -> int:
         weight_rows * 4 if of.granularity == "channel" else 0,
         (2 * config.stages + 2 * config.codes_stages + 3 * config.consumers) * 8,
         ALIGNED if config.gather else 0,  # set aside for reductions
+        math.prod(handed_over(config)) * 4 if config.paired else 0,
         2 * STORED * GROUP if config.quantizes and not config.rows_first else 0,  # codes on their way out, beside rows
     )
     return sum(math.ceil(size / ALIGNED) * ALIGNED for size in buffers)
@@ -98,10 +108,15 @@ def config_misfit(config: Config, gated: bool, dtype: str, codes: str = "") -> s
             return f"{name}={size} must be at least 1"
     if not counts or any(c < 8 or c % 8 for c in counts) or list(counts) != sorted(set(counts)):
         return f"row_counts={counts} must be multiples of 8 in ascending order"
-    if gated and config.halves != 2:
+    if gated and config.whole.halves != 2:
         return f"halves={config.halves} must be 2: a gated projection keeps gate and up in one tile"
     if config.consumers > 2 or config.halves > 2:
-        return f"consumers={config.consumers} and halves={config.halves} must be at most 2, for the registers they need"
+        few = Codes.of(codes).four_bits and config.consumers <= MOST_CONSUMERS and config.tile_rows <= FEW_ROWS
+        if not few or config.halves > 1:
+            return (
+                f"consumers={config.consumers} and halves={config.halves} must be at most 2, for the registers they need; "
+                f"{MOST_CONSUMERS} and 1 for weights of four bits and at most {FEW_ROWS} rows"
+            )
     if config.cluster > 8:
         return f"cluster={config.cluster} must be at most 8, the blocks of a portable cluster"
     if config.stages < 2:
@@ -117,6 +132,11 @@ def config_misfit(config: Config, gated: bool, dtype: str, codes: str = "") -> s
         return (
             f"tile_k={config.tile_k} must be a multiple of {64 * config.depth}: with columns={config.columns} a stage holds "
             f"{config.depth} pieces of K, each of whole swizzled rows of 64 elements"
+        )
+    if config.paired and not (gated and config.halves == 1 and config.consumers % 2 == 0 and Codes.of(codes).four_bits):
+        return (
+            f"paired=True is for the gate and up of weights of four bits, with consumers={config.consumers} even and "
+            f"halves={config.halves} 1"
         )
     odd = [rows for rows in counts if not splits(rows, config)]
     if odd:

@@ -20,6 +20,10 @@ from tests.layers import normal
 from tests.lowering import assert_lowers_to_kernels, like, mosaic_code
 from tests.util import assert_discriminates, check_close
 
+PAIRS = {
+    "a pair": Config((8, 32), consumers=2, halves=1, tile_k=128, stages=3, paired=True),
+    "two pairs": Config((16, 64), consumers=4, halves=1, tile_k=64, stages=3, paired=True),
+}
 CASES = {
     "nvfp4": ("nvfp4", (3, 0, 20), 320, 192, {}),
     "nvfp4, gated, ragged": ("nvfp4", (3, 30), 192, 160, dict(gated=True, bias="float32")),
@@ -27,6 +31,21 @@ CASES = {
     "mxfp4": ("mxfp4", (3, 20), 192, 256, dict(gated=True)),
     "mxfp4, float16": ("mxfp4", (9, 3), 128, 128, dict(dtype="float16")),
     "int4": ("int4_group128", (3, 9), 192, 128, dict(gated=True)),
+    "nvfp4, a pair of consumers": (
+        "nvfp4",
+        (3, 0, 40, 7),
+        320,
+        2 * 80,
+        dict(gated=True, bias="float32", config=PAIRS["a pair"]),
+    ),
+    "mxfp4, two pairs": ("mxfp4", (3, 40), 192, 2 * 288, dict(gated=True, config=PAIRS["two pairs"])),
+    "four consumers": (
+        "nvfp4",
+        (9, 3, 50),
+        192,
+        320,
+        dict(config=Config((16, 64), consumers=4, halves=1, tile_k=128, stages=3)),
+    ),
     "int4, zero points": ("int4_group32_zp", (20, 3), 128, 80, dict(config=MANY)),
 }
 
@@ -53,6 +72,24 @@ def test_four_bits(name):
     assert out.dtype == x.dtype
     check_close(out, right, 6e-3)
     assert_discriminates(lambda y: check_close(y, right, 6e-3), out)
+
+
+@pytest.mark.parametrize("name", ["nvfp4, a pair of consumers", "mxfp4, two pairs", "four consumers"])
+def test_consumers_do_not_change_the_bits(name):
+    groups, x, weights, bias, gated, config = problem(name)
+    one = Config(config.row_counts, consumers=1, halves=2 if gated else 1, tile_k=128, stages=2)
+    operands = x, prepare(weights, x.dtype.name)
+    schedule = groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
+    again = kernel.grouped_matmul(
+        *operands,
+        *schedule,
+        bias,
+        ACT if gated else None,
+        config=one,
+        interpret=_compat.interpret_params(),
+        multiprocessors=2,
+    )
+    np.testing.assert_array_equal(np.asarray(run(name, operands[1])).view("u2"), np.asarray(again).view("u2"))
 
 
 @pytest.mark.once

@@ -129,8 +129,9 @@ class Codes:
             return refs[-1].at[wg]
         return plgpu.layout_cast(values, plgpu.Layout.WGMMA)
 
-    def scale(self, accs: Any, refs: Any, wg: Any, expert: Any) -> list[Any]:
-        """The sums of a tile, scaled by what all products of a row of weights share."""
+    def scale(self, accs: Any, refs: Any, wg: Any, expert: Any, own: int = 0) -> list[Any]:
+        """The sums of a tile, scaled by what all products of a row of weights share; all halves of it."""
+        assert own == 0, own
         if self._by_block:
             return list(accs)
         if self._by_channel:

@@ -17,6 +17,8 @@ from moe_jax.activations import Activation
 from moe_jax.kernels.hopper import tiles, views
 from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
 
+FEW_ROWS = 64  # of a tile, at most, that has one block
+
 
 class References(NamedTuple):
     """References of an epilogue in a kernel.
@@ -107,7 +109,7 @@ class Epilogue:
         self._marked, self._interpret = marked, interpret
         self._staged = views.Staged(config.consumers, config.columns, n_out, dtype, interpret)
         self._bias = None if bias_dtype is None else Columns(config, n_out, self._gated, bias_dtype, rows_first)
-        self._stores = stores
+        self._stores, self._most_rows = stores, config.tile_rows
         self.scratch = [*([self._staged.scratch] if stores else []), *(self._bias.scratch if self._bias else [])]
 
     def references(self, out_g: Any, bias_g: Any, scratch: Any) -> References:
@@ -131,7 +133,9 @@ class Epilogue:
             return [self._activation.apply(acc, divide=tiles.divide) for acc in accs]
         return list(accs)
 
-    def finish(self, refs: References, wg: Any, accs: Any, first_row: Any, size: Any, col: Any, below: int) -> None:
+    def finish(
+        self, refs: References, wg: Any, accs: Any, first_row: Any, size: Any, col: Any, below: int, turn: Any
+    ) -> None:
         """Stores a consumer's part of a tile.
 
         Args:
@@ -142,19 +146,24 @@ class Epilogue:
             size: rows of the tile, or their marks.
             col: first column of the output.
             below: so many rows it has at least, less one.
+            turn: number of the consumer's tile.
         """
         count = accs[0].shape[1]
         accs = self.activated(refs, wg, accs)
         blocks = [(half, start) for half in range(len(accs)) for start in range(0, count, views.STORED)]
+        # A tile of few rows is one block. Then tiles take the buffers in turn, and none waits until its own is read.
+        in_turn = self._most_rows <= FEW_ROWS and len(accs) == 1
+        first = lax.rem(turn, jnp.int32(2)) if in_turn else 0
         for i, (half, start) in enumerate(blocks):
             most = min(views.STORED, count - start)
             block = accs[half][:, start : start + most].astype(self._dtype)
             block = plgpu.layout_cast(block, plgpu.Layout.WGMMA_TRANSPOSED)
             # The block before the last has left its buffer. The interpreter counts copies, and a block may have none.
             plgpu.wait_smem_to_gmem(0 if self._interpret else 1, wait_read_only=True)
-            self._staged.fill(refs.out_s, wg, i % 2, block)
+            buffer = lax.rem(first + i, jnp.int32(2)) if in_turn else i % 2
+            self._staged.fill(refs.out_s, wg, buffer, block)
             plgpu.commit_smem()
-            place = refs.out_s, wg, i % 2
+            place = refs.out_s, wg, buffer
             to = refs.out_g, first_row, col + half * self._columns
             if self._marked:
                 self._staged.store_marked(*place, size, most, *to)
@@ -162,5 +171,5 @@ class Epilogue:
                 left = most if start + most <= below else size - start  # mostly known: few branches
                 self._staged.store_first(*place, left, most, refs.out_g, first_row + start, to[2])
             plgpu.commit_smem_to_gmem_group()
-        if len(blocks) % 2:  # the next tile begins with the first buffer again
+        if len(blocks) % 2 == (0 if in_turn else 1):  # the next tile begins with the buffer that was filled last
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -80,7 +80,7 @@ class Blocks:
             part = source.at[expert, row, pl.ds(step * self._deep, self._deep)]
             plgpu.copy_gmem_to_smem(part, target.at[slot, unit], full.at[slot])
 
-    def block(self, ref: Any, slot: Any, wg: Any, half: int, column: int, columns: int) -> Any:
+    def block(self, ref: Any, slot: Any, wg: Any, half: Any, column: int, columns: int) -> Any:
         """The one of a stage from `column` of its K on."""
         assert columns == SIDE, columns
         return ref.at[slot, wg * self._halves + half, column // SIDE]
@@ -155,10 +155,15 @@ class FourBits:
         counts = [4, *[self._layout.scale_words] * (2 if self._layout.spec.asymmetric else 1)]
         return [_words_of_threads(count) for count in counts]
 
-    def scale(self, accs: Any, refs: Any, wg: Any, expert: Any) -> list[Any]:
-        """The sums of a tile, times the factor of the matrix."""
-        last = self._factors - 1
-        factors = [refs[0][expert, min(half, last) if self._gated else 0] for half in range(self._halves)]
+    def scale(self, accs: Any, refs: Any, wg: Any, expert: Any, own: Any = 0) -> list[Any]:
+        """The sums of a tile, from its half `own` on, times the factor of the matrix."""
+
+        def factor(half):
+            if not self._gated or self._factors == 1:
+                return refs[0][expert, 0]
+            return refs[0][expert, own + half]
+
+        factors = [factor(half) for half in range(self._halves)]
         return [acc * factor for acc, factor in zip(accs, factors, strict=True)]
 
 

@@ -75,7 +75,8 @@ from moe_jax import _compat
 from moe_jax.activations import Activation
 from moe_jax.kernels.hopper import codes, four_bits, rows_by_token, tiles, views
 from moe_jax.kernels.hopper.epilogue import Epilogue
-from moe_jax.kernels.hopper.matmul_config import MOST_ROWS, WGMMA_ROWS, Config
+from moe_jax.kernels.hopper.matmul_config import MOST_ROWS, PRODUCER_REGISTERS, WGMMA_ROWS, Config, registers
+from moe_jax.kernels.hopper.pairs import Pairs
 from moe_jax.kernels.hopper.weight_tiles import KMajor, MMajor
 from moe_jax.quantization.prepared import PreparedArray
 
@@ -172,10 +173,12 @@ def grouped_matmul(
     dtype = rows.dtype
     tile_rows, tk, stages = config.tile_rows, config.tile_k, config.stages
     gathered = row_tokens is not None
+    of_producer = 56 if gathered else PRODUCER_REGISTERS
     total_rows = total_rows if shared or gathered else rows.shape[0]
     consumers, halves, block_cols = config.consumers, config.halves, config.columns
     wg_cols = block_cols if gated else halves * block_cols  # columns of the output that one consumer makes
-    tile_cols = consumers * wg_cols
+    whole = config.whole
+    tile_cols = whole.consumers * wg_cols
     n_tiles = pl.cdiv(n_out, tile_cols)
     k_steps = pl.cdiv(k, tk)
     cluster = config.cluster
@@ -194,9 +197,10 @@ def grouped_matmul(
         to_decode = weights, weight_scales, config, n_out, gated, dtype
         coded = codes.Codes(*to_decode, interpret=interpret is not None)
     bias_dtype = None if bias is None else bias.dtype
-    epilogue = Epilogue(config, n_out, dtype, activation, bias_dtype, marked=shared, interpret=interpret is not None)
+    epilogue = Epilogue(whole, n_out, dtype, activation, bias_dtype, marked=shared, interpret=interpret is not None)
+    pairs = Pairs(config, interpret is not None) if config.paired else None
     if four_bit:
-        of_weights = four_bits.Blocks(prepared, config, gated)
+        of_weights = four_bits.Blocks(prepared, whole, gated)
     elif transposed:
         of_weights = MMajor(config, dtype, transforms)
     else:
@@ -213,8 +217,10 @@ def grouped_matmul(
         refs = refs[4:]
         row_done = refs.pop(0) if gathered and interpret is not None else None
         of_codes = coded.references(scales_g, refs) if coded else None
+        of_pairs = [refs.pop(0) for _ in pairs.scratch] if pairs else None
         ends = epilogue.references(out_g, bias_g, refs)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
+        unit, own = pairs.place(wg) if pairs else (wg, 0)  # of a tile's columns; the first half that is summed
         m_tiles = count_g[0]
         my_tiles = tiles.share(m_tiles * n_steps, worker, workers)
 
@@ -228,30 +234,35 @@ def grouped_matmul(
 
         def consume(i):
             m, n = tile_at(i)
-            col = n * tile_cols + wg * wg_cols
-            epilogue.fetch_bias(ends, wg, group_g[m], col)
+            col = n * tile_cols + unit * wg_cols
+            ask = functools.partial(epilogue.fetch_bias, ends, unit, group_g[m], col)
+            pl.when(own == 0)(ask) if pairs else ask()
             if coded:
                 coded.fetch(of_codes, wg, group_g[m], col)
-            tiles.for_row_count(config.row_counts, rows_of(m), functools.partial(multiply, i * k_steps, m, col))
+            tiles.for_row_count(config.row_counts, rows_of(m), functools.partial(multiply, i, m, col))
 
-        def multiply(first_turn, m, col, count, below):
+        def multiply(i, m, col, count, below):
+            first_turn = i * k_steps
+
             def accumulate(*accs):
                 def multiply_step(step, slot):
                     plgpu.barrier_wait(full.at[slot])
                     if four_bit:
                         places = [(piece, half) for piece in range(operand.pieces) for half in range(halves)]
                         blocks = [
-                            of_weights.block(weights_s, slot, wg, half, p * swizzled, swizzled) for p, half in places
+                            of_weights.block(weights_s, slot, unit, own + half, p * swizzled, swizzled)
+                            for p, half in places
                         ]
                         words = [coded.words(block) for block in blocks]
                     for piece in range(operand.pieces):
                         b = operand.eights(rows_s).at[slot, piece, pl.ds(0, count)]
                         for half, acc in enumerate(accs):
-                            a = of_weights.block(weights_s, slot, wg, half, piece * swizzled, swizzled)
                             if four_bit:
                                 turn = piece * halves + half
                                 a = coded.decode(words[turn], of_codes, wg, turn)
-                            elif coded:
+                            else:
+                                a = of_weights.block(weights_s, slot, wg, half, piece * swizzled, swizzled)
+                            if coded and not four_bit:
                                 k_at = step * tk + piece * swizzled
                                 a = coded.decode(a, of_codes, wg, group_g[m], col, half, k_at)
                             plgpu.wgmma(acc, a, b.T)
@@ -270,8 +281,15 @@ def grouped_matmul(
 
             accs, mine = pl.run_scoped(accumulate, *[plgpu.ACC((WGMMA_ROWS, count)) for _ in range(halves)])
             if coded:
-                accs = coded.scale(accs, of_codes, wg, group_g[m])
-            epilogue.finish(ends, wg, accs, *mine, col, below)
+                accs = coded.scale(accs, of_codes, wg, group_g[m], own)
+
+            def finish(accs):
+                epilogue.finish(ends, unit, accs, *mine, col, below, i)
+
+            if pairs:
+                pairs.meet(of_pairs, wg, i, *accs, finish)
+            else:
+                finish(accs)
 
         def produce():
             by_token = rows_by_token.RowsByToken(rows_g, tile_rows, interpret is not None) if gathered else None
@@ -323,16 +341,17 @@ def grouped_matmul(
 
         @pl.when(wg < consumers)
         def _():
-            if consumers == 2:
-                # In all what the launch gave the block, 168 a thread: with more the kernel waits for them for ever.
-                plgpu.set_max_registers(224 if gathered else 240, action="increase")
+            if consumers > 1:
+                plgpu.set_max_registers(registers(consumers, of_producer), action="increase")
             pl.loop(0, my_tiles)(consume)
+            if pairs:
+                pairs.observe(of_pairs, wg, my_tiles)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == consumers)
         def _():
-            if consumers == 2:
-                plgpu.set_max_registers(56 if gathered else 24, action="decrease")
+            if consumers > 1:
+                plgpu.set_max_registers(of_producer, action="decrease")
             if gathered:
                 produce()
             else:
@@ -355,6 +374,7 @@ def grouped_matmul(
     if gathered and interpret is not None:
         scratch += [plgpu.Barrier(num_arrivals=1)]
     scratch += coded.scratch if coded else []
+    scratch += pairs.scratch if pairs else []
     scratch += epilogue.scratch
     return _compat.kernel(
         body,

@@ -24,7 +24,9 @@ _ROWS_FIRST = 128  # and with rows on the M side: `matmul_rows_first`
 MANY_PROMOTED = 256  # rows an expert from which on those are faster
 MOST_FOUR_BIT = 160  # rows of a tile, of weights of four bits: two decoded blocks stand in registers beside the sums
 MOST_FETCHED_FOUR_BIT = 144  # where the rows are fetched by their tokens, which takes registers from the consumers
+MOST_CONSUMERS = 4  # that decode four bits, of few rows
 MANY_FETCHED_FOUR_BIT = 192  # rows an expert from which on that was measured to pay
+PRODUCER_REGISTERS, _REGISTERS = 24, 64 * 1024  # of a producer's thread; of a multiprocessor
 _BETWEEN = 8  # columns that a multiprocessor could make in the time from one tile to the next, with one token
 
 
@@ -44,6 +46,7 @@ class Config:
     quantizes: bool = False  # rows of an up-projection are quantized as they leave it: `quantized_store`
     rows_first: bool = False  # 8-bit rows on the M side of wgmma, 64 a consumer, by 128 of weights: `matmul_rows_first`
     overlap: bool = True  # products of a step run while the next are issued; its stage is handed back after that
+    paired: bool = False  # gate and up of a tile are those of two consumers with a half each: `pairs`
     apart: bool = False  # the second consumer is a product behind the first: `matmul_rows_first`
     codes_stages: int = 0  # of the ring of four-bit codes that become FP8 weights (`fp8_from_four`); 0 without
 
@@ -51,6 +54,17 @@ class Config:
     def depth(self) -> int:
         """Pieces of K that a stage holds side by side."""
         return WGMMA_ROWS // self.columns
+
+    @property
+    def whole(self) -> Config:
+        """With both halves of a tile in the place of each pair of consumers.
+
+        Example:
+            >>> whole = Config(consumers=4, halves=1, paired=True).whole
+            >>> whole.consumers, whole.halves
+            (2, 2)
+        """
+        return dataclasses.replace(self, consumers=self.consumers // 2, halves=2, paired=False) if self.paired else self
 
     @property
     def stage_rows(self) -> int:
@@ -147,6 +161,20 @@ def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -
         return rounds * (config.columns + _BETWEEN)
 
     return min((narrow(columns) for columns in (64, 32, 16)), key=work)  # the widest of equal ones
+
+
+def registers(consumers: int, producer: int = PRODUCER_REGISTERS) -> int:
+    """Registers of a consumer's thread: what the launch gave all threads of a block, less those of the producer.
+
+    With more a kernel waits for them for ever.
+
+    Example:
+        >>> registers(2), registers(2, 56), registers(4)
+        (240, 224, 112)
+    """
+    warpgroups = consumers + 1
+    at_launch = _REGISTERS // (128 * warpgroups) // 8 * 8
+    return min(240, (at_launch * warpgroups - producer) // consumers // 8 * 8)
 
 
 def few_counts(config: Config) -> Config:

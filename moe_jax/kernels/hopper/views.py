@@ -104,7 +104,7 @@ class Staged:
         eights = tiled(shape, 8, dtype) if self._tiles else plgpu.SMEM(shape, dtype)
         self.scratch = plgpu.RefUnion(eights, tiled(shape, 1, dtype)) if self._union else eights
 
-    def fill(self, ref: Any, consumer: Any, buffer: int, block: Any) -> None:
+    def fill(self, ref: Any, consumer: Any, buffer: Any, block: Any) -> None:
         """Writes registers ``[64, rows]`` into the block, transposed."""
         part = (ref[0] if self._union else ref).at[consumer, buffer, pl.ds(0, block.shape[1])]
         if self._tiles:
@@ -112,7 +112,7 @@ class Staged:
         else:
             _compat.store_scattered(part.T, block)
 
-    def store(self, ref: Any, consumer: Any, buffer: int, first: Any, count: int, out: Any, row: Any, col: Any) -> None:
+    def store(self, ref: Any, consumer: Any, buffer: Any, first: Any, count: int, out: Any, row: Any, col: Any) -> None:
         """Sends `count` rows from `first` on to rows of `out` from `row` on, at column `col`."""
 
         def send(columns):
@@ -130,7 +130,7 @@ class Staged:
             pl.when((col < self._n_out) & (col + self._columns > self._n_out))(lambda: send(rest))
 
     def store_first(
-        self, ref: Any, consumer: Any, buffer: int, size: Any, most: int, out: Any, row: Any, col: Any
+        self, ref: Any, consumer: Any, buffer: Any, size: Any, most: int, out: Any, row: Any, col: Any
     ) -> None:
         """Sends the first `size` rows, or `most` if there are more: all together, or by eights and what is left row by row.
 
@@ -149,7 +149,7 @@ class Staged:
         send_first(send, size, most)
 
     def store_marked(
-        self, ref: Any, consumer: Any, buffer: int, marks: Any, most: int, out: Any, row: Any, col: Any
+        self, ref: Any, consumer: Any, buffer: Any, marks: Any, most: int, out: Any, row: Any, col: Any
     ) -> None:
         """Sends those of the first `most` rows whose bit is set in `marks`, to neighbouring rows."""
         for first in range(most):
