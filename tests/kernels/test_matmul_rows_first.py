@@ -20,7 +20,7 @@ from tests.layers import normal
 from tests.lowering import assert_lowers_to_kernels, like
 from tests.util import assert_discriminates, check_close
 
-CONFIG = Config((64, 128), tile_k=128, stages=2, overlap=False, rows_first=True, apart=True)
+CONFIG = Config((64, 128), tile_k=128, stages=2, overlap=False, rows_first=True)
 OTHER = Config((128,), tile_k=128, stages=2, overlap=False)
 
 

@@ -47,7 +47,6 @@ class Config:
     rows_first: bool = False  # 8-bit rows on the M side of wgmma, 64 a consumer, by 128 of weights: `matmul_rows_first`
     overlap: bool = True  # products of a step run while the next are issued; its stage is handed back after that
     paired: bool = False  # gate and up of a tile are those of two consumers with a half each: `pairs`
-    apart: bool = False  # the second consumer is a product behind the first: `matmul_rows_first`
     codes_stages: int = 0  # of the ring of four-bit codes that become FP8 weights (`fp8_from_four`); 0 without
 
     @property

@@ -136,7 +136,6 @@ def grouped_matmul(
         rows_s, weights_s, row_scales_s, out_s, full, empty = refs[:6]
         refs = refs[6:]
         of_codes = [refs.pop(0) for _ in decoder.scratch] if decoder else None
-        led = refs.pop(0) if config.apart else None
         ends = epilogue.references(None, bias_g, refs)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
         m_tiles = count_g[0]
@@ -144,14 +143,6 @@ def grouped_matmul(
 
         def tile_at(i):
             return tiles.visit(worker + i * workers, m_tiles, n_tiles, config.band)
-
-        def lead(slot):
-            if config.apart:
-                pl.when(wg == 0)(lambda: plgpu.barrier_arrive(led.at[slot]))
-
-        def follow(slot):
-            if config.apart:
-                pl.when(wg > 0)(lambda: plgpu.barrier_wait(led.at[slot]))
 
         def consume(i):
             m, n = tile_at(i)
@@ -163,7 +154,6 @@ def grouped_matmul(
             def _():
                 def skip(_, slot):
                     plgpu.barrier_wait(full.at[slot])
-                    follow(slot)
                     plgpu.barrier_arrive(empty.at[slot])
                     return tiles.next_slot(slot, stages)
 
@@ -186,7 +176,6 @@ def grouped_matmul(
                 slot, totals, of_weights = carry
                 following = of_blocks(step + 1)
                 plgpu.barrier_wait(full.at[slot])
-                follow(slot)
                 for group in range(groups):
                     scales = row_scales_s.at[slot, group, pl.ds(first_scale, row_stores.ROWS)]
                     a_scale = plgpu.load(scales, layout=plgpu.Layout.WGMMA.reduce(1))
@@ -197,10 +186,7 @@ def grouped_matmul(
                                 a = operand.eights(rows_s).at[slot, piece, pl.ds(first, row_stores.ROWS)]
                                 columns = pl.ds(half * COLUMNS, COLUMNS), pl.ds(piece * swizzled, swizzled)
                                 plgpu.wgmma(acc, a, weights_s.at[slot, *columns].T)
-                            found = acc[...]
-                            if half == group == 0:
-                                lead(slot)
-                            return found
+                            return acc[...]
 
                         part = pl.run_scoped(product, plgpu.ACC(shape, sums)).astype(jnp.float32)
                         return total + part * lax.broadcast_in_dim(a_scale * of_weights[group][half], shape, [0])
@@ -287,7 +273,6 @@ def grouped_matmul(
         plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
         *(decoder.scratch if decoder else []),
-        *([plgpu.Barrier(num_arrivals=1, num_barriers=stages)] if config.apart else []),
         *epilogue.scratch,
     ]
     result = _compat.kernel(

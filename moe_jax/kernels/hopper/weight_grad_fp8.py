@@ -44,13 +44,11 @@ class Config:
         stages: of the ring.
         band: tiles of left walked together before the next columns of right: what L2 holds at a time.
         buffers: blocks of 64 rows x 128 bytes of a consumer that are on their way to memory.
-        apart: the second consumer is a product behind the first, as in `matmul_rows_first`.
     """
 
     stages: int = 4
     band: int = 8
     buffers: int = 2
-    apart: bool = False
 
 
 def supports(left: Any, right: Any, out_dtype: Any) -> str | None:
@@ -107,9 +105,7 @@ def weight_grad(
         refs = list(refs)
         sums_g = refs.pop(0) if accumulate is not None else None
         out_g, left_s, right_s, out_s, full, empty = refs[:6]
-        refs = refs[6:]
-        led = refs.pop(0) if config.apart else None
-        stored = Refs(out_g, out_s, sums_g, refs[0] if accumulate is not None else None)
+        stored = Refs(out_g, out_s, sums_g, refs[6] if accumulate is not None else None)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
         my_tiles = tiles.share(total, worker, workers)
 
@@ -136,17 +132,12 @@ def weight_grad(
                 slot, totals, now = carry
                 following = scales(step + 1)
                 plgpu.barrier_wait(full.at[slot])
-                if config.apart:
-                    pl.when(wg > 0)(lambda: plgpu.barrier_wait(led.at[slot]))
 
                 def add(half, total):
                     def product(acc):
                         a = left_s.at[slot, pl.ds(wg * WGMMA_ROWS, WGMMA_ROWS)]
                         plgpu.wgmma(acc, a, right_s.at[slot, pl.ds(half * GROUP, GROUP)].T)
-                        found = acc[...]
-                        if config.apart and half == 0:
-                            pl.when(wg == 0)(lambda: plgpu.barrier_arrive(led.at[slot]))
-                        return found
+                        return acc[...]
 
                     return total + pl.run_scoped(product, plgpu.ACC(shape)) * now[half]
 
@@ -206,7 +197,6 @@ def weight_grad(
         store.buffers(n),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
-        *([plgpu.Barrier(num_arrivals=1, num_barriers=stages)] if config.apart else []),
     ]
     operands = [left, left_scales, right, right_scales, firsts, counts]
     if accumulate is not None:
