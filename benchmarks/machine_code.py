@@ -302,7 +302,9 @@ def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quanti
     )
     from_four = form.multiplies_codes and weights.spec.codes_per_value == 2
     if weights.spec.codes_per_value == 2 and not from_four:
-        rule = within_memory(four_bit(rule, activation is not None), "bfloat16", f"weights {weights.spec.dtype} group")
+        gated = activation is not None
+        rule = four_bit(rule, gated, n // 2 if gated else n, EXPERTS, ROWS / EXPERTS if rule.tile_rows > 64 else 8.0)
+        rule = within_memory(rule, "bfloat16", f"weights {weights.spec.dtype} group")
         config = dataclasses.replace(rule, **changes)
 
         def decode_four_bits(rows, weights, *schedule):

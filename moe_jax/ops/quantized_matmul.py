@@ -267,7 +267,9 @@ def _weight_only(
         if four_bits:
             from moe_jax.tuning.fit import within_memory
 
-            config = within_memory(four_bit(config, gated), rows.dtype.name, f"weights {weights.spec.dtype} group")
+            mean_rows = groups.num_rows / max(1, weights.shape[0])
+            config = four_bit(config, gated, n_out, likely_tiles, mean_rows)
+            config = within_memory(config, rows.dtype.name, f"weights {weights.spec.dtype} group")
     return kernel.grouped_matmul(
         rows,
         weights if four_bits else weights.values,

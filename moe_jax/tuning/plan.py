@@ -19,6 +19,7 @@ from moe_jax.kernels.hopper.matmul_config import (
     few_counts,
     four_bit,
     from_four_bits,
+    in_whole_steps,
     most_rows,
     pays_to_quantize,
     rows_first,
@@ -237,7 +238,10 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
         tile_rows = min(tile_rows, MOST_FOUR_BIT)
         gather = gather and tile_rows % 16 == 0 and tile_rows <= MOST_FETCHED_FOUR_BIT
         sides = (shape.gated, shape.intermediate_size), (False, shape.hidden_size)
-        up, down = (four_bit(default_config(tile_rows, gated, n_out, tiles), gated) for gated, n_out in sides)
+        up, down = (
+            four_bit(default_config(tile_rows, gated, n_out, tiles), gated, n_out, tiles, shape.mean_rows)
+            for gated, n_out in sides
+        )
         up = dataclasses.replace(up, gather=gather)
         return LayerPlan(tile_rows, *(within_memory(config, shape.dtype, shape.codes) for config in (up, down)))
     up = default_config(tile_rows, shape.gated, shape.intermediate_size, tiles)
@@ -245,6 +249,8 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
     down = default_config(tile_rows, False, shape.hidden_size, tiles)
     if shape.codes:
         up, down = few_counts(up), few_counts(down)
+    else:
+        up, down = in_whole_steps(up, shape.hidden_size), in_whole_steps(down, shape.intermediate_size)
     return LayerPlan(tile_rows, up, down)
 
 

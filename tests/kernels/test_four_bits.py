@@ -218,10 +218,24 @@ def test_what_it_does_not_run():
         kernel.grouped_matmul(x, weights, *schedule, None, None, config=Config((8, 24), consumers=1, columns=16))
 
 
-def test_tiles():
-    few = four_bit(Config((8,), consumers=1, columns=32, tile_k=256, stages=4), gated=True)
-    assert (few.columns, few.tile_k, few.consumers) == (64, 256, 1)
-    some = [four_bit(Config((8, 64), consumers=1, tile_k=128, stages=4), gated) for gated in (True, False)]
-    assert [(c.consumers, c.halves, c.tile_k) for c in some] == [(2, 2, 128), (2, 1, 256)]
-    many = four_bit(Config((128, 160), cluster=2, gather=True), gated=True)
+def test_tiles(monkeypatch):
+    """On 132 multiprocessors: what `_one_token` takes, and how many consumers decode."""
+    monkeypatch.setattr(_compat, "num_multiprocessors", lambda: 132)
+    one = Config((8,), consumers=1, columns=16, tile_k=512, stages=4)
+
+    def tiled(gated, n_out, tiles, config=one, mean_rows=1.0):
+        found = four_bit(config, gated, n_out, tiles, mean_rows)
+        assert found.cluster == 1 and found.paired == (gated and found.halves == 1)
+        return found.consumers, found.columns, found.tile_k
+
+    assert tiled(True, 2048, 1) == (2, 32, 256)  # 64 tiles
+    assert tiled(True, 768, 8) == (2, 64, 256)  # 96 of 64 columns
+    assert tiled(True, 14336, 2) == (4, 64, 128)  # two rounds of tiles of 128 columns
+    assert tiled(False, 7168, 1) == (1, 64, 256)
+    assert tiled(False, 2048, 8) == (2, 64, 256)
+    assert tiled(False, 4096, 8) == (4, 64, 128)
+    few = Config((8, 64), consumers=1, tile_k=128, stages=4)
+    assert [tiled(gated, 2048, 128, few) for gated in (True, False)] == [(2, 64, 128), (2, 64, 256)]
+    assert [tiled(gated, 2048, 128, few, 8.0) for gated in (True, False)] == [(4, 64, 128)] * 2
+    many = four_bit(Config((128, 160), cluster=2, gather=True), True, 768, 128, 256.0)
     assert (many.cluster, many.gather, many.tile_rows) == (1, True, 160)

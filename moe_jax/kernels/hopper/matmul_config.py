@@ -27,6 +27,8 @@ MOST_FETCHED_FOUR_BIT = 144  # where the rows are fetched by their tokens, which
 MOST_CONSUMERS = 4  # that decode four bits, of few rows
 MANY_FETCHED_FOUR_BIT = 192  # rows an expert from which on that was measured to pay
 PRODUCER_REGISTERS, _REGISTERS = 24, 64 * 1024  # of a producer's thread; of a multiprocessor
+_FEW_FOUR_BIT = (8, 16, 24, 32, 48)
+_MANY_CONSUMERS = 4  # rows an expert, of few, from which on four of them decode weights of four bits
 _BETWEEN = 8  # columns that a multiprocessor could make in the time from one tile to the next, with one token
 
 
@@ -155,11 +157,13 @@ def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -
         stages = 5 if gated and columns == WGMMA_ROWS else few.stages
         return dataclasses.replace(few, columns=columns, tile_k=128 * WGMMA_ROWS // columns, stages=stages)
 
-    def work(config):  # of the busiest multiprocessor
-        rounds = pl.cdiv(likely_tiles * pl.cdiv(n_out, config.columns), multiprocessors)
-        return rounds * (config.columns + _BETWEEN)
+    columns = min((64, 32, 16), key=lambda columns: _work(columns, n_out, likely_tiles))  # the widest of equal ones
+    return narrow(columns)
 
-    return min((narrow(columns) for columns in (64, 32, 16)), key=work)  # the widest of equal ones
+
+def _work(columns: int, n_out: int, likely_tiles: int) -> int:
+    """Of the busiest multiprocessor, with tiles of one token and so many columns."""
+    return pl.cdiv(likely_tiles * pl.cdiv(n_out, columns), _compat.num_multiprocessors()) * (columns + _BETWEEN)
 
 
 def registers(consumers: int, producer: int = PRODUCER_REGISTERS) -> int:
@@ -176,6 +180,23 @@ def registers(consumers: int, producer: int = PRODUCER_REGISTERS) -> int:
     return min(240, (at_launch * warpgroups - producer) // consumers // 8 * 8)
 
 
+def in_whole_steps(config: Config, k: int) -> Config:
+    """Steps of 64 of K in the place of 128 where the last would be half empty: few rows, 16-bit weights.
+
+    gpt-oss-120b, K = 2880, on an H100: layers of 128 and 1024 tokens 2094 us instead of 2111 and 2348 instead of 2375; where 128
+    divides K they take up to 2 % longer (2026-11-27-h100-variants.txt).
+
+    Example:
+        >>> few = Config((64,), consumers=1, tile_k=128, stages=4)
+        >>> in_whole_steps(few, 2880).tile_k, in_whole_steps(few, 2048).tile_k
+        (64, 128)
+    """
+    few = config.consumers == 1 and config.columns == WGMMA_ROWS and config.tile_rows > 8
+    if few and config.tile_k == 128 and 0 < k % 128 <= 64:
+        return dataclasses.replace(config, tile_k=64, stages=config.stages * 3 // 2)
+    return config
+
+
 def few_counts(config: Config) -> Config:
     """With fewer row counts, for kernels whose loops are long: each count has a copy of them.
 
@@ -187,37 +208,65 @@ def few_counts(config: Config) -> Config:
     return dataclasses.replace(config, row_counts=counts)
 
 
-def four_bit(config: Config, gated: bool) -> Config:
-    """The same tiles for weights of four bits: a stage of few rows takes more of K, and two consumers decode it; no clusters.
+def four_bit(config: Config, gated: bool, n_out: int, likely_tiles: int, mean_rows: float) -> Config:
+    """The same tiles for weights of four bits: a stage of few rows takes more of K, and more consumers decode it; no clusters.
+
+    Args:
+        config: of `default_config`.
+        gated: whether the activation takes gate and up.
+        n_out: columns of the output.
+        likely_tiles: as in `default_config`.
+        mean_rows: of an expert.
 
     With few rows decoding takes one consumer as long as a tile is on its way, and the epilogue comes on top: qwen3-235b, NVFP4,
-    16 tokens on an H100, down-projection 153 us with one consumer, 104 with two (2026-11-27-h100-variants.txt). One token is as
-    it was.
+    16 tokens on an H100, down-projection 153 us with one consumer, 104 with two. From 4 rows an expert on four are better, with a
+    copy of the loop for more row counts: mixtral-8x7b, 128 tokens, a layer 347 us instead of 386, of which row counts are 20;
+    qwen3-30b-a3b 149 instead of 151; with fewer rows up to 3 % worse (2026-11-27-h100-variants.txt). One token: `_one_token`.
 
-    Blocks of 64 rows are decoded whole (no narrow tiles). What ptxas says (`benchmarks/machine_code.py`): from 176 rows on, and
-    from 160 on where rows are fetched by their tokens, it lets every product wait for the one before, so that nothing is decoded
-    meanwhile. From 144 rows on it does so too with three row counts or more; up to 128 rows with none. So wide tiles have two row
-    counts. Narrower ones, with more counts, decode a matrix more often than they save products: qwen3-30b-a3b, NVFP4, 4096 tokens
-    on an H100, both projections: 500 us with 128 and 144 rows, 635 with six counts up to 160, 656 with five up to 128
-    (benchmarks/results/2026-11-27-h100-four-bits-many-rows.txt).
+    What ptxas says (`benchmarks/machine_code.py`): from 176 rows on, and from 160 on where rows are fetched by their tokens, it
+    lets every product wait for the one before, so that nothing is decoded meanwhile. From 144 rows on it does so too with three
+    row counts or more; up to 128 rows with none. So wide tiles have two row counts. Narrower ones, with more counts, decode a
+    matrix more often than they save products: qwen3-30b-a3b, NVFP4, 4096 tokens on an H100, both projections: 500 us with 128 and
+    144 rows, 635 with six counts up to 160, 656 with five up to 128 (benchmarks/results/2026-11-27-h100-four-bits-many-rows.txt).
 
     Example:
-        >>> four_bit(Config((8,), consumers=1, columns=16, tile_k=512), gated=True).tile_k
-        256
-        >>> four_bit(Config((64,), consumers=1), gated=False).halves
-        1
-        >>> four_bit(Config((64, 128, 136, 144)), gated=True).row_counts
+        >>> four_bit(Config((64,), consumers=1), False, 2048, 128, mean_rows=1.0).consumers
+        2
+        >>> four_bit(Config((64, 128, 136, 144)), True, 768, 128, mean_rows=256.0).row_counts
         (128, 144)
     """
+    config = dataclasses.replace(config, cluster=1, columns=WGMMA_ROWS)
+    if config.consumers == 1 and config.tile_rows <= 8:
+        return _one_token(config, gated, n_out, likely_tiles)
+    if config.consumers == 1 and mean_rows >= _MANY_CONSUMERS:
+        counts = tuple(c for c in _FEW_FOUR_BIT if c < config.tile_rows) + (config.tile_rows,)
+        return dataclasses.replace(config, row_counts=counts, consumers=4, halves=1, paired=gated, tile_k=128, stages=5)
     counts = tuple(c for c in few_counts(config).row_counts if c <= MOST_FOUR_BIT)
     if counts[-1] > _SOME[-1]:
         counts = (_SOME[-1], counts[-1])
-    wide = dict(row_counts=counts, cluster=1, columns=WGMMA_ROWS)
-    if config.consumers == 1:
-        wide |= dict(tile_k=256, stages=6)
-        if config.tile_rows > 8 and config.halves == 2:
-            wide |= dict(consumers=2) | (dict(tile_k=128) if gated else dict(halves=1))
-    return dataclasses.replace(config, **wide)
+    config = dataclasses.replace(config, row_counts=counts)
+    if config.consumers > 1:
+        return config
+    two = dict(halves=2, tile_k=128) if gated else dict(halves=1, tile_k=256)
+    return dataclasses.replace(config, consumers=2, stages=6, **two)
+
+
+def _one_token(config: Config, gated: bool, n_out: int, likely_tiles: int) -> Config:
+    """As many columns a tile as keep the busiest multiprocessor busy for the shortest time; the widest of equal ones.
+
+    A multiprocessor alone takes some 31 GB/s from memory, however many consumers wait for it: dsv3-ep8, NVFP4, on an H100, where
+    one expert's up-projection is 32 tiles of 64 columns, 19.5 us with two consumers, gate and up apart, 21.4 with one. So what
+    counts is that many have a tile, and the same number of them. A token of qwen3-235b: up 24.9 us with tiles of 128 columns,
+    28.6 of 64; down 14.5 us with tiles of 256 columns, 15.7 of 128; mixtral-8x7b down 26.8 us of 64, 37 of 128
+    (2026-11-27-h100-variants.txt).
+    """
+    pieces = (32, 64, 128) if gated else (32, 64, 128, 256)
+    columns = min(pieces, key=lambda columns: (_work(columns, n_out, likely_tiles), -columns))
+    decoders = max(1, columns // WGMMA_ROWS) * (2 if gated else 1)
+    tiles = dict(tile_k=128, stages=8) if decoders == 4 else dict(tile_k=256, stages=6)
+    return dataclasses.replace(
+        config, consumers=decoders, halves=1, paired=gated, columns=min(columns, WGMMA_ROWS), **tiles
+    )
 
 
 def eight_bit_tile_rows(mean_rows: float, num_pairs: int, promoted: bool = False) -> int:
