@@ -132,11 +132,10 @@ def config_misfit(config: Config, gated: bool, dtype: str, codes: str = "") -> s
         )
     if config.columns not in (64, 32, 16):
         return f"columns={config.columns} must be 64, 32 or 16"
-    depth = 1 if Codes.of(codes).four_bits else config.depth  # halves of blocks of codes lie where whole ones do
-    if config.tile_k % (64 * depth):
+    if config.tile_k % (64 * config.depth):
         return (
-            f"tile_k={config.tile_k} must be a multiple of {64 * depth}: with columns={config.columns} a stage holds "
-            f"{depth} pieces of K, each of whole swizzled rows of 64 elements"
+            f"tile_k={config.tile_k} must be a multiple of {64 * config.depth}: with columns={config.columns} a stage holds "
+            f"{config.depth} pieces of K, each of whole swizzled rows of 64 elements"
         )
     if config.paired and not (gated and config.halves == 1 and config.consumers % 2 == 0 and Codes.of(codes).four_bits):
         return (
