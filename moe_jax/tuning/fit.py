@@ -61,13 +61,9 @@ def shared_memory_bytes(config: Config, dtype: str, codes: str = "") -> int:
         row_scales = lines * held(config.tile_rows)
     buffers = (
         config.stages * config.tile_rows * config.tile_k * of_rows,
-        config.stages
-        * (weight_rows if of.four_bits else config.stage_rows // config.depth)
-        * config.tile_k
-        * of_weights,
+        config.stages * config.stage_rows * config.tile_k // config.depth * of_weights,
         config.codes_stages * weight_rows * config.tile_k * _OF_FP4,
-        config.whole.consumers
-        * (64 * 128 if config.rows_first else 2 * STORED * COLUMNS * item),  # rows on their way out
+        config.whole.consumers * (64 * 128 if config.rows_first else 2 * STORED * COLUMNS * item),  # rows on their way out
         weight_rows * 4 * (2 if config.rows_first else 1),  # a bias: of 64 rows of weights for each consumer, or of all
         row_scales * 4,
         weight_rows * 4 if of.granularity == "channel" else 0,
@@ -168,11 +164,8 @@ def check_config(config: Config, gated: bool, dtype: str, codes: str = "", known
 
 def _four_bit_misfit(config: Config) -> str | None:
     """What the kernel of weights of four bits cannot do beyond that."""
-    if config.columns not in (WGMMA_ROWS, WGMMA_ROWS // 2) or (config.columns != WGMMA_ROWS and config.tile_rows > 8):
-        return (
-            f"columns={config.columns} must be {WGMMA_ROWS} for weights of four bits, as many as a block has rows, or "
-            f"{WGMMA_ROWS // 2} with tiles of 8 rows"
-        )
+    if config.columns != WGMMA_ROWS:
+        return f"columns={config.columns} must be {WGMMA_ROWS} for weights of four bits: a block has so many rows"
     most = MOST_FETCHED_FOUR_BIT if config.gather and config.consumers == 2 else MOST_FOUR_BIT
     if config.tile_rows > most:
         fetched = ", with rows fetched by their tokens," if config.gather else ""

@@ -30,7 +30,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -49,10 +48,7 @@ def supports(weights: PreparedArray, rows: Any) -> str | None:
 
 
 class Blocks:
-    """How a stage of the ring holds prepared weights: as `weight_tiles.KMajor` does others, in blocks.
-
-    With 32 columns a tile takes half of each block: the codes and scales of two of a warpgroup's four warps. The other two decode
-    what lies there, for rows of the output that are dropped.
+    """How a stage of the ring holds prepared weights: as `weight_tiles.KMajor` does others, in whole blocks.
 
     Args:
         weights: ``[E, N, K]``.
@@ -69,37 +65,20 @@ class Blocks:
         self._rows_first = config.rows_first  # a stage holds all blocks of the gate first
         self._blocks = weights.values.shape[1] // weights.halves
         self._deep = config.tile_k // columns
-        self._units = config.consumers * config.halves
-        self._narrow, self._scale_words = config.columns < SIDE, weights.layout.scale_words
-        scales = (weights.layout.shape[0] - CODE_LINES) // self._scale_words  # scales alone, or zero points too
-        self._scale_lines = [CODE_LINES + i * self._scale_words for i in range(scales)]
-        self.copies = self._units * (self._deep * (1 + scales) if self._narrow else 1)
-        shape = (config.stages if stages is None else stages, self._units, self._deep, *weights.layout.shape)
+        self.copies = config.consumers * config.halves
+        shape = (config.stages if stages is None else stages, self.copies, self._deep, *weights.layout.shape)
         self.scratch = plgpu.SMEM(shape, jnp.int32)
 
     def fetch(self, source: Any, target: Any, expert: Any, n: Any, step: Any, slot: Any, full: Any) -> None:
         """Asks for the blocks of a step of tile column `n`: of each consumer gate and up, or neighbours."""
-        for unit in range(self._units):
+        for unit in range(self.copies):
             if self._gated:
                 wg, half = divmod(unit, self._halves) if not self._rows_first else divmod(unit, self._consumers)[::-1]
-                first, row = half * self._blocks, n * self._consumers + wg
+                row = half * self._blocks + n * self._consumers + wg
             else:
-                first, row = 0, n * self._units + unit
-            if self._narrow:
-                place = expert, first + lax.div(row, jnp.int32(2))
-                self._fetch_half(source, target, place, lax.rem(row, jnp.int32(2)), step, (slot, unit), full.at[slot])
-                continue
-            part = source.at[expert, first + row, pl.ds(step * self._deep, self._deep)]
+                row = n * self.copies + unit
+            part = source.at[expert, row, pl.ds(step * self._deep, self._deep)]
             plgpu.copy_gmem_to_smem(part, target.at[slot, unit], full.at[slot])
-
-    def _fetch_half(self, source: Any, target: Any, place: Any, side: Any, step: Any, at: Any, full: Any) -> None:
-        """Of each block the first or the second 32 rows, to where the first belong: a copy fills neighbouring bytes alone."""
-        lines = CODE_LINES // 2
-        for deep in range(self._deep):
-            block, into = source.at[*place, step * self._deep + deep], target.at[*at, deep]
-            plgpu.copy_gmem_to_smem(block.at[pl.ds(side * lines, lines)], into.at[pl.ds(0, lines)], full)
-            for line in self._scale_lines:  # one for both halves, or for each: see `FourBits.words`
-                plgpu.copy_gmem_to_smem(block.at[line + (side if self._scale_words == 2 else 0)], into.at[line], full)
 
     def block(self, ref: Any, slot: Any, wg: Any, half: Any, column: int, columns: int) -> Any:
         """The one of a stage from `column` of its K on."""
@@ -120,12 +99,12 @@ class FourBits:
     under_way = 1  # products that read registers while the next block is decoded
 
     def __init__(self, weights: PreparedArray, config: Config, gated: bool, *, interpret: bool):
-        if config.columns not in (SIDE, SIDE // 2):
+        if config.columns != SIDE:
             raise ValueError(
-                f"config.columns={config.columns} must be {SIDE} or {SIDE // 2}: a block of codes has {SIDE} rows; use four_bit()"
+                f"config.columns={config.columns} must be {SIDE}: a block of codes has so many rows; use four_bit()"
             )
         self._layout, self._gated, self._halves, self._interpret = weights.layout, gated, config.halves, interpret
-        self._dtype, self._factors, self._columns = jnp.dtype(weights.row_dtype), weights.halves, config.columns
+        self._dtype, self._factors = jnp.dtype(weights.row_dtype), weights.halves
         decoded_blocks = (config.consumers, 2, SIDE, SIDE)
         self.scratch = [plgpu.SMEM(decoded_blocks, self._dtype)] if interpret else []
 
@@ -136,34 +115,21 @@ class FourBits:
     def fetch(self, refs: Any, wg: Any, expert: Any, col: Any) -> None:
         """Nothing: scales come with codes."""
 
-    def words(self, block: Any, col: Any, half: int) -> tuple[Any, ...]:
-        """What each thread loads of a block, for `decode`: asked for ahead, it has come when it is decoded.
-
-        Args:
-            block: in shared memory.
-            col: the first of the consumer's columns.
-            half: of the tile.
-        """
-        layout, types = self._layout, self._words
-        scale_words, first = layout.scale_words, 0
-        if self._columns < SIDE and scale_words == 1:  # of one line for both halves of a block
-            strip = lax.div(col if self._gated else col + half * self._columns, jnp.int32(self._columns))
-            first = lax.rem(strip, jnp.int32(2)) * (LANES // 2)
+    def words(self, block: Any) -> tuple[Any, ...]:
+        """What each thread loads of a block, for `decode`: asked for ahead, it has come when it is decoded."""
         if self._interpret:
-            lines = [block[pl.ds(0, CODE_LINES)]]
-            lines += [_turned(block[pl.ds(line, 1)], first) for line in range(CODE_LINES, layout.shape[0])]
-            return (jnp.concatenate(lines),)
+            return (block[...],)
+        layout, types = self._layout, self._words
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(types), return_type=tuple(types))
-        def run(ctx, block, *scales):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=tuple(types))
+        def run(ctx, block):
             del ctx
-            codes = _compat_words.load_words(block, 0, 4, 1)
-            return (codes, *(_compat_words.load_words(ref, 0, scale_words, 4) for ref in scales))
+            scale_words = layout.scale_words
+            places = [(0, 4, 1)]
+            places += [(CODE_LINES * LANES + LANES * scale_words * i, scale_words, 4) for i in range(len(types) - 1)]
+            return tuple(_compat_words.load_words(block, *place) for place in places)
 
-        lines = [CODE_LINES + scale_words * i for i in range(len(types) - 1)]
-        if isinstance(first, int):
-            return run(block, *(block.at[pl.ds(line, scale_words)] for line in lines))
-        return run(block, *(block.at[line, pl.ds(first, LANES // 2)] for line in lines))
+        return run(block)
 
     def decode(self, words: tuple[Any, ...], refs: Any, wg: Any, turn: int) -> Any:
         """A block as an operand of wgmma; `turn` counts them."""
@@ -199,12 +165,6 @@ class FourBits:
 
         factors = [factor(half) for half in range(self._halves)]
         return [acc * factor for acc, factor in zip(accs, factors, strict=True)]
-
-
-def _turned(line: Any, first: Any) -> Any:
-    """A line from its word number `first` on, 0 or half a line."""
-    turned = jnp.concatenate([line[:, LANES // 2 :], line[:, : LANES // 2]], axis=1)
-    return line if isinstance(first, int) else jnp.where(first > 0, turned, line)
 
 
 def _words_of_threads(count: int) -> Any:

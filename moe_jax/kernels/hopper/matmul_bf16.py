@@ -253,7 +253,7 @@ def grouped_matmul(
                             of_weights.block(weights_s, slot, unit, own + half, p * swizzled, swizzled)
                             for p, half in places
                         ]
-                        words = [coded.words(block, col, half) for block, (_, half) in zip(blocks, places, strict=True)]
+                        words = [coded.words(block) for block in blocks]
                     for piece in range(operand.pieces):
                         b = operand.eights(rows_s).at[slot, piece, pl.ds(0, count)]
                         for half, acc in enumerate(accs):
