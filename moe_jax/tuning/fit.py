@@ -63,7 +63,8 @@ def shared_memory_bytes(config: Config, dtype: str, codes: str = "") -> int:
         config.stages * config.tile_rows * config.tile_k * of_rows,
         config.stages * config.stage_rows * config.tile_k // config.depth * of_weights,
         config.codes_stages * weight_rows * config.tile_k * _OF_FP4,
-        config.whole.consumers * (64 * 128 if config.rows_first else 2 * STORED * COLUMNS * item),  # rows on their way out
+        config.whole.consumers
+        * (64 * 128 if config.rows_first else 2 * STORED * COLUMNS * item),  # rows on their way out
         weight_rows * 4 * (2 if config.rows_first else 1),  # a bias: of 64 rows of weights for each consumer, or of all
         row_scales * 4,
         weight_rows * 4 if of.granularity == "channel" else 0,

@@ -242,6 +242,7 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
             four_bit(default_config(tile_rows, gated, n_out, tiles), gated, n_out, tiles, shape.mean_rows)
             for gated, n_out in sides
         )
+        up, down = in_whole_steps(up, shape.hidden_size), in_whole_steps(down, shape.intermediate_size)
         up = dataclasses.replace(up, gather=gather)
         return LayerPlan(tile_rows, *(within_memory(config, shape.dtype, shape.codes) for config in (up, down)))
     up = default_config(tile_rows, shape.gated, shape.intermediate_size, tiles)

@@ -204,8 +204,8 @@ def test_tiles(monkeypatch):
         assert found.cluster == 1 and found.paired == (gated and found.halves == 1)
         return found.consumers, found.columns, found.tile_k
 
-    assert tiled(True, 2048, 1) == (2, 32, 256)  # 64 tiles
-    assert tiled(True, 768, 8) == (2, 64, 256)  # 96 of 64 columns
+    assert tiled(True, 2048, 1) == (2, 64, 256)  # 32 tiles
+    assert tiled(True, 768, 8) == (2, 64, 256)  # 96
     assert tiled(True, 14336, 2) == (4, 64, 128)  # two rounds of tiles of 128 columns
     assert tiled(False, 7168, 1) == (1, 64, 256)
     assert tiled(False, 2048, 8) == (2, 64, 256)

@@ -181,19 +181,23 @@ def registers(consumers: int, producer: int = PRODUCER_REGISTERS) -> int:
 
 
 def in_whole_steps(config: Config, k: int) -> Config:
-    """Steps of 64 of K in the place of 128 where the last would be half empty: few rows, 16-bit weights.
+    """Steps of 64 of K in the place of 128 where the last would be half empty, for few rows; of 192 for weights of four bits.
 
-    gpt-oss-120b, K = 2880, on an H100: layers of 128 and 1024 tokens 2094 us instead of 2111 and 2348 instead of 2375; where 128
-    divides K they take up to 2 % longer (2026-11-27-h100-variants.txt).
+    gpt-oss-120b, K = 2880, on an H100, layers of 128 and 1024 tokens: bfloat16 2094 us instead of 2111 and 2348 instead of 2375,
+    MXFP4 597 instead of 600 and 756 instead of 764. Where 128 divides K they take up to 2 % longer
+    (2026-11-27-h100-variants.txt).
 
     Example:
         >>> few = Config((64,), consumers=1, tile_k=128, stages=4)
         >>> in_whole_steps(few, 2880).tile_k, in_whole_steps(few, 2048).tile_k
         (64, 128)
     """
-    few = config.consumers == 1 and config.columns == WGMMA_ROWS and config.tile_rows > 8
-    if few and config.tile_k == 128 and 0 < k % 128 <= 64:
+    if config.tile_k != 128 or config.tile_rows <= 8 or config.columns < WGMMA_ROWS or not 0 < k % 128 <= 64:
+        return config
+    if config.consumers == 1:
         return dataclasses.replace(config, tile_k=64, stages=config.stages * 3 // 2)
+    if config.consumers == 4 and k % 192 == 0:
+        return dataclasses.replace(config, tile_k=192, stages=3)
     return config
 
 
@@ -254,19 +258,18 @@ def four_bit(config: Config, gated: bool, n_out: int, likely_tiles: int, mean_ro
 def _one_token(config: Config, gated: bool, n_out: int, likely_tiles: int) -> Config:
     """As many columns a tile as keep the busiest multiprocessor busy for the shortest time; the widest of equal ones.
 
-    A multiprocessor alone takes some 31 GB/s from memory, however many consumers wait for it: dsv3-ep8, NVFP4, on an H100, where
-    one expert's up-projection is 32 tiles of 64 columns, 19.5 us with two consumers, gate and up apart, 21.4 with one. So what
-    counts is that many have a tile, and the same number of them. A token of qwen3-235b: up 24.9 us with tiles of 128 columns,
-    28.6 of 64; down 14.5 us with tiles of 256 columns, 15.7 of 128; mixtral-8x7b down 26.8 us of 64, 37 of 128
-    (2026-11-27-h100-variants.txt).
+    A multiprocessor decodes no more than some 31 GB/s of codes, with two consumers as with four. So what counts is how many have
+    a tile, and that they have the same number of them; two consumers to a tile, gate and up apart, instead of one are worth 5 to
+    10 %. One token on an H100, NVFP4: qwen3-235b up 25.1 us with tiles of 128 columns and four consumers, 27.5 of 64 and two, 28.6
+    of 64 and one; down 14.6 us of 256 columns, 15.7 of 128; dsv3-ep8 up, 32 tiles of 64, 19.5 us and 21.4; mixtral-8x7b down 26.8
+    us of 64, 37 of 128. Tiles of 32 columns, half a block, are worse, for two of a consumer's four warps then have nothing to
+    decode: qwen3-235b up 36.6 us, dsv3-ep8 21.4, mixtral-8x7b 79.8 (2026-11-27-h100-variants.txt).
     """
-    pieces = (32, 64, 128) if gated else (32, 64, 128, 256)
+    pieces = (64, 128) if gated else (64, 128, 256)
     columns = min(pieces, key=lambda columns: (_work(columns, n_out, likely_tiles), -columns))
-    decoders = max(1, columns // WGMMA_ROWS) * (2 if gated else 1)
-    tiles = dict(tile_k=128, stages=8) if decoders == 4 else dict(tile_k=256, stages=6)
-    return dataclasses.replace(
-        config, consumers=decoders, halves=1, paired=gated, columns=min(columns, WGMMA_ROWS), **tiles
-    )
+    consumers = columns // WGMMA_ROWS * (2 if gated else 1)
+    tiles = dict(tile_k=128, stages=8) if consumers == 4 else dict(tile_k=256, stages=6)
+    return dataclasses.replace(config, consumers=consumers, halves=1, paired=gated, **tiles)
 
 
 def eight_bit_tile_rows(mean_rows: float, num_pairs: int, promoted: bool = False) -> int:
