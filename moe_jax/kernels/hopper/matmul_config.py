@@ -260,10 +260,10 @@ def _one_token(config: Config, gated: bool, n_out: int, likely_tiles: int) -> Co
 
     A multiprocessor decodes no more than some 31 GB/s of codes, with two consumers as with four. So what counts is how many have
     a tile, and that they have the same number of them; two consumers to a tile, gate and up apart, instead of one are worth 5 to
-    10 %. One token on an H100, NVFP4: qwen3-235b up 25.1 us with tiles of 128 columns and four consumers, 27.5 of 64 and two, 28.6
-    of 64 and one; down 14.6 us of 256 columns, 15.7 of 128; dsv3-ep8 up, 32 tiles of 64, 19.5 us and 21.4; mixtral-8x7b down 26.8
-    us of 64, 37 of 128. Tiles of 32 columns, half a block, are worse, for two of a consumer's four warps then have nothing to
-    decode: qwen3-235b up 36.6 us, dsv3-ep8 21.4, mixtral-8x7b 79.8 (2026-11-27-h100-variants.txt).
+    10 %. One token on an H100, NVFP4: qwen3-235b up 25.1 us with tiles of 128 columns and four consumers, 27.5 of 64 and two,
+    28.6 of 64 and one; down 14.6 us of 256 columns, 15.7 of 128; dsv3-ep8 up, 32 tiles of 64, 19.5 us and 21.4; mixtral-8x7b
+    down 26.8 us of 64, 37 of 128. Tiles of 32 columns, half a block, are worse, for two of a consumer's four warps then have
+    nothing to decode: qwen3-235b up 36.6 us, dsv3-ep8 21.4, mixtral-8x7b 79.8 (2026-11-27-h100-variants.txt).
     """
     pieces = (64, 128) if gated else (64, 128, 256)
     columns = min(pieces, key=lambda columns: (_work(columns, n_out, likely_tiles), -columns))
