@@ -64,6 +64,8 @@ JOBS = {
     job.name: job
     for job in (
         _bench("bf16", "--compare", "torch,vllm,tokamax"),
+        # It tunes itself for a minute or more at each cell.
+        _bench("sonicmoe", "--compare", "sonicmoe", "--tokens", "4096,16384", seconds=560.0),
         _bench("fp8_block", "--quantization", "fp8_block", "--compare", "vllm,deepgemm"),
         _bench("fp8_channel", "--quantization", "fp8_channel", "--compare", "torch,vllm,cutlass"),
         _bench("nvfp4", "--quantization", "nvfp4", seconds=300.0),

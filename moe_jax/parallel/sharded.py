@@ -56,7 +56,10 @@ def moe_sharded(
         shared: the shared expert, as `place_shared` gives it.
         num_tokens: int32, for each shard how many of its T / shards rows are tokens; the outputs of the others are zero.
         correction_bias, input_ids, hash_indices_table, key, plan, implementation: as in `moe_jax.moe`.
-        chunks: parts that the tokens of a rank are taken in: the exchange of one can overlap with the experts of another.
+        chunks: parts that the tokens of a rank are taken in: the exchange of one can overlap with the experts of another. Experts
+            then have fewer rows at a time and read their weights once more: on two H100s over NVLink, 4096 tokens a rank of
+            DeepSeek-V3's shape in FP8, two chunks take 5.74 ms instead of 4.41, of which 0.33 were the exchange
+            (benchmarks/results/2026-11-27-h100x2-exchange-chunks.json). It may pay where the exchange takes longer.
         return_dropped: also return how many (token, slot) pairs of all ranks were dropped: an int32 scalar, zero but for
             `Batched` with ``overflow="drop"``.
 

@@ -20,9 +20,11 @@ rows): NVFP4 2.3, MXFP4 2.1, int4 2.6, with a scale and a zero point for each 32
 ptxas lets products wait for each other where registers run short, and nothing is decoded meanwhile: `matmul_config.four_bit`
 says when, and what that costs.
 
-NVFP4 on an H100, qwen3-30b-a3b, the kernels of a layer (benchmarks/results, 2026-11-27-h100-variants.txt and -nvfp4-layer.json,
-Marlin in -four-bits-peers.txt): 98, 161, 244, 570 and 2245 us at 16, 128, 1024, 4096 and 16384 tokens; Marlin 119, 183, 547, 1592
-and 5681; bfloat16 271, 419, 487, 686 and 2106. 128 tokens were measured with one consumer, which has two since.
+NVFP4 on an H100, qwen3-30b-a3b, the kernels of a layer (benchmarks/results, 2026-11-27-h100-nvfp4-few-layer.json and
+-nvfp4-layer.json, Marlin in -four-bits-peers.txt): 98, 149, 253, 570 and 2245 us at 16, 128, 1024, 4096 and 16384 tokens; Marlin
+119, 183, 547, 1592 and 5681; bfloat16 271, 419, 487, 686 and 2106. At 128 tokens the up-projection reads memory at 2.66 TB/s, 87 %
+of what sums read, the down-projection, whose tiles are short, at 2.29; integer units are busy 43 and 36 % of the time
+(2026-11-27-h100-counters.txt).
 """
 
 from __future__ import annotations
