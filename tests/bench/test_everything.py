@@ -86,7 +86,7 @@ def test_results_go_where_they_are_looked_for(tmp_path):
 def test_errors(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"job 'both' needs 2 GPUs, but there are 1; leave it out"):
         run_all([job("both", 0, gpus=2)], 1, 1.0, tmp_path)
-    with pytest.raises(typer.BadParameter, match="job 'fast' must be one of bf16, fp8_block"):
+    with pytest.raises(typer.BadParameter, match="job 'fast' must be one of bf16, sonicmoe, fp8_block"):
         everything.main(tmp_path, 1.0, ["fast"])
     monkeypatch.setattr(everything, "count_gpus", lambda: 0)
     with pytest.raises(typer.BadParameter, match="no GPU here"):

@@ -22,8 +22,8 @@ says when, and what that costs.
 
 NVFP4 on an H100, qwen3-30b-a3b, the kernels of a layer (benchmarks/results, 2026-11-27-h100-nvfp4-few-layer.json and
 -nvfp4-layer.json, Marlin in -four-bits-peers.txt): 98, 149, 253, 570 and 2245 us at 16, 128, 1024, 4096 and 16384 tokens; Marlin
-119, 183, 547, 1592 and 5681; bfloat16 271, 419, 487, 686 and 2106. At 128 tokens the up-projection reads memory at 2.66 TB/s, 87 %
-of what sums read, the down-projection, whose tiles are short, at 2.29; integer units are busy 43 and 36 % of the time
+119, 183, 547, 1592 and 5681; bfloat16 271, 419, 487, 686 and 2106. At 128 tokens the up-projection reads memory at 2.66 TB/s,
+87 % of what sums read, the down-projection, whose tiles are short, at 2.29; integer units are busy 43 and 36 % of the time
 (2026-11-27-h100-counters.txt).
 """
 

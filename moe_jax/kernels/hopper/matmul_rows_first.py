@@ -15,11 +15,12 @@ random size: mixtral-8x7b, 2048 rows an expert, 3174 us instead of 3521 (1213 TF
 qwen3-235b, 1024 rows, 2926 instead of 3162. With 256 rows the times are equal, 241 and 238 us (qwen3-30b-a3b), but for rows that
 are quantized as they leave: 244 and 253. With 128 rows 423 us instead of 367: the rule is `matmul_config.rows_first`.
 
-What binds large products is power (2026-11-27-h100-counters.txt, -fp8-power.txt). mixtral-8x7b, 4096 tokens, a cool GPU, one run of
-each kernel: the clock sinks to 1.54 GHz of 1.98, the tensor cores are busy 73 % (up) and 80 % (down) of the time, memory is read at
-1.7 of 3.06 TB/s; run again and again the layer takes 10 % longer than the sum of its kernels. Without gain, and out again: a second
-consumer that stays a product behind the first, so that sums are added up by one while the other multiplies (mixtral-8x7b, 16384
-tokens: 5 to 10 % longer, qwen3-235b 3 % shorter). Bands of 4, 16 and 34 row tiles: within what the clock varies.
+What binds large products is power (2026-11-27-h100-counters.txt, -fp8-power.txt). mixtral-8x7b, 4096 tokens, a cool GPU, one run
+of each kernel: the clock sinks to 1.54 GHz of 1.98, the tensor cores are busy 73 % (up) and 80 % (down) of the time, memory is
+read at 1.7 of 3.06 TB/s; run again and again the layer takes 10 % longer than the sum of its kernels. Without gain, and out
+again: a second consumer that stays a product behind the first, so that sums are added up by one while the other multiplies
+(mixtral-8x7b, 16384 tokens: 5 to 10 % longer, qwen3-235b 3 % shorter). Bands of 4, 16 and 34 row tiles: within what the clock
+varies.
 """
 
 from __future__ import annotations
