@@ -38,6 +38,15 @@ _MANY_ROWS: tuple[dict[str, Any], ...] = (
     {"cluster": 1, "gather": True},
     {"gather": False},
 )
+# Weights of four bits are decoded by up to four consumers; gate and up by one, or by two: what one cannot have is left out.
+_FEW_FOUR_BIT: tuple[dict[str, Any], ...] = (
+    {},
+    *({"tile_k": tile_k} for tile_k in (128, 192, 256)),
+    *({"consumers": consumers, "halves": 2, "paired": False} for consumers in (1, 2)),
+    *({"consumers": consumers, "halves": 1, "paired": False} for consumers in (1, 2, 4)),
+    *({"consumers": consumers, "halves": 1, "paired": True} for consumers in (2, 4)),
+    {"overlap": True},
+)
 # 8-bit rows have no clusters and are not fetched by their tokens; a stage takes 128 of K in the place of 64.
 _FEW_EIGHT_BIT: tuple[dict[str, Any], ...] = (
     {},
@@ -105,6 +114,7 @@ def _variants(base: Config, shape: LayerShape, gated: bool, up: bool) -> list[Co
     """`base`, then its changes, each with as many stages as shared memory holds."""
     found = [base]
     changes = (_FEW_EIGHT_BIT, _MANY_EIGHT_BIT) if Codes.of(shape.codes).both else (_FEW_ROWS, _MANY_ROWS)
+    changes = (_FEW_FOUR_BIT, _MANY_ROWS) if Codes.of(shape.codes).four_bits else changes
     more = _FROM_FOUR_BITS if Codes.of(shape.codes).from_four_bits else ()
     for change in (*changes[base.tile_rows > 64], *more):
         config = dataclasses.replace(base, **change)

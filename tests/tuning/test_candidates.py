@@ -14,7 +14,7 @@ from moe_jax.activations import get_activation
 from moe_jax.kernels.hopper import matmul_bf16 as kernel
 from moe_jax.kernels.hopper import matmul_fp8, matmul_rows_first
 from moe_jax.kernels.hopper.matmul_config import Config
-from moe_jax.quantization import Spec
+from moe_jax.quantization import Spec, prepare, quant_format, quantize
 from moe_jax.tuning.candidates import candidates
 from moe_jax.tuning.fit import SHARED_MEMORY, config_misfit, misfit, shared_memory_bytes
 from moe_jax.tuning.plan import Codes, LayerPlan, LayerShape, default_plan
@@ -151,6 +151,29 @@ def test_the_memory_of_codes_and_scales(shape, asked):
             assert with_bias <= estimate <= with_bias + 2 * 1024
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("name", "pairs"), [("nvfp4", 1), ("nvfp4", 128), ("nvfp4", 5120), ("int4_group32_zp", 1024)])
+def test_the_memory_of_four_bits(name, pairs, gated, asked):
+    """Of the most scales that codes may have: those of the formats here."""
+    spec = quant_format(name).weights
+    shape = LayerShape(128, pairs, 2048, 768, gated, "bfloat16", f"weights {spec.dtype} group")
+    like = jax.ShapeDtypeStruct
+    weights = like((2, 512, 256), jnp.bfloat16)
+    weights = jax.eval_shape(lambda w: prepare(quantize(w, spec, halves=2 if gated else 1)), weights)
+    paired = set()
+    for plan in candidates(shape):
+        config, act = (plan.up, get_activation("silu")) if gated else (plan.down, None)
+        rows, vector = like((2 * config.tile_rows, 256), jnp.bfloat16), like((2,), jnp.int32)
+        schedule, bias = [vector] * 3 + [like((1,), jnp.int32)], like((2, 512), jnp.float32)
+        multiply = functools.partial(kernel.grouped_matmul, config=config)
+        jax.eval_shape(lambda *given, run=multiply, act=act: run(*given, act), rows, weights, *schedule, bias)
+        with_bias, estimate = bytes_of(asked, aligned=1024), shared_memory_bytes(config, "bfloat16", shape.codes)
+        assert with_bias <= estimate <= with_bias + 4 * 1024
+        paired.add((config.paired, config.consumers))
+    few = {(True, 2), (True, 4)} if gated else {(False, 1), (False, 4)}
+    assert few <= paired or default_plan(shape).tile_rows > 64
+
+
 GOOD = Config(stages=2)
 
 
@@ -193,6 +216,29 @@ def test_what_does_not_fit_8_bit_rows_says_why(codes, change, words):
     good = Config(row_counts=(96,), tile_k=128, stages=2)
     assert config_misfit(good, True, "bfloat16", codes) is None
     assert words in config_misfit(dataclasses.replace(good, **change), True, "bfloat16", codes)
+
+
+@pytest.mark.parametrize(
+    ("change", "gated", "words"),
+    [
+        ({"paired": False}, True, "halves=1 must be 2"),
+        ({"paired": True}, False, "paired=True is for the gate and up"),
+        ({"consumers": 3}, True, "consumers=3 even"),
+        ({"consumers": 5, "paired": False}, False, "consumers=5"),
+        ({"row_counts": (96,)}, True, "at most 64 rows"),
+        ({"halves": 2, "paired": False}, True, "4 and 1 for weights of four bits"),
+        ({"columns": 32, "row_counts": (8,)}, True, "columns=32 must be 64"),
+        ({"stages": 8, "row_counts": (64,)}, True, "shared memory"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_four_bits_says_why(change, gated, words):
+    codes = "weights float4_e2m1fn group"
+    good = Config(row_counts=(8, 16), consumers=4, halves=1, paired=True, tile_k=128, stages=2)
+    assert config_misfit(good, True, "bfloat16", codes) is None
+    assert "at most 2" in config_misfit(good, True, "bfloat16")
+    assert "paired=True is for" in config_misfit(dataclasses.replace(good, consumers=2), True, "bfloat16")
+    assert words in config_misfit(dataclasses.replace(good, **change), gated, "bfloat16", codes)
 
 
 @pytest.mark.parametrize(
