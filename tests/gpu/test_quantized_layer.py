@@ -21,7 +21,7 @@ from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.ops.quantize_rows import quantize_rows, quantize_tokens
 from moe_jax.quantization import fp8_blocks, prepare, prepare_experts, quant_format, quantize, reference
 from moe_jax.routing import route
-from moe_jax.tuning.plan import LayerShape
+from moe_jax.tuning.plan import LayerShape, default_plan
 from tests.gpu.test_layer import inputs, make_weights, poison_memory, rows, same_bits
 from tests.grouping import occupied_rows
 from tests.layers import rank_of
@@ -113,6 +113,23 @@ def test_plans_of_blocks_have_the_same_bits(name):
             poison_memory()
             found = jax.jit(functools.partial(moe, config=config, plan=plan))(x, experts, logits)
             assert same_bits(found, right), (num_tokens, rows_first, quantizes)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4_group32_zp"])
+def test_plans_of_four_bits_have_the_same_bits(name):
+    """With a bias, K that steps do not divide: as many consumers as the rule has, one, and pairs."""
+    config, experts, layer, _ = layer_of("gpt-oss", name)
+    one = dict(consumers=1, halves=2, paired=False, tile_k=128, stages=4)
+    pair = dict(consumers=2, halves=1, tile_k=192, stages=2)
+    for num_tokens in (1, 16, 100):
+        x, logits = inputs(config, num_tokens)
+        right, rule = layer(x, experts, logits), default_plan(LayerShape.of(config, num_tokens))
+        for change in (one, pair):
+            up = dataclasses.replace(rule.up, **change | ({} if change is one else {"paired": True}))
+            plan = dataclasses.replace(rule, up=up, down=dataclasses.replace(rule.down, **change))
+            poison_memory()
+            found = jax.jit(functools.partial(moe, config=config, plan=plan))(x, experts, logits)
+            assert same_bits(found, right), (num_tokens, change)
 
 
 @pytest.mark.parametrize("name", ["nvfp4_fp8", "mxfp4_fp8"])
