@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moe_jax.activations import Activation
+from moe_jax.kernels.hopper.codes import odd_blocks
 from moe_jax.kernels.hopper.matmul_config import (
     MOST_FOUR_BIT,
     Config,
@@ -66,8 +67,15 @@ def reason_against(
     if not blocks and rows.spec.granularity == "group":
         return "rows with a scale for each group of columns need weights with a scale for each block"
     scales = jax.eval_shape(_scales, weights)
-    reason = _too_many_rows(tile_rows, blocks, not_first)
+    reason = _too_many_rows(tile_rows, blocks, not_first) or _odd_blocks(weights, activation)
     return reason or kernel.supports(rows.values, rows.scales, weights.values, scales, activation, dtype)
+
+
+def _odd_blocks(weights: QuantizedArray, activation: Activation | None) -> str | None:
+    if weights.spec.granularity != "block":
+        return None
+    gated = activation is not None and activation.is_gated
+    return odd_blocks(weights.spec.block, weights.shape, weights.scales.shape, gated)
 
 
 def _too_many_rows(tile_rows: int, promoted: bool, not_first: str | None) -> str | None:
@@ -304,7 +312,8 @@ def reason_against_codes(rows, weights, bias, activation, tile_rows: int, gather
     if weights.columns is not None or weights.spec.granularity == "group":
         return f"{weights.spec} with columns={weights.columns} has no kernel that decodes it; it is dequantized before"
     scales = jax.eval_shape(_scales, weights)
-    return kernel.supports(rows, weights.values, bias, activation, tile_rows, gather, scales)
+    reason = _odd_blocks(weights, activation)
+    return reason or kernel.supports(rows, weights.values, bias, activation, tile_rows, gather, scales)
 
 
 def _scales(weights: QuantizedArray) -> Array:

@@ -14,6 +14,7 @@ from moe_jax.kernels.hopper import matmul_fp8, matmul_rows_first
 from moe_jax.kernels.hopper.matmul_config import Config
 from moe_jax.moe import layer_plan
 from moe_jax.ops import implementation as impl
+from moe_jax.ops import quantized_matmul
 from moe_jax.ops.group_tokens import group_tokens
 from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.ops.matmul_and_quantize import matmul_and_quantize
@@ -106,6 +107,35 @@ def test_tiles_that_no_kernel_takes(tile_rows, spec, reason):
         jax.eval_shape(
             *multiplied(functools.partial(grouped_matmul, implementation="mosaic"), tile_rows, weights_of(spec))
         )
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("block", "rows", "columns"),
+    [((96, 128), 192, 256), ((384, 128), 768, 256), ((192, 128), 384, 256), ((128, 96), 256, 192)],
+)
+def test_blocks_that_would_be_taken_for_others(block, rows, columns, gated):
+    """Two blocks of 96 rows are as many as of 128: kernels know blocks by their number, and would take the wrong scales."""
+    act, halves = (get_activation("silu"), 2) if gated else (None, 1)
+
+    def reasons(block):
+        spec = dataclasses.replace(BLOCKS, block=block)
+        like_weights = like("bfloat16", 2, halves * rows, columns)
+        weights = jax.eval_shape(functools.partial(quantize, spec=spec, halves=halves), like_weights)
+        scales = like("float32", -(-columns // 128), 64 + 96)
+        quantized = QuantizedRows(like("float8_e4m3fn", 64, columns), scales, ROWS)
+        return (
+            quantized_matmul.reason_against(quantized, weights, act, 64, "bfloat16"),
+            quantized_matmul.reason_against_codes(like("bfloat16", 64, columns), weights, None, act, 64, False),
+        )
+
+    assert reasons((64, 128)) == reasons((128, 128)) == (None, None)
+    of_both, of_weights = reasons(block)
+    words = f"blocks of {block[0]} x {block[1]} weights: several of them must have 64, 128, 256 or 512"
+    assert words in of_weights and (words in of_both or block[1] != 128 and "must both have 128 columns" in of_both)
+    one = dataclasses.replace(BLOCKS, block=(rows, 128))
+    weights = jax.eval_shape(functools.partial(quantize, spec=one), like("bfloat16", 2, rows, 128))
+    assert quantized_matmul.reason_against_codes(like("bfloat16", 64, 128), weights, None, None, 64, False) is None
 
 
 REFUSED = {

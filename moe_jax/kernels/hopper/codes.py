@@ -42,6 +42,30 @@ def block_rows(n_out: int, blocks: int, gated: bool) -> int | None:
     return next((size for size in (128, 64, 256, 512) if pl.cdiv(n_out, size) == blocks), None)
 
 
+def odd_blocks(block: tuple[int, int], shape: tuple[int, ...], scales: tuple[int, ...], gated: bool) -> str | None:
+    """Why the kernels, which know blocks by their number, would take them for others; None if they do not.
+
+    Args:
+        block: rows and columns of weights that share a scale.
+        shape: ``[E, N, K]`` of the weights.
+        scales: the shape of their scales, ``[E, N blocks, K blocks]``.
+        gated: the blocks of gate and up follow each other.
+
+    Example:
+        >>> odd_blocks((128, 128), (2, 768, 256), (2, 6, 2), gated=False)
+        >>> odd_blocks((384, 128), (2, 768, 256), (2, 2, 2), gated=False)
+        'blocks of 384 x 128 weights: several of them must have 64, 128, 256 or 512 rows and columns'
+    """
+    halves = 2 if gated else 1
+    taken = block_rows(shape[1] // halves, scales[1], gated), block_columns(shape[2], scales[2])
+    many = scales[1] > halves, scales[2] > 1
+    if any(m and t not in (None, size) for m, t, size in zip(many, taken, block, strict=True)):
+        return (
+            f"blocks of {block[0]} x {block[1]} weights: several of them must have 64, 128, 256 or 512 rows and columns"
+        )
+    return None
+
+
 def supports(weights: Any, scales: Any, n_out: int) -> str | None:
     """Why codes cannot be decoded by the kernel; None if they can. Shapes as in `Codes`."""
     _, n, k = weights.shape
