@@ -13,7 +13,7 @@ from moe_jax.config import MoEConfig
 from moe_jax.ops.implementation import blackwell_reason, platform_reason
 from moe_jax.quantization.rows import QuantizedRows
 from moe_jax.tuning.cache import device_kind, find_tuned
-from moe_jax.tuning.plan import LayerPlan, LayerShape, default_plan, plan_for, training_plan
+from moe_jax.tuning.plan import LayerPlan, LayerShape, has_whole_blocks, plan_for, training_plan
 
 
 class Explanation(NamedTuple):
@@ -92,7 +92,11 @@ def explain_plan(
         )
     else:
         why = "tuned plans are looked up by the kind of GPU, and there is none here"
-    return f"{what} the default rule, {_words(default_plan(shape))} ({why})"
+    return f"{what} the default rule, {_words(plan_for(shape, whole_blocks=_whole_blocks(config)))} ({why})"
+
+
+def _whole_blocks(config: MoEConfig) -> bool:
+    return config.quantization is None or has_whole_blocks(config.quantization.weights)
 
 
 def _words(plan: LayerPlan) -> str:
@@ -108,7 +112,7 @@ def _kernel_reasons(config: MoEConfig, num_tokens: int, num_local: int) -> list[
     if config.fp8_training is not None and config.fp8_training.forward:  # rows and weights are those of this format
         config = dataclasses.replace(config, quantization=f"fp8_{config.fp8_training.scaling}", fp8_training=None)
     pairs = num_tokens * config.top_k
-    plan = plan_for(LayerShape.of(config, num_tokens, num_local))
+    plan = plan_for(LayerShape.of(config, num_tokens, num_local), whole_blocks=_whole_blocks(config))
     tile_rows = plan.tile_rows
     hidden, intermediate, dtype = config.hidden_size, config.intermediate_size, jnp.dtype(config.dtype)
     logits = like(jnp.dtype(config.routing.router_logits_dtype or "float32"), num_tokens, config.num_experts)

@@ -16,7 +16,7 @@ from moe_jax.ops.group_tokens import Groups, group_tokens
 from moe_jax.ops.implementation import check_name, choose
 from moe_jax.quantization.array import QuantizedArray
 from moe_jax.routing import route_and_group
-from moe_jax.tuning.plan import LayerPlan, LayerShape, plan_for, training_plan
+from moe_jax.tuning.plan import LayerPlan, LayerShape, has_whole_blocks, plan_for, training_plan
 from moe_jax.types import ExpertWeights, MoELayerWeights, SharedExpertWeights, TopK
 
 
@@ -143,7 +143,7 @@ def layer_plan(num_tokens: int, experts: ExpertWeights, config: MoEConfig, imple
     if training is not None and training.contracts_columns:
         return training_plan(shape, training.scaling)
     quantized = [w.spec for w in (experts.w13, experts.w2) if isinstance(w, QuantizedArray)]
-    return plan_for(shape, whole_blocks=not any(s.granularity == "block" and s.block[0] % 128 for s in quantized))
+    return plan_for(shape, whole_blocks=has_whole_blocks(*quantized))
 
 
 def _run_experts(

@@ -142,6 +142,20 @@ def test_number_formats():
     assert "size=80" in odd["grouped_matmul (up)"] and "size=48" in odd["grouped_matmul (down)"]
 
 
+def test_formats_with_blocks_of_other_sizes():
+    """Tiles with rows first need whole blocks of 128; blocks that kernels would take for others are dequantized."""
+    big = MoEConfig(128, 8, 2048, 768, quantization="fp8_block")
+    for rows, tile_rows in ((128, 128), (64, 96)):
+        weights = dataclasses.replace(big.quantization.weights, block=(rows, 128))
+        config = dataclasses.replace(big, quantization=dataclasses.replace(big.quantization, weights=weights))
+        assert f"the default rule, tile_rows={tile_rows}" in explain_plan(config, 16384, "gpu")
+        found = [e for e in explain(config, 16384, "gpu") if e.op.startswith("grouped_matmul (")]
+        assert [e.reason for e in found if e.implementation == "mosaic"] == [None, None]
+    weights = dataclasses.replace(big.quantization.weights, block=(384, 128))
+    config = dataclasses.replace(big, quantization=dataclasses.replace(big.quantization, weights=weights))
+    assert "blocks of 384 x 128 weights" in kernel_reasons(config)["grouped_matmul (up)"]
+
+
 def test_fp8_training():
     config = MoEConfig(128, 8, 2048, 768, fp8_training=Fp8Training())
     ops = {e.op for e in explain(config, 16384, "gpu") if e.implementation == "mosaic" and e.reason is None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from moe_jax.config import MoEConfig
 from moe_jax.kernels.hopper.matmul_config import (
@@ -27,6 +27,9 @@ from moe_jax.kernels.hopper.matmul_config import (
 )
 
 WEIGHTS_ALONE = "weights"  # what `LayerShape.codes` of a weight-only format begins with
+
+if TYPE_CHECKING:
+    from moe_jax.quantization import Spec
 
 
 class Codes(NamedTuple):
@@ -255,6 +258,17 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
     return LayerPlan(tile_rows, up, down)
 
 
+def has_whole_blocks(*specs: Spec) -> bool:
+    """Whether blocks of weights in these formats have 128 rows or a multiple, as tiles with rows first need them.
+
+    Example:
+        >>> from moe_jax.quantization import Spec
+        >>> has_whole_blocks(Spec("int8", "channel")), has_whole_blocks(Spec("int8", "block", (64, 128)))
+        (True, False)
+    """
+    return not any(spec.granularity == "block" and spec.block[0] % 128 for spec in specs)
+
+
 def plan_for(shape: LayerShape, *, whole_blocks: bool = True) -> LayerPlan:
     """The tuned plan of the nearest size measured on this kind of device (`cache.find_tuned`), else `default_plan`.
 
@@ -262,8 +276,7 @@ def plan_for(shape: LayerShape, *, whole_blocks: bool = True) -> LayerPlan:
 
     Args:
         shape: of the layer.
-        whole_blocks: scales of blocks are those of 128 rows of weights or more, as `Config.rows_first` needs them. A part of an
-            expert that was cut within blocks has smaller ones.
+        whole_blocks: `has_whole_blocks` of the weights. A part of an expert that was cut within blocks has smaller ones.
 
     Example:
         >>> plan = plan_for(LayerShape(128, 32768, 2048, 768, gated=True, dtype="bfloat16"))
