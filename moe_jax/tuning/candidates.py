@@ -38,7 +38,13 @@ _MANY_ROWS: tuple[dict[str, Any], ...] = (
     {"cluster": 1, "gather": True},
     {"gather": False},
 )
-# Weights of four bits are decoded by up to four consumers; gate and up by one, or by two: what one cannot have is left out.
+# Weights that alone are codes are decoded by up to four consumers, gate and up by one or by two. What a projection cannot have is
+# left out.
+_DECODERS: tuple[dict[str, Any], ...] = (
+    *({"consumers": consumers, "halves": 1, "paired": True, "columns": 64, "tile_k": 128} for consumers in (2, 4)),
+    {"consumers": 2, "halves": 2, "columns": 64, "tile_k": 128},
+    {"consumers": 4, "halves": 1, "columns": 64, "tile_k": 128},
+)
 _FEW_FOUR_BIT: tuple[dict[str, Any], ...] = (
     {},
     *({"tile_k": tile_k} for tile_k in (128, 192, 256)),
@@ -112,10 +118,11 @@ def candidates(shape: LayerShape) -> list[LayerPlan]:
 
 def _variants(base: Config, shape: LayerShape, gated: bool, up: bool) -> list[Config]:
     """`base`, then its changes, each with as many stages as shared memory holds."""
-    found = [base]
-    changes = (_FEW_EIGHT_BIT, _MANY_EIGHT_BIT) if Codes.of(shape.codes).both else (_FEW_ROWS, _MANY_ROWS)
-    changes = (_FEW_FOUR_BIT, _MANY_ROWS) if Codes.of(shape.codes).four_bits else changes
-    more = _FROM_FOUR_BITS if Codes.of(shape.codes).from_four_bits else ()
+    found, of = [base], Codes.of(shape.codes)
+    changes = (
+        (_FEW_EIGHT_BIT, _MANY_EIGHT_BIT) if of.both else (_FEW_FOUR_BIT if of.four_bits else _FEW_ROWS, _MANY_ROWS)
+    )
+    more = _FROM_FOUR_BITS if of.from_four_bits else _DECODERS if of.weights_alone and not of.four_bits else ()
     for change in (*changes[base.tile_rows > 64], *more):
         config = dataclasses.replace(base, **change)
         if not splits(base.tile_rows, config) or (config.gather and not up):

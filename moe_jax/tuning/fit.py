@@ -112,11 +112,11 @@ def config_misfit(config: Config, gated: bool, dtype: str, codes: str = "") -> s
     if gated and config.whole.halves != 2:
         return f"halves={config.halves} must be 2: a gated projection keeps gate and up in one tile"
     if config.consumers > 2 or config.halves > 2:
-        few = Codes.of(codes).four_bits and config.consumers <= MOST_CONSUMERS and config.tile_rows <= FEW_ROWS
+        few = Codes.of(codes).weights_alone and config.consumers <= MOST_CONSUMERS and config.tile_rows <= FEW_ROWS
         if not few or config.halves > 1:
             return (
                 f"consumers={config.consumers} and halves={config.halves} must be at most 2, for the registers they need; "
-                f"{MOST_CONSUMERS} and 1 for weights of four bits and at most {FEW_ROWS} rows"
+                f"{MOST_CONSUMERS} and 1 where weights alone are codes, with at most {FEW_ROWS} rows"
             )
     if config.cluster > 8:
         return f"cluster={config.cluster} must be at most 8, the blocks of a portable cluster"
@@ -134,10 +134,11 @@ def config_misfit(config: Config, gated: bool, dtype: str, codes: str = "") -> s
             f"tile_k={config.tile_k} must be a multiple of {64 * config.depth}: with columns={config.columns} a stage holds "
             f"{config.depth} pieces of K, each of whole swizzled rows of 64 elements"
         )
-    if config.paired and not (gated and config.halves == 1 and config.consumers % 2 == 0 and Codes.of(codes).four_bits):
+    even = gated and config.halves == 1 and config.consumers % 2 == 0
+    if config.paired and not (even and Codes.of(codes).weights_alone and config.tile_rows <= FEW_ROWS):
         return (
-            f"paired=True is for the gate and up of weights of four bits, with consumers={config.consumers} even and "
-            f"halves={config.halves} 1"
+            f"paired=True is for the gate and up of weights that alone are codes, with consumers={config.consumers} even, "
+            f"halves={config.halves} 1 and tile_rows={config.tile_rows} at most {FEW_ROWS}"
         )
     odd = [rows for rows in counts if not splits(rows, config)]
     if odd:

@@ -1,6 +1,9 @@
 """Weights that are codes of a byte times 16-bit rows, interpreted and lowered for CUDA."""
 
+import dataclasses
+
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moe_jax import MoEConfig, _compat
@@ -15,6 +18,8 @@ from tests.util import assert_discriminates, check_close
 
 FEW = Config((8, 24), consumers=1, tile_k=128, stages=3)
 MANY = Config((48, 128), consumers=2, tile_k=64, stages=3, overlap=False)
+PAIR = Config((8, 64), consumers=2, halves=1, tile_k=128, stages=3, paired=True)
+TWO_PAIRS = dataclasses.replace(PAIR, consumers=4, tile_k=64)
 ACT = MoEConfig(1, 1, 8, 8).act
 CASES = {
     "channels": ("fp8_weight_channel", (3, 0, 20), 256, 96, {}),
@@ -24,6 +29,16 @@ CASES = {
     "one scale a matrix": ("fp8_weight_tensor", (3, 9), 64, 96, dict(dtype="float16")),
     "blocks": ("fp8_weight_block", (3, 20), 320, 384, dict(gated=True)),
     "blocks, not gated": ("fp8_weight_block", (20, 3), 256, 256, dict(config=MANY)),
+    "channels, a pair": ("int8_weight", (3, 0, 40), 192, 2 * 80, dict(gated=True, bias="float32", config=PAIR)),
+    "blocks, two pairs": ("fp8_weight_block", (3, 40), 320, 384, dict(gated=True, config=TWO_PAIRS)),
+    "one scale a half, a pair": ("fp8_weight_tensor", (3, 9), 192, 96, dict(gated=True, config=PAIR)),
+    "channels, four consumers": (
+        "fp8_weight_channel",
+        (20, 3),
+        192,
+        320,
+        dict(config=Config((8, 32), consumers=4, halves=1, tile_k=64, stages=3)),
+    ),
     "narrow tiles": ("int8_weight", (3, 8), 512, 80, dict(config=Config((8,), 1, 1, tile_k=256, stages=2, columns=16))),
 }
 
@@ -49,26 +64,31 @@ def problem_of(form, sizes, k, n, more):
     return groups, x, weights, bias, gated, config
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_codes(name):
-    groups, x, weights, bias, gated, config = problem_of(*CASES[name])
-    act, scales = ACT if gated else None, weight_scales(weights)
+def multiply(name, config=None):
+    """The problem's product, and what it should be."""
+    groups, x, weights, bias, gated, given = problem_of(*CASES[name])
+    act, scales, config = ACT if gated else None, weight_scales(weights), config or given
     assert kernel.supports(x, weights.values, bias, act, config.tile_rows, weight_scales=scales) is None
     schedule = groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
-    out = kernel.grouped_matmul(
-        x,
-        weights.values,
-        *schedule,
-        bias,
-        act,
-        config=config,
-        weight_scales=scales,
-        interpret=_compat.interpret_params(),
-    )
-    right = expected(Rows(x), weights, groups, bias, gated)
+    options = dict(config=config, weight_scales=scales, interpret=_compat.interpret_params())
+    out = kernel.grouped_matmul(x, weights.values, *schedule, bias, act, **options)
     assert out.dtype == x.dtype
+    return out, expected(Rows(x), weights, groups, bias, gated)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_codes(name):
+    out, right = multiply(name)
     check_close(out, right, 6e-3)
     assert_discriminates(lambda y: check_close(y, right, 6e-3), out)
+
+
+@pytest.mark.parametrize("name", ["channels, a pair", "blocks, two pairs", "one scale a half, a pair"])
+def test_consumers_do_not_change_the_bits(name):
+    config = CASES[name][-1]["config"]
+    one = dataclasses.replace(config, consumers=1, halves=2, paired=False)
+    out, again = (np.asarray(multiply(name, each)[0]).view("u2") for each in (config, one))
+    np.testing.assert_array_equal(out, again)
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def test_what_does_not_fit_8_bit_rows_says_why(codes, change, words):
         ({"consumers": 3}, True, "consumers=3 even"),
         ({"consumers": 5, "paired": False}, False, "consumers=5"),
         ({"row_counts": (96,)}, True, "at most 64 rows"),
-        ({"halves": 2, "paired": False}, True, "4 and 1 for weights of four bits"),
+        ({"halves": 2, "paired": False}, True, "4 and 1 where weights alone are codes"),
         ({"columns": 32, "row_counts": (8,)}, True, "columns=32 must be 64"),
         ({"stages": 8, "row_counts": (64,)}, True, "shared memory"),
     ],

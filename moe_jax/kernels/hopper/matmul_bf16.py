@@ -204,7 +204,7 @@ def grouped_matmul(
     elif transposed:
         of_weights = MMajor(config, dtype, transforms)
     else:
-        of_weights = KMajor(config, n_out, gated, weights.dtype, coded.transforms if coded else transforms)
+        of_weights = KMajor(whole, n_out, gated, weights.dtype, coded.transforms if coded else transforms)
 
     def body(rows_g, weights_g, group_g, starts_g, sizes_g, count_g, *refs):
         refs = list(refs)
@@ -238,7 +238,7 @@ def grouped_matmul(
             ask = functools.partial(epilogue.fetch_bias, ends, unit, group_g[m], col)
             pl.when(own == 0)(ask) if pairs else ask()
             if coded:
-                coded.fetch(of_codes, wg, group_g[m], col)
+                coded.fetch(of_codes, wg, group_g[m], col + own * n_out)
             tiles.for_row_count(config.row_counts, rows_of(m), functools.partial(multiply, i, m, col))
 
         def multiply(i, m, col, count, below):
@@ -257,14 +257,14 @@ def grouped_matmul(
                     for piece in range(operand.pieces):
                         b = operand.eights(rows_s).at[slot, piece, pl.ds(0, count)]
                         for half, acc in enumerate(accs):
+                            turn = piece * halves + half
                             if four_bit:
-                                turn = piece * halves + half
                                 a = coded.decode(words[turn], of_codes, wg, turn)
                             else:
-                                a = of_weights.block(weights_s, slot, wg, half, piece * swizzled, swizzled)
+                                a = of_weights.block(weights_s, slot, unit, own + half, piece * swizzled, swizzled)
                             if coded and not four_bit:
                                 k_at = step * tk + piece * swizzled
-                                a = coded.decode(a, of_codes, wg, group_g[m], col, half, k_at)
+                                a = coded.decode(a, of_codes, wg, group_g[m], col, own + half, k_at, turn)
                             plgpu.wgmma(acc, a, b.T)
                             if coded:  # registers are read until the products are done
                                 plgpu.wgmma_wait(coded.under_way)

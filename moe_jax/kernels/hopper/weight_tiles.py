@@ -59,7 +59,7 @@ class KMajor:
             part = source.at[expert, pl.ds(n * self._tile_cols + row, self._rows_a_copy), ks]
             plgpu.copy_gmem_to_smem(part, target.at[slot, pl.ds(at, self._rows_a_copy)], full.at[slot])
 
-    def block(self, ref: Any, slot: Any, wg: Any, half: int, column: int, columns: int) -> Any:
+    def block(self, ref: Any, slot: Any, wg: Any, half: Any, column: int, columns: int) -> Any:
         """``[64, columns]`` of a stage, from `column` of its K on."""
         config = self._config
         side, at = divmod(column, config.tile_k // config.depth)
