@@ -303,7 +303,8 @@ def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quanti
     from_four = form.multiplies_codes and weights.spec.codes_per_value == 2
     if weights.spec.codes_per_value == 2 and not from_four:
         gated = activation is not None
-        rule = four_bit(rule, gated, n // 2 if gated else n, EXPERTS, ROWS / EXPERTS if rule.tile_rows > 64 else 8.0)
+        mean_rows = min(ROWS / EXPERTS, rule.tile_rows / 8)  # few rows for the tiles that are for them
+        rule = four_bit(rule, gated, n // 2 if gated else n, EXPERTS, mean_rows)
         rule = within_memory(rule, "bfloat16", f"weights {weights.spec.dtype} group")
         config = dataclasses.replace(rule, **changes)
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.activations import Activation, get_activation
-from moe_jax.kernels.hopper.epilogue import FEW_ROWS
 from moe_jax.kernels.hopper.matmul_bf16 import supports
 from moe_jax.kernels.hopper.matmul_config import (
+    FEW_ROWS,
     MOST_CONSUMERS,
     MOST_FETCHED_FOUR_BIT,
     MOST_FOUR_BIT,

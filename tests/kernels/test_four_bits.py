@@ -55,8 +55,9 @@ def problem(name):
     return problem_of(*CASES[name])
 
 
-def run(name, weights):
-    groups, x, _, bias, gated, config = problem(name)
+def run(name, weights, config=None):
+    groups, x, _, bias, gated, given = problem(name)
+    config = config or given
     act = ACT if gated else None
     assert kernel.supports(x, weights, bias, act, config.tile_rows) is None
     schedule = groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
@@ -76,20 +77,11 @@ def test_four_bits(name):
 
 @pytest.mark.parametrize("name", ["nvfp4, a pair of consumers", "mxfp4, two pairs", "four consumers"])
 def test_consumers_do_not_change_the_bits(name):
-    groups, x, weights, bias, gated, config = problem(name)
+    _, x, weights, _, gated, config = problem(name)
     one = Config(config.row_counts, consumers=1, halves=2 if gated else 1, tile_k=128, stages=2)
-    operands = x, prepare(weights, x.dtype.name)
-    schedule = groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
-    again = kernel.grouped_matmul(
-        *operands,
-        *schedule,
-        bias,
-        ACT if gated else None,
-        config=one,
-        interpret=_compat.interpret_params(),
-        multiprocessors=2,
-    )
-    np.testing.assert_array_equal(np.asarray(run(name, operands[1])).view("u2"), np.asarray(again).view("u2"))
+    prepared = prepare(weights, x.dtype.name)
+    out, again = (np.asarray(run(name, prepared, each)).view("u2") for each in (config, one))
+    np.testing.assert_array_equal(out, again)
 
 
 @pytest.mark.once

@@ -15,9 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax.activations import Activation
 from moe_jax.kernels.hopper import tiles, views
-from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
-
-FEW_ROWS = 64  # of a tile, at most, that has one block
+from moe_jax.kernels.hopper.matmul_config import FEW_ROWS, WGMMA_ROWS, Config
 
 
 class References(NamedTuple):
@@ -151,7 +149,7 @@ class Epilogue:
         count = accs[0].shape[1]
         accs = self.activated(refs, wg, accs)
         blocks = [(half, start) for half in range(len(accs)) for start in range(0, count, views.STORED)]
-        # A tile of few rows is one block. Then tiles take the buffers in turn, and none waits until its own is read.
+        # A tile of few rows is one block, mostly. Then tiles take the buffers in turn, and none waits until its own is read.
         in_turn = self._most_rows <= FEW_ROWS and len(accs) == 1
         first = lax.rem(turn, jnp.int32(2)) if in_turn else 0
         for i, (half, start) in enumerate(blocks):

@@ -159,13 +159,8 @@ class FourBits:
 
     def scale(self, accs: Any, refs: Any, wg: Any, expert: Any, own: Any = 0) -> list[Any]:
         """The sums of a tile, from its half `own` on, times the factor of the matrix."""
-
-        def factor(half):
-            if not self._gated or self._factors == 1:
-                return refs[0][expert, 0]
-            return refs[0][expert, own + half]
-
-        factors = [factor(half) for half in range(self._halves)]
+        two = self._gated and self._factors > 1
+        factors = [refs[0][expert, own + half if two else 0] for half in range(self._halves)]
         return [acc * factor for acc, factor in zip(accs, factors, strict=True)]
 
 

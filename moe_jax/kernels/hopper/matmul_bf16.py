@@ -236,9 +236,12 @@ def grouped_matmul(
             m, n = tile_at(i)
             col = n * tile_cols + unit * wg_cols
             ask = functools.partial(epilogue.fetch_bias, ends, unit, group_g[m], col)
-            pl.when(own == 0)(ask) if pairs else ask()
+            if pairs:
+                pl.when(own == 0)(ask)
+            else:
+                ask()
             if coded:
-                coded.fetch(of_codes, wg, group_g[m], col + own * n_out)
+                coded.fetch(of_codes, wg, group_g[m], col + own * n_out if pairs else col)
             tiles.for_row_count(config.row_counts, rows_of(m), functools.partial(multiply, i, m, col))
 
         def multiply(i, m, col, count, below):
@@ -262,9 +265,9 @@ def grouped_matmul(
                                 a = coded.decode(words[turn], of_codes, wg, turn)
                             else:
                                 a = of_weights.block(weights_s, slot, unit, own + half, piece * swizzled, swizzled)
-                            if coded and not four_bit:
-                                k_at = step * tk + piece * swizzled
-                                a = coded.decode(a, of_codes, wg, group_g[m], col, own + half, k_at, turn)
+                                if coded:
+                                    k_at = step * tk + piece * swizzled
+                                    a = coded.decode(a, of_codes, wg, group_g[m], col, own + half, k_at, turn)
                             plgpu.wgmma(acc, a, b.T)
                             if coded:  # registers are read until the products are done
                                 plgpu.wgmma_wait(coded.under_way)

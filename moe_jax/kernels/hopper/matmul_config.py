@@ -10,6 +10,7 @@ from moe_jax import _compat
 
 WGMMA_ROWS = 64  # rows of weights that one wgmma takes
 _FEW = (8, 16, 24, 32, 40, 48, 64)
+FEW_ROWS = _FEW[-1]
 _ABOUT_64 = (16, 48, 64, 80)  # nearly all experts of 64 rows have one tile
 _SOME = (16, 32, 48, 64, 80, 96, 112, 128)
 _MANY = (16, 32, 64, 96, 112, 120, 128, 136, 144, 152, 160)
@@ -38,7 +39,9 @@ class Config:
 
     row_counts: tuple[int, ...] = _MANY  # the last is the row tile of `group_tokens`
     consumers: int = 2
-    halves: int = 2  # blocks of 64 weight rows per consumer: gate and up, or two neighbours; 1 only without a gate
+    halves: int = (
+        2  # blocks of 64 weight rows per consumer: gate and up, or two neighbours; 1 without a gate, or `paired`
+    )
     tile_k: int = 64
     stages: int = 3
     band: int = 8  # row tiles walked together before the next weight columns: what L2 holds at a time
@@ -93,7 +96,7 @@ def tile_rows_for(mean_rows: float, num_pairs: int, gather: bool = False, *, cod
     if num_pairs <= 8:
         return 8
     if mean_rows <= 48:
-        return _FEW[-1]
+        return FEW_ROWS
     if mean_rows <= 96:
         return _SOME[-1] if coded or mean_rows > 64 else _ABOUT_64[-1]
     return _MANY[-1] if gather or mean_rows < 512 else _MOST[-1]
@@ -140,9 +143,9 @@ def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -
     # of a layer of 128 or 1024 tokens (2026-11-25-h200-variants.txt). With a handful of rows it is the other way round.
     if tile_rows > _ABOUT_64[-1]:
         return Config(up_to(_SOME), stages=4, overlap=False)
-    counts = up_to(_FEW if tile_rows <= _FEW[-1] else _ABOUT_64)
+    counts = up_to(_FEW if tile_rows <= FEW_ROWS else _ABOUT_64)
     few = Config(counts, consumers=1, halves=2, tile_k=128, stages=4, overlap=tile_rows <= 16)
-    if tile_rows > _FEW[-1]:
+    if tile_rows > FEW_ROWS:
         return few
     multiprocessors = _compat.num_multiprocessors()
     if not gated and likely_tiles * pl.cdiv(n_out, 2 * WGMMA_ROWS) < multiprocessors:
@@ -225,7 +228,8 @@ def four_bit(config: Config, gated: bool, n_out: int, likely_tiles: int, mean_ro
     With few rows decoding takes one consumer as long as a tile is on its way, and the epilogue comes on top: qwen3-235b, NVFP4,
     16 tokens on an H100, down-projection 153 us with one consumer, 104 with two. From 4 rows an expert on four are better, with a
     copy of the loop for more row counts: mixtral-8x7b, 128 tokens, a layer 347 us instead of 386, of which row counts are 20;
-    qwen3-30b-a3b 149 instead of 151; with fewer rows up to 3 % worse (2026-11-27-h100-variants.txt). One token: `_one_token`.
+    qwen3-30b-a3b 149 instead of 151, gpt-oss-120b 597 instead of 593; with fewer rows up to 3 % worse
+    (2026-11-27-h100-variants.txt). One token: `_one_token`.
 
     What ptxas says (`benchmarks/machine_code.py`): from 176 rows on, and from 160 on where rows are fetched by their tokens, it
     lets every product wait for the one before, so that nothing is decoded meanwhile. From 144 rows on it does so too with three
@@ -258,9 +262,9 @@ def four_bit(config: Config, gated: bool, n_out: int, likely_tiles: int, mean_ro
 def _one_token(config: Config, gated: bool, n_out: int, likely_tiles: int) -> Config:
     """As many columns a tile as keep the busiest multiprocessor busy for the shortest time; the widest of equal ones.
 
-    A multiprocessor decodes no more than some 31 GB/s of codes, with two consumers as with four. So what counts is how many have
-    a tile, and that they have the same number of them; two consumers to a tile, gate and up apart, instead of one are worth 5 to
-    10 %. One token on an H100, NVFP4: qwen3-235b up 25.1 us with tiles of 128 columns and four consumers, 27.5 of 64 and two,
+    A multiprocessor takes 20 to 26 GB/s of codes, whether one consumer decodes them or four. So what counts is how many have a
+    tile, and that they have the same number of them; two consumers to a tile, gate and up apart, instead of one are worth 2 to
+    9 %. One token on an H100, NVFP4: qwen3-235b up 25.1 us with tiles of 128 columns and four consumers, 27.5 of 64 and two,
     28.6 of 64 and one; down 14.6 us of 256 columns, 15.7 of 128; dsv3-ep8 up, 32 tiles of 64, 19.5 us and 21.4; mixtral-8x7b
     down 26.8 us of 64, 37 of 128. Tiles of 32 columns, half a block, are worse, for two of a consumer's four warps then have
     nothing to decode: qwen3-235b up 36.6 us, dsv3-ep8 21.4, mixtral-8x7b 79.8 (2026-11-27-h100-variants.txt).
@@ -282,7 +286,7 @@ def eight_bit_tile_rows(mean_rows: float, num_pairs: int, promoted: bool = False
         [64, 96, 96]
     """
     rows = tile_rows_for(mean_rows, num_pairs)
-    if promoted and rows > _FEW[-1]:
+    if promoted and rows > FEW_ROWS:
         return _PROMOTED
     if rows <= _SOME[-1]:
         return rows
@@ -324,7 +328,7 @@ def from_four_bits(config: Config) -> Config:
 
 def pays_to_quantize(config: Config, mean_rows: float) -> bool:
     """Whether an up-projection with scales of blocks should quantize its rows as they leave it: `quantized_store` says why."""
-    return config.tile_rows > _FEW[-1] and mean_rows >= _MANY_EIGHT_BIT
+    return config.tile_rows > FEW_ROWS and mean_rows >= _MANY_EIGHT_BIT
 
 
 def rows_first(config: Config) -> Config:
@@ -338,7 +342,7 @@ def rows_first(config: Config) -> Config:
         >>> rows_first(Config((64, 96), tile_k=128)).row_counts
         (64, 128)
     """
-    return dataclasses.replace(config, row_counts=(_FEW[-1], _ROWS_FIRST), rows_first=True)
+    return dataclasses.replace(config, row_counts=(FEW_ROWS, _ROWS_FIRST), rows_first=True)
 
 
 def eight_bit(config: Config, mean_rows: float = _MANY_EIGHT_BIT) -> Config:
@@ -362,16 +366,16 @@ def eight_bit(config: Config, mean_rows: float = _MANY_EIGHT_BIT) -> Config:
         128
     """
     counts = few_counts(config).row_counts
-    if config.tile_rows > _FEW[-1]:
+    if config.tile_rows > FEW_ROWS:
         if config.tile_rows <= _PROMOTED:
-            counts = (_FEW[-1], config.tile_rows)
+            counts = (FEW_ROWS, config.tile_rows)
         elif mean_rows < _MANY_EIGHT_BIT:
             few = 96 if config.tile_rows > 128 else 64 if mean_rows <= 96 else config.tile_rows
             counts = tuple(sorted({few, config.tile_rows}))
         else:
             wanted = (64, 128) if config.tile_rows > 128 else (64, 96)
             counts = (*(c for c in wanted if c < config.tile_rows), config.tile_rows)
-    overlap = config.overlap and config.tile_rows <= _FEW[-1]
+    overlap = config.overlap and config.tile_rows <= FEW_ROWS
     return dataclasses.replace(
         config, row_counts=counts, tile_k=2 * config.tile_k, cluster=1, gather=False, overlap=overlap
     )

@@ -70,7 +70,7 @@ class Pairs:
         @pl.when(half == 1)
         def _():
             pl.when(i > 0)(lambda: plgpu.barrier_wait(empty.at[pair]))
-            _store(part, acc)
+            part[...] = acc
             if self._interpret:  # it does not know that each thread arrives, after its own stores
                 plgpu.commit_smem()
             plgpu.barrier_arrive(full.at[pair])
@@ -88,7 +88,3 @@ class Pairs:
         """A consumer's end: every phase of every barrier is observed before the kernel ends."""
         pair, half = self.place(wg)
         pl.when((half == 1) & (my_tiles > 0))(lambda: plgpu.barrier_wait(refs[2].at[pair]))
-
-
-def _store(ref: Any, acc: Any) -> None:
-    ref[...] = acc
