@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -146,6 +148,7 @@ def layer_plan(num_tokens: int, experts: ExpertWeights, config: MoEConfig, imple
     return plan_for(shape, whole_blocks=has_whole_blocks(*quantized))
 
 
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
 def _run_experts(
     x: Array,
     experts: ExpertWeights,
@@ -155,6 +158,9 @@ def _run_experts(
     plan: LayerPlan | None,
     implementation: str,
 ) -> Array:
+    """All after grouping. Traced and lowered once for all layers of one shape in a program: lowering four layers of 32768 tokens
+    with their gradients takes a CPU 13 s, and 48 without that.
+    """
     if config.apply_router_weight_on_input:  # k = 1: each token is its own one-row sum
         x = combine(x, jnp.arange(x.shape[0], dtype=jnp.int32)[:, None], weights, implementation=implementation)
         weights = None

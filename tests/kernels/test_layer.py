@@ -21,7 +21,7 @@ from tests.layers import (
     topk_of,
     x_of,
 )
-from tests.lowering import assert_is_not_mosaic_alone, like, lower, num_kernels
+from tests.lowering import MOSAIC, assert_is_not_mosaic_alone, like, lower, num_kernels, operations
 from tests.util import assert_discriminates, check_close
 
 interpreted = functools.partial(moe, implementation="mosaic_interpret")
@@ -156,6 +156,26 @@ def test_lowers_for_cuda_to_mosaic_alone(name, num_tokens):
     gathers = name not in ("qwen3-30b-a3b", "qwen3-235b", "fetched with a bias")
     together = num_tokens == 1 and name != "gpt-oss-120b"
     assert num_kernels(text) == (4 - together if num_tokens <= 16 else 5 + gathers)
+
+
+def test_layers_of_one_shape_are_lowered_once():
+    """All but their routing, two kernels: a model of many layers would else be lowered for minutes."""
+    config = MoEConfig(*SHAPES["one expert a token"])
+    operands, layer = abstract_layer(config, 100), functools.partial(moe, config=config, implementation="mosaic")
+
+    def kernels(function):
+        found = operations(lower(function, *operands))
+        return sum(count for name, count in found.items() if MOSAIC.fullmatch(name))
+
+    def loss(layers, x, experts, logits):
+        for _ in range(layers):
+            x = layer(x, experts, logits)
+        return jnp.sum(x.astype(jnp.float32))
+
+    one, three = (functools.partial(loss, layers) for layers in (1, 3))
+    assert kernels(one) == 5 and kernels(three) == 5 + 2 * 2
+    of_one, of_three = (kernels(jax.grad(function, (0, 1, 2))) for function in (one, three))
+    assert of_one > 5 and of_three - of_one < of_one
 
 
 def test_the_router_weight_on_the_input_is_one_more_kernel():
