@@ -82,8 +82,21 @@ def memory_areas() -> int:
         return 0
 
 
-def pytest_runtest_teardown():
+def trace_layers_anew(item):
+    """Layers of one shape are traced once: a test that patches something has its own, and leaves none to others."""
+    if "monkeypatch" in item.fixturenames:
+        from moe_jax.moe import _run_experts
+
+        _run_experts.clear_cache()
+
+
+def pytest_runtest_setup(item):
+    trace_layers_anew(item)
+
+
+def pytest_runtest_teardown(item):
     global tests_done
+    trace_layers_anew(item)
     tests_done += 1
     if tests_done % TESTS_BETWEEN_CHECKS == 0 and memory_areas() > MOST_MEMORY_AREAS:
         jax.clear_caches()

@@ -10,6 +10,7 @@ import pytest
 
 from moe_jax import _compat
 from moe_jax.kernels.hopper import matmul_config
+from moe_jax.moe import _run_experts
 
 # Reshapes cost nothing on a GPU; constants, and what is made of constants alone, are computed when the program is compiled.
 FREE = {"reshape", "constant", "iota", "broadcast_in_dim"}
@@ -34,8 +35,19 @@ def an_h200():
     with (
         mock.patch.object(_compat, "num_multiprocessors", lambda: H200_MULTIPROCESSORS),
         mock.patch.multiple(matmul_config, **FEW_ROW_COUNTS),
+        traced_anew(),
     ):
         yield
+
+
+@contextlib.contextmanager
+def traced_anew():
+    """Layers are traced although one of their shape was before, and again afterwards: for what changes how they are traced."""
+    _run_experts.clear_cache()
+    try:
+        yield
+    finally:
+        _run_experts.clear_cache()
 
 
 def lower(function, *operands) -> str:

@@ -64,25 +64,40 @@ class FromText:
     """The same function read from the text that JAX prints: what each kernel and output is made of, and how large it is."""
 
     def __init__(self, text):
-        self.made_of, self.sizes, self.outputs, self.kernels, constants = {}, {}, None, 0, 0
+        self.made_of, self.sizes, self.kernels, self.constants, self.functions = {}, {}, 0, 0, {}
         for line in without_strings(text).splitlines():
-            if match := re.search(r"func\.func public @main\((.*)\) -> ", line):
-                for i, name in enumerate(re.findall(r"(%\w+): tensor", match[1])):
-                    self.made_of[name] = ("argument", i)
-            elif match := re.match(r"\s*return (.*) : ", line):
-                self.outputs = [self.made_of[name] for name in match[1].split(", ")]
-            elif match := re.match(r"\s*(%\w+)(?::\d+)? = stablehlo\.(\w+)(.*)", line):
+            if match := re.search(r"func\.func \w+ @(\w+)\((.*?)\) -> ", line):
+                body = []
+                self.functions[match[1]] = re.findall(r"(%\w+): tensor", match[2]), body
+            elif self.functions:
+                body.append(line)
+        parameters, _ = self.functions["main"]
+        self.outputs = self._read("main", [("argument", i) for i in range(len(parameters))])
+
+    def _read(self, function, arguments):
+        parameters, body = self.functions[function]
+        outer, self.made_of = self.made_of, dict(zip(parameters, arguments, strict=True))
+        for line in body:
+            if match := re.match(r"\s*return (.*) : ", line):
+                returned, self.made_of = [self.made_of[name] for name in match[1].split(", ")], outer
+                return returned
+            if match := re.match(r"\s*(%\w+)(?::\d+)? = (?:stablehlo\.|func\.)?(\w+)(.*)", line):
                 name, operation, rest = match.groups()
                 operands = tuple(self.made_of[o] for o in re.findall(r"%\w+(?:#\d+)?", rest))
                 if operation == "reshape":
                     self.made_of[name] = operands[0]
                 elif operation == "custom_call":
                     self._kernel(name, operands, rest.rsplit("->", 1)[1])
+                elif operation == "call":
+                    results = self._read(re.search(r"@(\w+)", rest)[1], operands)
+                    several = len(results) > 1
+                    self.made_of |= {f"{name}#{i}" if several else name: result for i, result in enumerate(results)}
                 elif operation in ("iota", "constant"):
-                    self.made_of[name], constants = ("constant", constants), constants + 1
+                    self.made_of[name], self.constants = ("constant", self.constants), self.constants + 1
                 else:
                     assert operation == "broadcast_in_dim" and operands[0][0] == "constant", line
                     self.made_of[name] = operands[0]
+        raise AssertionError(f"{function} does not return")
 
     def _kernel(self, name, operands, types):
         found = re.findall(r"tensor<(?:([\dx]+)x)?(\w+)>", types)
