@@ -213,6 +213,11 @@ def rounded_reciprocal(x: Any) -> Any:
     return x._pointwise(x._lift_fast_instr("rcp.rn.f32"))
 
 
+def rounded_sum(x: Any, y: Any) -> Any:
+    """Emits `add.rn.f32`, which no compiler merges with the product before it; within `plgpu.inline_mgpu`."""
+    return x._pointwise(x._lift_fast_instr("add.rn.f32"), y)
+
+
 def store_columns(target: Any, values: Any, first: int, columns: tuple[Any, ...]) -> None:
     """Emits ``target[first + i, column] = values[i]`` for several columns; within `plgpu.inline_mgpu`.
 

@@ -115,12 +115,12 @@ def test_plans_of_blocks_have_the_same_bits(name):
             assert same_bits(found, right), (num_tokens, rows_first, quantizes)
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4_group32_zp"])
-def test_plans_of_four_bits_have_the_same_bits(name):
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4_group32_zp", "int8_weight", "fp8_weight_block"])
+def test_plans_of_weights_alone_have_the_same_bits(name):
     """With a bias, K that steps do not divide: as many consumers as the rule has, one, and pairs."""
     config, experts, layer, _ = layer_of("gpt-oss", name)
-    one = dict(consumers=1, halves=2, paired=False, tile_k=128, stages=4)
-    pair = dict(consumers=2, halves=1, tile_k=192, stages=2)
+    one = dict(columns=64, consumers=1, halves=2, paired=False, tile_k=128, stages=4)
+    pair = dict(columns=64, consumers=2, halves=1, tile_k=192, stages=2)
     for num_tokens in (1, 16, 100):
         x, logits = inputs(config, num_tokens)
         right, rule = layer(x, experts, logits), default_plan(LayerShape.of(config, num_tokens))

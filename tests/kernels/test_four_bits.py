@@ -169,6 +169,22 @@ def test_a_pair_is_decoded_by_few_instructions(monkeypatch):
     assert code.count("mad.lo.u32") == 8  # and one for each scale
 
 
+def test_a_bias_is_not_merged_with_the_factor():
+    """Compilers do so in some copies of a kernel: a row's bits would depend on its tile."""
+    weights = jax.eval_shape(
+        lambda w: prepare(quantize(w, quant_format("nvfp4").weights)), like("bfloat16", 2, 128, 128)
+    )
+    config = Config((8, 16), consumers=1, halves=2, tile_k=128, stages=4)
+
+    def multiply(x, weights, *schedule):
+        *schedule, bias = schedule
+        return kernel.grouped_matmul(x, weights, *schedule, bias, None, config=config)
+
+    schedule = [*[like("int32", 8)] * 3, like("int32", 1)]
+    code = mosaic_code(multiply, like("bfloat16", 64, 128), weights, *schedule, like("float32", 2, 128))
+    assert "add.rn.f32" in code and "arith.mulf" in code and "arith.addf" not in code
+
+
 def test_what_it_does_not_run():
     def reason(k=256, dtype="bfloat16", tile_rows=64):
         weights = jax.eval_shape(

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe_jax import _compat
 from moe_jax.activations import Activation
 from moe_jax.kernels.hopper import tiles, views
 from moe_jax.kernels.hopper.matmul_config import FEW_ROWS, WGMMA_ROWS, Config
@@ -124,12 +125,31 @@ class Epilogue:
         """Sums ``[64, rows]``, or rows first, as they leave, float32: with the bias, after the activation."""
         if self._bias is not None:
             columns = self._bias.spread(refs.bias, wg, accs[0].shape)
-            accs = [acc + column for acc, column in zip(accs, columns, strict=True)]
+            accs = [self._plus(acc, column) for acc, column in zip(accs, columns, strict=True)]
         if self._gated:
             return [self._activation.apply_gated(*accs, divide=tiles.divide)]
         if self._activation is not None:
             return [self._activation.apply(acc, divide=tiles.divide) for acc in accs]
         return list(accs)
+
+    def _plus(self, acc: Any, column: Any) -> Any:
+        """The sum of two arrays, rounded once more where `acc` is a product with a scale.
+
+        Left to themselves compilers merge the two into a fused multiply-add in some copies of a kernel and not in others, and a
+        row's bits would depend on its tile.
+        """
+        if self._interpret:
+            return acc + column
+        layout = plgpu.Layout.WGMMA
+
+        @plgpu.inline_mgpu(
+            arg_types=(layout, layout), return_type=plgpu.ShapeDtypeStruct(acc.shape, acc.dtype, layout=layout)
+        )
+        def run(ctx, acc, column):
+            del ctx
+            return _compat.rounded_sum(acc, column)
+
+        return run(acc, column)
 
     def finish(
         self, refs: References, wg: Any, accs: Any, first_row: Any, size: Any, col: Any, below: int, turn: Any
