@@ -290,8 +290,9 @@ def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quanti
     import jax
 
     from moe_jax.kernels.hopper import matmul_bf16, matmul_fp8, matmul_rows_first
+    from moe_jax.kernels.hopper.decoding_config import four_bit, one_byte
     from moe_jax.kernels.hopper.gather_quantize import scales_shape
-    from moe_jax.kernels.hopper.matmul_config import eight_bit, few_counts, four_bit, from_four_bits
+    from moe_jax.kernels.hopper.matmul_config import eight_bit, from_four_bits
     from moe_jax.quantization import prepare, quant_format, quantize
     from moe_jax.quantization.prepared_fp8 import prepare_fp8
     from moe_jax.tuning.fit import within_memory
@@ -301,10 +302,11 @@ def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quanti
         lambda w: quantize(w, form.weights, halves=2 if activation else 1), _like(EXPERTS, n, k, dtype="bfloat16")
     )
     from_four = form.multiplies_codes and weights.spec.codes_per_value == 2
+    gated = activation is not None
+    mean_rows = min(ROWS / EXPERTS, rule.tile_rows / 8)  # few rows for the tiles that are for them
+    of_rule = gated, n // 2 if gated else n, EXPERTS, mean_rows
     if weights.spec.codes_per_value == 2 and not from_four:
-        gated = activation is not None
-        mean_rows = min(ROWS / EXPERTS, rule.tile_rows / 8)  # few rows for the tiles that are for them
-        rule = four_bit(rule, gated, n // 2 if gated else n, EXPERTS, mean_rows)
+        rule = four_bit(rule, *of_rule)
         rule = within_memory(rule, "bfloat16", f"weights {weights.spec.dtype} group")
         config = dataclasses.replace(rule, **changes)
 
@@ -318,7 +320,9 @@ def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quanti
     scales = weights.scales.shape if weights.scales.ndim > 1 else (EXPERTS, 1)
     operands = [weights if from_four else weights.values, _like(*scales, dtype="float32")]
     if form.is_weight_only:
-        config = dataclasses.replace(few_counts(rule), **changes)
+        rule = one_byte(rule, *of_rule, in_blocks=weights.spec.granularity == "block")
+        rule = within_memory(rule, "bfloat16", f"weights {weights.spec.dtype} {weights.spec.granularity}")
+        config = dataclasses.replace(rule, **changes)
 
         def decode(rows, weights, scales, *schedule):
             return matmul_bf16.grouped_matmul(

@@ -21,7 +21,7 @@ MOSAIC = re.compile(r"mosaic_gpu\w*")
 # Of the row counts that tiles may have. Each is a copy of a kernel's loop, and lowering them takes most of a test's time: a few.
 FEW_ROW_COUNTS = {
     "_FEW": (8, 24, 64),
-    "_FEW_FOUR_BIT": (8, 24),
+    "FEW_DECODED": (8, 24),
     "_ABOUT_64": (48, 80),
     "_SOME": (48, 128),
     "_MANY": (112, 160),

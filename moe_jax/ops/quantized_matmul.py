@@ -12,12 +12,12 @@ from jaxtyping import Array, Float
 
 from moe_jax.activations import Activation
 from moe_jax.kernels.hopper.codes import odd_blocks
+from moe_jax.kernels.hopper.decoding_config import four_bit, one_byte
 from moe_jax.kernels.hopper.matmul_config import (
     MOST_FOUR_BIT,
     Config,
     default_config,
     eight_bit,
-    four_bit,
     from_four_bits,
     most_rows,
     rows_first,
@@ -260,7 +260,7 @@ def _weight_only(
             activation=activation,
             group_offset=group_offset,
             tokens_as_rows=tokens_as_rows,
-            config=None if weights.spec.codes_per_value == 2 else config,  # made for another size of a weight
+            config=None,  # made for another size of a weight
             implementation=implementation,
         )
     four_bits = weights.spec.codes_per_value == 2
@@ -271,13 +271,12 @@ def _weight_only(
     n_out = weights.shape[1] // (2 if gated else 1)
     likely_tiles = min(groups.num_rows, weights.shape[0])
     if config is None:
-        config = default_config(groups.tile_rows, gated, n_out, likely_tiles)
-        if four_bits:
-            from moe_jax.tuning.fit import within_memory
+        from moe_jax.tuning.fit import within_memory
 
-            mean_rows = groups.num_rows / max(1, weights.shape[0])
-            config = four_bit(config, gated, n_out, likely_tiles, mean_rows)
-            config = within_memory(config, rows.dtype.name, f"weights {weights.spec.dtype} group")
+        spec, mean_rows = weights.spec, groups.num_rows / max(1, weights.shape[0])
+        of_rule = default_config(groups.tile_rows, gated, n_out, likely_tiles), gated, n_out, likely_tiles, mean_rows
+        config = four_bit(*of_rule) if four_bits else one_byte(*of_rule, in_blocks=spec.granularity == "block")
+        config = within_memory(config, rows.dtype.name, f"weights {spec.dtype} {spec.granularity}")
     return kernel.grouped_matmul(
         rows,
         weights if four_bits else weights.values,

@@ -40,18 +40,14 @@ _MANY_ROWS: tuple[dict[str, Any], ...] = (
 )
 # Weights that alone are codes are decoded by up to four consumers, gate and up by one or by two. What a projection cannot have is
 # left out.
-_DECODERS: tuple[dict[str, Any], ...] = (
-    *({"consumers": consumers, "halves": 1, "paired": True, "columns": 64, "tile_k": 128} for consumers in (2, 4)),
-    {"consumers": 2, "halves": 2, "columns": 64, "tile_k": 128},
-    {"consumers": 4, "halves": 1, "columns": 64, "tile_k": 128},
-)
-_FEW_FOUR_BIT: tuple[dict[str, Any], ...] = (
+_FEW_DECODED: tuple[dict[str, Any], ...] = (
     {},
     *({"tile_k": tile_k} for tile_k in (128, 192, 256)),
     *({"consumers": consumers, "halves": 2, "paired": False} for consumers in (1, 2)),
     *({"consumers": consumers, "halves": 1, "paired": False} for consumers in (1, 2, 4)),
     *({"consumers": consumers, "halves": 1, "paired": True} for consumers in (2, 4)),
     {"overlap": True},
+    {"gather": False},
 )
 # 8-bit rows have no clusters and are not fetched by their tokens; a stage takes 128 of K in the place of 64.
 _FEW_EIGHT_BIT: tuple[dict[str, Any], ...] = (
@@ -120,9 +116,9 @@ def _variants(base: Config, shape: LayerShape, gated: bool, up: bool) -> list[Co
     """`base`, then its changes, each with as many stages as shared memory holds."""
     found, of = [base], Codes.of(shape.codes)
     changes = (
-        (_FEW_EIGHT_BIT, _MANY_EIGHT_BIT) if of.both else (_FEW_FOUR_BIT if of.four_bits else _FEW_ROWS, _MANY_ROWS)
+        (_FEW_EIGHT_BIT, _MANY_EIGHT_BIT) if of.both else (_FEW_DECODED if of.weights_alone else _FEW_ROWS, _MANY_ROWS)
     )
-    more = _FROM_FOUR_BITS if of.from_four_bits else _DECODERS if of.weights_alone and not of.four_bits else ()
+    more = _FROM_FOUR_BITS if of.from_four_bits else ()
     for change in (*changes[base.tile_rows > 64], *more):
         config = dataclasses.replace(base, **change)
         if not splits(base.tile_rows, config) or (config.gather and not up):

@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
 from moe_jax.config import MoEConfig
+from moe_jax.kernels.hopper.decoding_config import four_bit, one_byte
 from moe_jax.kernels.hopper.matmul_config import (
     MANY_FETCHED_FOUR_BIT,
     MANY_PROMOTED,
@@ -16,8 +17,6 @@ from moe_jax.kernels.hopper.matmul_config import (
     eight_bit,
     eight_bit_tile_rows,
     fetches_by_token,
-    few_counts,
-    four_bit,
     from_four_bits,
     in_whole_steps,
     most_rows,
@@ -231,31 +230,28 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
         quantizes = promoted and pays_to_quantize(up, shape.mean_rows)
         up = dataclasses.replace(up, quantizes=quantizes and quantizes_misfit("up", up, shape) is None)
         return LayerPlan(up.tile_rows, *(within_memory(config, shape.dtype, shape.codes) for config in (up, down)))
-    gather = fetches_by_token(shape.mean_rows, shape.hidden_size, shape.intermediate_size)
-    four_bits = Codes.of(shape.codes).four_bits
-    gather = gather and not (four_bits and shape.mean_rows < MANY_FETCHED_FOUR_BIT)
+    of, mean_rows = Codes.of(shape.codes), shape.mean_rows
+    gather = fetches_by_token(mean_rows, shape.hidden_size, shape.intermediate_size)
+    gather = gather and not (of.four_bits and mean_rows < MANY_FETCHED_FOUR_BIT)
     if tile_rows is None:
-        tile_rows = tile_rows_for(shape.mean_rows, shape.num_pairs, gather, coded=bool(shape.codes))
-        tile_rows = min(tile_rows, MOST_FETCHED_FOUR_BIT) if four_bits and gather else tile_rows
-    if four_bits:
+        tile_rows = tile_rows_for(mean_rows, shape.num_pairs, gather, coded=bool(shape.codes))
+        tile_rows = min(tile_rows, MOST_FETCHED_FOUR_BIT) if of.four_bits and gather else tile_rows
+    if of.four_bits:
         tile_rows = min(tile_rows, MOST_FOUR_BIT)
-        gather = gather and tile_rows % 16 == 0 and tile_rows <= MOST_FETCHED_FOUR_BIT
-        sides = (shape.gated, shape.intermediate_size), (False, shape.hidden_size)
-        up, down = (
-            four_bit(default_config(tile_rows, gated, n_out, tiles), gated, n_out, tiles, shape.mean_rows)
-            for gated, n_out in sides
-        )
-        up, down = in_whole_steps(up, shape.hidden_size), in_whole_steps(down, shape.intermediate_size)
-        up = dataclasses.replace(up, gather=gather)
-        return LayerPlan(tile_rows, *(within_memory(config, shape.dtype, shape.codes) for config in (up, down)))
-    up = default_config(tile_rows, shape.gated, shape.intermediate_size, tiles)
+        gather = gather and tile_rows <= MOST_FETCHED_FOUR_BIT
+
+    def tiled(gated: bool, n_out: int, k: int) -> Config:
+        config = default_config(tile_rows, gated, n_out, tiles)
+        if of.four_bits:
+            config = four_bit(config, gated, n_out, tiles, mean_rows)
+        elif shape.codes:
+            return one_byte(config, gated, n_out, tiles, mean_rows, in_blocks=of.granularity == "block")
+        return in_whole_steps(config, k)
+
+    up = tiled(shape.gated, shape.intermediate_size, shape.hidden_size)
     up = dataclasses.replace(up, gather=gather and up.cluster == 1 and tile_rows % 16 == 0)
-    down = default_config(tile_rows, False, shape.hidden_size, tiles)
-    if shape.codes:
-        up, down = few_counts(up), few_counts(down)
-    else:
-        up, down = in_whole_steps(up, shape.hidden_size), in_whole_steps(down, shape.intermediate_size)
-    return LayerPlan(tile_rows, up, down)
+    down = tiled(False, shape.hidden_size, shape.intermediate_size)
+    return LayerPlan(tile_rows, *(within_memory(config, shape.dtype, shape.codes) for config in (up, down)))
 
 
 def has_whole_blocks(*specs: Spec) -> bool:

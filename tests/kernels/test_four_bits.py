@@ -8,7 +8,8 @@ import pytest
 
 from moe_jax import MoEConfig, _compat
 from moe_jax.kernels.hopper import matmul_bf16 as kernel
-from moe_jax.kernels.hopper.matmul_config import Config, four_bit
+from moe_jax.kernels.hopper.decoding_config import four_bit
+from moe_jax.kernels.hopper.matmul_config import Config
 from moe_jax.ops.gather import plain_gather
 from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.quantization import prepare, quant_format, quantize

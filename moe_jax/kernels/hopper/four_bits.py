@@ -17,7 +17,7 @@ first, so that it waits once.
 
 Counted in the machine code (`benchmarks/machine_code.py`; instructions of the vector units a weight, in the loop over K, eight
 rows): NVFP4 2.3, MXFP4 2.1, int4 2.6, with a scale and a zero point for each 32 columns 2.8. No loop spills up to 160 rows, but
-ptxas lets products wait for each other where registers run short, and nothing is decoded meanwhile: `matmul_config.four_bit`
+ptxas lets products wait for each other where registers run short, and nothing is decoded meanwhile: `decoding_config.four_bit`
 says when, and what that costs.
 
 NVFP4 on an H100, qwen3-30b-a3b, the kernels of a layer (benchmarks/results, 2026-11-27-h100-nvfp4-few-layer.json and

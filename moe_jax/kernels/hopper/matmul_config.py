@@ -28,8 +28,8 @@ MOST_FETCHED_FOUR_BIT = 144  # where the rows are fetched by their tokens, which
 MOST_CONSUMERS = 4  # that decode weights, for few rows
 MANY_FETCHED_FOUR_BIT = 192  # rows an expert from which on that was measured to pay
 PRODUCER_REGISTERS, _REGISTERS = 24, 64 * 1024  # of a producer's thread; of a multiprocessor
-_FEW_FOUR_BIT = (8, 16, 24, 32, 48)
-_MANY_CONSUMERS = 4  # rows an expert, of few, from which on four of them decode weights of four bits
+WIDE_FOUR_BIT = _SOME[-1]  # beyond it the machine code allows two row counts: `decoding_config.four_bit`
+FEW_DECODED = (8, 16, 24, 32, 48)  # row counts of few rows where several consumers decode
 _BETWEEN = 8  # columns that a multiprocessor could make in the time from one tile to the next, with one token
 
 
@@ -160,11 +160,11 @@ def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -
         stages = 5 if gated and columns == WGMMA_ROWS else few.stages
         return dataclasses.replace(few, columns=columns, tile_k=128 * WGMMA_ROWS // columns, stages=stages)
 
-    columns = min((64, 32, 16), key=lambda columns: _work(columns, n_out, likely_tiles))  # the widest of equal ones
+    columns = min((64, 32, 16), key=lambda columns: work_of(columns, n_out, likely_tiles))  # the widest of equal ones
     return narrow(columns)
 
 
-def _work(columns: int, n_out: int, likely_tiles: int) -> int:
+def work_of(columns: int, n_out: int, likely_tiles: int) -> int:
     """Of the busiest multiprocessor, with tiles of one token and so many columns."""
     return pl.cdiv(likely_tiles * pl.cdiv(n_out, columns), _compat.num_multiprocessors()) * (columns + _BETWEEN)
 
@@ -213,67 +213,6 @@ def few_counts(config: Config) -> Config:
     """
     counts = tuple(c for c in config.row_counts if c in _COARSE or c == config.tile_rows)
     return dataclasses.replace(config, row_counts=counts)
-
-
-def four_bit(config: Config, gated: bool, n_out: int, likely_tiles: int, mean_rows: float) -> Config:
-    """The same tiles for weights of four bits: a stage of few rows takes more of K, and more consumers decode it; no clusters.
-
-    Args:
-        config: of `default_config`.
-        gated: whether the activation takes gate and up.
-        n_out: columns of the output.
-        likely_tiles: as in `default_config`.
-        mean_rows: of an expert.
-
-    With few rows decoding takes one consumer as long as a tile is on its way, and the epilogue comes on top: qwen3-235b, NVFP4,
-    16 tokens on an H100, down-projection 153 us with one consumer, 104 with two. From 4 rows an expert on four are better, with a
-    copy of the loop for more row counts: mixtral-8x7b, 128 tokens, a layer 347 us instead of 386, of which row counts are 20;
-    qwen3-30b-a3b 149 instead of 151, gpt-oss-120b 597 instead of 593; with fewer rows up to 3 % worse
-    (2026-11-27-h100-variants.txt). One token: `_one_token`.
-
-    What ptxas says (`benchmarks/machine_code.py`): from 176 rows on, and from 160 on where rows are fetched by their tokens, it
-    lets every product wait for the one before, so that nothing is decoded meanwhile. From 144 rows on it does so too with three
-    row counts or more; up to 128 rows with none. So wide tiles have two row counts. Narrower ones, with more counts, decode a
-    matrix more often than they save products: qwen3-30b-a3b, NVFP4, 4096 tokens on an H100, both projections: 500 us with 128 and
-    144 rows, 635 with six counts up to 160, 656 with five up to 128 (benchmarks/results/2026-11-27-h100-four-bits-many-rows.txt).
-
-    Example:
-        >>> four_bit(Config((64,), consumers=1), False, 2048, 128, mean_rows=1.0).consumers
-        2
-        >>> four_bit(Config((64, 128, 136, 144)), True, 768, 128, mean_rows=256.0).row_counts
-        (128, 144)
-    """
-    config = dataclasses.replace(config, cluster=1, columns=WGMMA_ROWS)
-    if config.consumers == 1 and config.tile_rows <= 8:
-        return _one_token(config, gated, n_out, likely_tiles)
-    if config.consumers == 1 and mean_rows >= _MANY_CONSUMERS:
-        counts = tuple(c for c in _FEW_FOUR_BIT if c < config.tile_rows) + (config.tile_rows,)
-        return dataclasses.replace(config, row_counts=counts, consumers=4, halves=1, paired=gated, tile_k=128, stages=5)
-    counts = tuple(c for c in few_counts(config).row_counts if c <= MOST_FOUR_BIT)
-    if counts[-1] > _SOME[-1]:
-        counts = (_SOME[-1], counts[-1])
-    config = dataclasses.replace(config, row_counts=counts)
-    if config.consumers > 1:
-        return config
-    two = dict(halves=2, tile_k=128) if gated else dict(halves=1, tile_k=256)
-    return dataclasses.replace(config, consumers=2, stages=6, **two)
-
-
-def _one_token(config: Config, gated: bool, n_out: int, likely_tiles: int) -> Config:
-    """As many columns a tile as keep the busiest multiprocessor busy for the shortest time; the widest of equal ones.
-
-    A multiprocessor takes 20 to 26 GB/s of codes, whether one consumer decodes them or four. So what counts is how many have a
-    tile, and that they have the same number of them; two consumers to a tile, gate and up apart, instead of one are worth 2 to
-    9 %. One token on an H100, NVFP4: qwen3-235b up 25.1 us with tiles of 128 columns and four consumers, 27.5 of 64 and two,
-    28.6 of 64 and one; down 14.6 us of 256 columns, 15.7 of 128; dsv3-ep8 up, 32 tiles of 64, 19.5 us and 21.4; mixtral-8x7b
-    down 26.8 us of 64, 37 of 128. Tiles of 32 columns, half a block, are worse, for two of a consumer's four warps then have
-    nothing to decode: qwen3-235b up 36.6 us, dsv3-ep8 21.4, mixtral-8x7b 79.8 (2026-11-27-h100-variants.txt).
-    """
-    pieces = (64, 128) if gated else (64, 128, 256)
-    columns = min(pieces, key=lambda columns: (_work(columns, n_out, likely_tiles), -columns))
-    consumers = columns // WGMMA_ROWS * (2 if gated else 1)
-    tiles = dict(tile_k=128, stages=8) if consumers == 4 else dict(tile_k=256, stages=6)
-    return dataclasses.replace(config, consumers=consumers, halves=1, paired=gated, **tiles)
 
 
 def eight_bit_tile_rows(mean_rows: float, num_pairs: int, promoted: bool = False) -> int:

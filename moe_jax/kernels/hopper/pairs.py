@@ -2,7 +2,7 @@
 
 With few rows a consumer is busy with decoding. Two to a tile take less time for it, where wider tiles would leave multiprocessors
 without work, and have half as many sums in registers, so that four find room. Sums are added up as ever: the bits are those of
-one consumer. What that is worth: `matmul_config.four_bit`.
+one consumer. What that is worth: `decoding_config`.
 
 The sums pass through shared memory, each thread's to the thread of the same place: float32 ``[64, rows]``.
 """

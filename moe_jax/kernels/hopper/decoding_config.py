@@ -1,0 +1,133 @@
+"""How the grouped matmul is tiled where it decodes its weights: `matmul_config`'s tiles with more consumers.
+
+Decoding takes one consumer about as long as a tile of few rows is on its way. So several share such a tile: neighbouring
+blocks of columns, or the gate and the up half of one (`Config.paired`). The bits of the result do not depend on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moe_jax.kernels.hopper import matmul_config
+from moe_jax.kernels.hopper.matmul_config import (
+    FEW_ROWS,
+    MOST_FOUR_BIT,
+    WGMMA_ROWS,
+    WIDE_FOUR_BIT,
+    Config,
+    few_counts,
+    work_of,
+)
+
+_MANY_ROWS = 4  # an expert, of few, from which on more consumers, or more row counts, pay
+
+
+def four_bit(config: Config, gated: bool, n_out: int, likely_tiles: int, mean_rows: float) -> Config:
+    """The same tiles for weights of four bits: a stage of few rows takes more of K, and more consumers decode it; no clusters.
+
+    Args:
+        config: of `default_config`.
+        gated: whether the activation takes gate and up.
+        n_out: columns of the output.
+        likely_tiles: as in `default_config`.
+        mean_rows: of an expert.
+
+    With few rows decoding takes one consumer as long as a tile is on its way, and the epilogue comes on top: qwen3-235b, NVFP4,
+    16 tokens on an H100, down-projection 153 us with one consumer, 104 with two. From 4 rows an expert on four are better, with a
+    copy of the loop for more row counts: mixtral-8x7b, 128 tokens, a layer 347 us instead of 386, of which row counts are 20;
+    qwen3-30b-a3b 149 instead of 151, gpt-oss-120b 597 instead of 593; with fewer rows up to 3 % worse
+    (2026-11-27-h100-variants.txt). One token: `_one_token`.
+
+    What ptxas says (`benchmarks/machine_code.py`): from 176 rows on, and from 160 on where rows are fetched by their tokens, it
+    lets every product wait for the one before, so that nothing is decoded meanwhile. From 144 rows on it does so too with three
+    row counts or more; up to 128 rows with none. So wide tiles have two row counts. Narrower ones, with more counts, decode a
+    matrix more often than they save products: qwen3-30b-a3b, NVFP4, 4096 tokens on an H100, both projections: 500 us with 128 and
+    144 rows, 635 with six counts up to 160, 656 with five up to 128 (benchmarks/results/2026-11-27-h100-four-bits-many-rows.txt).
+
+    Example:
+        >>> four_bit(Config((64,), consumers=1), False, 2048, 128, mean_rows=1.0).consumers
+        2
+        >>> four_bit(Config((64, 128, 136, 144)), True, 768, 128, mean_rows=256.0).row_counts
+        (128, 144)
+    """
+    config = dataclasses.replace(config, cluster=1, columns=WGMMA_ROWS)
+    if config.consumers == 1 and config.tile_rows <= 8:
+        return _one_token(config, gated, n_out, likely_tiles)
+    if config.consumers == 1 and mean_rows >= _MANY_ROWS:
+        return dataclasses.replace(_four(config, gated), row_counts=_counts(config), stages=5)
+    counts = tuple(c for c in few_counts(config).row_counts if c <= MOST_FOUR_BIT)
+    if counts[-1] > WIDE_FOUR_BIT:
+        counts = (WIDE_FOUR_BIT, counts[-1])
+    config = dataclasses.replace(config, row_counts=counts)
+    if config.consumers > 1:
+        return config
+    two = dict(halves=2, tile_k=128) if gated else dict(halves=1, tile_k=256)
+    return dataclasses.replace(config, consumers=2, stages=6, **two)
+
+
+def one_byte(config: Config, gated: bool, n_out: int, likely_tiles: int, mean_rows: float, in_blocks: bool) -> Config:
+    """The same tiles for weights that are codes of a byte: with few rows gate and up have a consumer each.
+
+    Args:
+        config: of `default_config`.
+        gated: whether the activation takes gate and up.
+        n_out: columns of the output.
+        likely_tiles: as in `default_config`.
+        mean_rows: of an expert.
+        in_blocks: with a scale for each block, which takes more instructions to decode: four consumers where their columns
+            divide the output.
+
+    On an H100, layers with one consumer, pairs of them and four (2026-11-28-h100-variants.txt). int8: mixtral-8x7b, 128 tokens,
+    682, 571 and 577 us; qwen3-30b-a3b 262, 248 and 249; qwen3-235b, 16 tokens, 619, 595 and 608; gpt-oss-120b 534, 507 and 546.
+    FP8 in blocks: qwen3-30b-a3b, 16 tokens, 218, 180 and 175, 128 tokens 318, 259 and 252; mixtral-8x7b, 128 tokens, 784, 621 and
+    575; gpt-oss-120b, whose columns 128 do not divide, 16 tokens, 646, 525 and 556. One token: `_one_token`; int8, before and
+    with that: mixtral-8x7b 218 and 166 us, qwen3-235b 102 and 75, dsv3-ep8 61 and 48, gpt-oss-120b 93 and 59.
+
+    Example:
+        >>> few = Config((8, 16, 32, 64), consumers=1)
+        >>> one_byte(few, True, 768, 128, mean_rows=1.0, in_blocks=False).paired
+        True
+        >>> [one_byte(few, False, 2048, 128, 1.0, in_blocks).consumers for in_blocks in (False, True)]
+        [2, 4]
+    """
+    if config.consumers > 1 or config.tile_rows > FEW_ROWS:
+        return few_counts(config)
+    whole = dataclasses.replace(config, columns=WGMMA_ROWS)
+    if config.tile_rows <= 8:
+        return _one_token(whole, gated, n_out, likely_tiles, byte=True)
+    counts = _counts(config) if mean_rows >= _MANY_ROWS else few_counts(config).row_counts
+    if in_blocks and n_out % (2 * WGMMA_ROWS) == 0:
+        return dataclasses.replace(_four(whole, gated), row_counts=counts, stages=3)
+    return dataclasses.replace(whole, row_counts=counts, consumers=2, halves=1, paired=gated, tile_k=128, stages=4)
+
+
+def _four(config: Config, gated: bool) -> Config:
+    return dataclasses.replace(config, consumers=4, halves=1, paired=gated, tile_k=128)
+
+
+def _counts(config: Config) -> tuple[int, ...]:
+    return (*(c for c in matmul_config.FEW_DECODED if c < config.tile_rows), config.tile_rows)
+
+
+def _one_token(config: Config, gated: bool, n_out: int, likely_tiles: int, byte: bool = False) -> Config:
+    """As many columns a tile as keep the busiest multiprocessor busy for the shortest time; the widest of equal ones.
+
+    A multiprocessor takes 20 to 26 GB/s of codes of four bits, whether one consumer decodes them or four. So what counts is how
+    many have a tile, and that they have the same number of them; two consumers to a tile, gate and up apart, instead of one are
+    worth 2 to 9 %. One token on an H100, NVFP4: qwen3-235b up 25.1 us with tiles of 128 columns and four consumers, 27.5 of 64
+    and two, 28.6 of 64 and one; down 14.6 us of 256 columns, 15.7 of 128; dsv3-ep8 up, 32 tiles of 64, 19.5 us and 21.4;
+    mixtral-8x7b down 26.8 us of 64, 37 of 128. Tiles of 32 columns, half a block, are worse, for two of a consumer's four warps
+    then have nothing to decode: qwen3-235b up 36.6 us, dsv3-ep8 21.4, mixtral-8x7b 79.8 (2026-11-27-h100-variants.txt).
+
+    So it is with codes of a byte, for which 256 columns are as good as 128 at best: int8, qwen3-235b up 43.1 us with tiles of 128
+    columns, 47.2 of 64, 72.2 of 32; gpt-oss-120b down 18.3 us of 128, 25.8 of 256, 30.9 of 32; mixtral-8x7b down 48.8 us of 64
+    and one consumer, 73.4 of 128 and two (2026-11-28-h100-variants.txt).
+    """
+    pieces = (64, 128) if gated or byte else (64, 128, 256)
+    columns = min(pieces, key=lambda columns: (work_of(columns, n_out, likely_tiles), -columns))
+    consumers = columns // WGMMA_ROWS * (2 if gated else 1)
+    if byte:
+        tiles = dict(tile_k=256, stages=5) if consumers == 2 and gated else dict(tile_k=128, stages=5 if gated else 6)
+    else:
+        tiles = dict(tile_k=128, stages=8) if consumers == 4 else dict(tile_k=256, stages=6)
+    return dataclasses.replace(config, consumers=consumers, halves=1, paired=gated, **tiles)
