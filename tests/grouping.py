@@ -30,10 +30,12 @@ def python_groups(ids, num_experts, num_local, expert_map, tile_rows, row_multip
     positions = np.full(ids.shape, -1, np.int32)
     tile_group = np.full(tiles, -1, np.int32)
     tile_starts, tile_sizes = np.zeros(tiles, np.int32), np.zeros(tiles, np.int32)
+    tile_spans = np.zeros((tiles, 2), np.int32)
     tile = row = 0
     for local, pairs in enumerate(members):
         share = share_of_tile(len(pairs), tile_rows)
         row += -row % row_multiple
+        first = tile
         for start in range(0, len(pairs), share):
             here = pairs[start : start + share]
             tile_group[tile], tile_starts[tile], tile_sizes[tile] = local, row, len(here)
@@ -41,6 +43,7 @@ def python_groups(ids, num_experts, num_local, expert_map, tile_rows, row_multip
                 positions[token, slot] = row
                 row += 1
             tile += 1
+        tile_spans[first:tile] = first, tile
     return {
         "positions": positions,
         "tile_group": tile_group,
@@ -48,6 +51,7 @@ def python_groups(ids, num_experts, num_local, expert_map, tile_rows, row_multip
         "tile_sizes": tile_sizes,
         "group_sizes": np.array([len(pairs) for pairs in members], np.int32),
         "num_tiles": np.array([tile], np.int32),
+        "tile_spans": tile_spans,
     }
 
 
@@ -114,8 +118,13 @@ def check_invariants(groups: Groups, ids) -> None:
     before = np.cumsum(tile_sizes[:num_tiles]) - tile_sizes[:num_tiles]
     gaps = (firsts - (np.cumsum(sizes) - sizes))[tile_group[:num_tiles]]
     np.testing.assert_array_equal(tile_starts[:num_tiles], before + gaps)
+    spans = np.asarray(groups.tile_spans)
+    assert not spans[num_tiles:].any()
     for group, size in enumerate(np.asarray(groups.group_sizes).tolist()):
         mine = np.flatnonzero(tile_group == group)
+        assert all(np.array_equal(np.arange(*spans[tile]), mine) for tile in mine), (
+            "a tile knows others than its group's"
+        )
         assert len(mine) == -(-size // groups.tile_rows)
         members = [row for tile in mine for row in range(tile_starts[tile], tile_starts[tile] + tile_sizes[tile])]
         assert len(members) == size

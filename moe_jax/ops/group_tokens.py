@@ -34,6 +34,8 @@ class Groups:
         group_sizes: int32 ``[E_local]``, rows of each local expert.
         num_tiles: int32 ``[1]``, tiles that hold rows; they come first.
         tile_rows: the most rows of a tile (static).
+        tile_spans: None, or int32 ``[tiles, 2]``, of each tile the first tile of its group and the one after the last, 0 for the
+            tiles after the last: kernels walk the tiles of a group together.
         row_multiple: 1, 2, 4 or 8: the first row of a group is a multiple of it, and so is that of a tile (static).
         total_rows: R, where it does not follow from the pairs (static).
         tile_tokens: None, or for at most 16 tokens int32 ``[tiles]``, bit t set if token t has a row in the tile: an
@@ -50,6 +52,7 @@ class Groups:
     group_sizes: Int[Array, " E_local"] | Any
     num_tiles: Int[Array, "1"] | Any
     tile_rows: int = field(metadata={"static": True})
+    tile_spans: Int[Array, "tiles 2"] | Any | None = None
     tile_tokens: Int[Array, " tiles"] | Any | None = None
     row_tokens: Int[Array, " padded_rows"] | Any | None = None
     row_multiple: int = field(default=1, metadata={"static": True})
@@ -63,8 +66,8 @@ class Groups:
     @classmethod
     def of(cls, found: tuple[Array, ...], tile_rows: int, row_multiple: int = 1) -> Groups:
         """What the kernel and plain JAX give, in the order of the attributes, the tokens of the rows last if they are there."""
-        row_tokens = found[6] if len(found) > 6 else None
-        return cls(*found[:6], tile_rows=tile_rows, row_tokens=row_tokens, row_multiple=row_multiple)
+        row_tokens = found[7] if len(found) > 7 else None
+        return cls(*found[:6], tile_rows, found[6], row_tokens=row_tokens, row_multiple=row_multiple)
 
     @property
     def num_rows(self) -> int:
@@ -246,11 +249,11 @@ def tile_schedule(
         tiles: entries of the schedule.
 
     Returns:
-        ``tile_group``, ``tile_starts``, ``tile_sizes``, ``group_sizes`` and ``num_tiles``.
+        ``tile_group``, ``tile_starts``, ``tile_sizes``, ``group_sizes``, ``num_tiles`` and ``tile_spans``.
 
     Example:
         >>> [a.tolist() for a in tile_schedule(jnp.array([9, 0, 3]), jnp.array([0, 16, 32]), tile_rows=8, tiles=4)]
-        [[0, 0, 2, -1], [0, 8, 32, 0], [8, 1, 3, 0], [9, 0, 3], [3]]
+        [[0, 0, 2, -1], [0, 8, 32, 0], [8, 1, 3, 0], [9, 0, 3], [3], [[0, 2], [0, 2], [2, 3], [0, 0]]]
     """
     group_tiles = -(-sizes // tile_rows)
     last_tile = jnp.cumsum(group_tiles, dtype=jnp.int32)
@@ -265,7 +268,8 @@ def tile_schedule(
 
     # All compared with all: a binary search is a loop, which a GPU would be asked about step by step.
     group = jnp.searchsorted(last_tile, tile, side="right", method="compare_all").astype(jnp.int32)
-    before = (tile - of_tile(last_tile - group_tiles)) * of_tile(shares)  # rows of the group in its earlier tiles
+    first = of_tile(last_tile - group_tiles)
+    before = (tile - first) * of_tile(shares)  # rows of the group in its earlier tiles
     tile_sizes = jnp.clip(of_tile(sizes) - before, 0, of_tile(shares))
     return (
         jnp.where(there, group, -1),
@@ -273,6 +277,7 @@ def tile_schedule(
         jnp.where(there, tile_sizes, 0),
         sizes,
         num_tiles[None],
+        jnp.where(there[:, None], jnp.stack([first, of_tile(last_tile)], axis=1), 0),
     )
 
 

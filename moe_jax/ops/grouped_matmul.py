@@ -129,6 +129,7 @@ def grouped_matmul(
             bias,
             activation,
             config=config or default_config(groups.tile_rows, gated, n_out, likely_tiles),
+            tile_spans=groups.tile_spans,
             tile_tokens=groups.tile_tokens if tokens_as_rows else None,
             row_tokens=groups.row_tokens if tokens_as_rows else None,
             total_rows=groups.positions.size,

@@ -55,7 +55,9 @@ def input_grad(
             return plain_input_grad(rows, weights, groups)
         config, interpret = kernel.config_for(groups.tile_rows), impl.interpret_params(chosen)
         schedule = groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
-        return kernel.input_grad(rows, weights, *schedule, config=config, interpret=interpret)
+        return kernel.input_grad(
+            rows, weights, *schedule, config=config, tile_spans=groups.tile_spans, interpret=interpret
+        )
 
     return impl.without_gradient("input_grad", run)(rows, weights, groups)
 

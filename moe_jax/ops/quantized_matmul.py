@@ -187,6 +187,7 @@ def quantized_matmul(
     options = {
         "config": config,
         "out_dtype": jnp.dtype(dtype),
+        "tile_spans": groups.tile_spans,
         "aligned": aligned,
         "quantize": quantize,
         "interpret": impl.interpret_params(chosen),
@@ -287,6 +288,7 @@ def _weight_only(
         bias,
         activation,
         config=config,
+        tile_spans=groups.tile_spans,
         tile_tokens=groups.tile_tokens if tokens_as_rows else None,
         row_tokens=gathered,
         weight_scales=None if four_bits else _scales(weights),

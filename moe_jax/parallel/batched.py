@@ -200,8 +200,8 @@ def batch_groups(
     starts = jnp.arange(experts, dtype=jnp.int32) * max_tokens
     row = jnp.arange(experts * max_tokens, dtype=jnp.int32)
     positions = jnp.where(row % max_tokens < jnp.repeat(counts, max_tokens), row, -1)[:, None]
-    group, first, sizes, counts, num_tiles = tile_schedule(counts, starts, tile_rows, tiles)
-    return Groups(positions, group, first, sizes, counts, num_tiles, tile_rows, row_multiple=8, total_rows=row.size)
+    found = positions, *tile_schedule(counts, starts, tile_rows, tiles)
+    return dataclasses.replace(Groups.of(found, tile_rows, row_multiple=8), total_rows=row.size)
 
 
 def batched_experts(

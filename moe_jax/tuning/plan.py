@@ -245,7 +245,10 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
         if of.four_bits:
             config = four_bit(config, gated, n_out, tiles, mean_rows)
         elif shape.codes:
-            return one_byte(config, gated, n_out, tiles, mean_rows, in_blocks=of.granularity == "block")
+            config = one_byte(config, gated, n_out, tiles, mean_rows, in_blocks=of.granularity == "block")
+            return (
+                config if config.consumers == 4 else in_whole_steps(config, k)
+            )  # there is no room for three such stages
         return in_whole_steps(config, k)
 
     up = tiled(shape.gated, shape.intermediate_size, shape.hidden_size)

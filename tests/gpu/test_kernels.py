@@ -181,7 +181,7 @@ def test_grouping(shape):
             tile_rows=tile_rows,
         )
         kernel, plain = run(implementation="mosaic"), run(implementation="xla")
-        for field in ("positions", "tile_group", "tile_starts", "tile_sizes", "group_sizes", "num_tiles"):
+        for field in ("positions", "tile_group", "tile_starts", "tile_sizes", "group_sizes", "num_tiles", "tile_spans"):
             np.testing.assert_array_equal(getattr(kernel, field), getattr(plain, field), err_msg=f"{name}: {field}")
         again = run(implementation="mosaic")
         np.testing.assert_array_equal(again.positions, kernel.positions)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moe_jax import _compat
 from moe_jax.config import MoEConfig, RoutingConfig
@@ -14,7 +16,9 @@ from moe_jax.kernels.hopper import matmul_config, tiles
 from moe_jax.ops.gather import plain_gather
 from moe_jax.ops.group_tokens import default_tile_rows, group_tokens, max_tiles
 from moe_jax.ops.grouped_matmul import grouped_matmul
+from moe_jax.ops.quantize_rows import quantize_rows
 from moe_jax.ops.route_groups import route_groups
+from moe_jax.quantization import quantize
 from tests.contracts import check_grouped_matmul, groups_by_token, groups_of, groups_with_sizes, rows_of
 from tests.layers import normal, quick_jit
 from tests.lowering import assert_lowers_to_kernels, like, mosaic_code
@@ -265,6 +269,45 @@ def test_every_tile_is_visited_once(n_tiles, band):
     for m_tiles in range(1, 41):
         m, n = (np.asarray(axis)[: m_tiles * n_tiles].tolist() for axis in visit(jnp.int32(m_tiles)))
         assert set(zip(m, n, strict=True)) == {(i, j) for i in range(m_tiles) for j in range(n_tiles)}
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=12), st.integers(1, 5), st.integers(1, 9))
+def test_tiles_of_a_group_are_walked_together(tiles_of, n_tiles, band):
+    """Group after group, in bands of its own tiles alone, each column by column."""
+    ends = np.cumsum(tiles_of)
+    spans = np.repeat(np.stack([ends - tiles_of, ends], axis=1), tiles_of, axis=0).astype(np.int32)
+    index, m_tiles = jnp.arange(ends[-1] * n_tiles, dtype=jnp.int32), jnp.int32(ends[-1])
+    m, n = (np.asarray(axis).tolist() for axis in tiles.visit(index, m_tiles, n_tiles, band, jnp.asarray(spans)))
+    right = [
+        (tile, column)
+        for first, end in zip(ends - tiles_of, ends, strict=True)
+        for start in range(first, end, band)
+        for column in range(n_tiles)
+        for tile in range(start, min(start + band, end))
+    ]
+    assert list(zip(m, n, strict=True)) == right
+
+
+@pytest.mark.parametrize("name", ["rows first", "fp8", "bf16"])
+def test_kernels_walk_the_tiles_of_a_group_together(name, monkeypatch):
+    """They ask for it with the schedule; it changes the order of their tiles and nothing else."""
+    calls, visit = [], tiles.visit
+    monkeypatch.setattr(tiles, "visit", lambda *args: calls.append(args[4]) or visit(*args))
+    quantization = None if name == "bf16" else "fp8_block" if name == "rows first" else "fp8_channel"
+    config = MoEConfig(3, 1, 128, 128, quantization=quantization)
+    ids = jnp.asarray(np.repeat([0, 2], [150, 20])[:, None], jnp.int32)
+    groups = group_tokens(ids, num_experts=3, tile_rows=128 if name == "rows first" else 64, implementation="xla")
+    weights = normal(1, 3, 128, 128, dtype="bfloat16", scale=128**-0.5)
+    rows = normal(2, groups.num_rows, 128, dtype="bfloat16")
+    if quantization:
+        weights = quantize(weights, config.quantization.weights)
+        rows = quantize_rows(rows, config.quantization.activations, groups=groups, implementation="xla")
+    outputs = [
+        np.asarray(grouped_matmul(rows, weights, schedule, implementation="mosaic_interpret"), np.float32)
+        for schedule in (groups, dataclasses.replace(groups, tile_spans=None))
+    ]
+    assert {spans is None for spans in calls} == {True, False}
+    np.testing.assert_array_equal(*outputs)
 
 
 @pytest.mark.parametrize("workers", [1, 3, 132])

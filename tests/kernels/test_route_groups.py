@@ -113,7 +113,7 @@ def test_several_tiles_of_a_block(monkeypatch, many, num_tokens, warpgroups):
         config=group_tokens.Config(warpgroups=2),
         interpret=interpret,
     )
-    groups = Groups(positions.reshape(num_tokens, 2), *rest, tile_rows=8)
+    groups = Groups.of((positions.reshape(num_tokens, 2), *rest), 8)
     check_groups(groups, ids, 8)
     check_invariants(groups, ids)
 

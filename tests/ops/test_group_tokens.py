@@ -94,6 +94,7 @@ def test_the_checks_can_fail():
         "a gap between the rows": dict(positions=groups.positions + (groups.positions >= 0)),
         "a tile of another expert": dict(tile_group=groups.tile_group.at[0].set(1)),
         "a tile in the rows of another": dict(tile_starts=groups.tile_starts.at[1].add(1)),
+        "a tile in the span of another": dict(tile_spans=groups.tile_spans.at[1].add(1)),
         "a tile too many": dict(num_tiles=groups.num_tiles + 1),
         "a row too many": dict(group_sizes=groups.group_sizes.at[0].add(1)),
         "tokens out of order": dict(positions=jnp.select(swapped, [first + 1, first], groups.positions)),

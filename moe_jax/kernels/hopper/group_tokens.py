@@ -180,7 +180,7 @@ def place_pairs(
     config: Config = Config(),
     interpret: Any = None,
 ) -> tuple[Array, ...]:
-    """(positions, tile_group, tile_starts, tile_sizes, group_sizes, num_tiles) as `moe_jax.ops.group_tokens` defines them.
+    """(positions, tile_group, tile_starts, tile_sizes, group_sizes, num_tiles, tile_spans) as in `moe_jax.ops.group_tokens`.
 
     With `row_tokens` also the token of each row, int32 [R + MOST_ROWS]; undefined behind the last row of a group.
 
@@ -209,7 +209,7 @@ def place_pairs(
     ahead = 8  # loads of other blocks' counts under way at a time
 
     def place_pairs(tickets_g, counts_g, *refs):
-        positions_g, group_g, tile_starts_g, tile_sizes_g, sizes_g, num_tiles_g, *refs = refs
+        positions_g, group_g, tile_starts_g, tile_sizes_g, sizes_g, num_tiles_g, spans_g, *refs = refs
         row_tokens_g = refs.pop(0) if row_tokens else None
         tickets_s, partial_s, base_s, sizes_s, shares_s, starts_s, first_tile_s, scan_s, loaded, summed, based = refs
         block, wg = lax.axis_index("block"), lax.axis_index("wg")
@@ -294,11 +294,15 @@ def place_pairs(
                 start = starts_s[expert]
                 sizes_g[expert] = size
 
-                @pl.loop(0, lax.div(size + (tile_rows - 1), tile_rows))
+                end = first_tile_s[width + expert]
+
+                @pl.loop(0, end - first_tile)
                 def _(t):
                     group_g[first_tile + t] = expert
                     tile_starts_g[first_tile + t] = start + t * share
                     tile_sizes_g[first_tile + t] = jnp.clip(size - t * share, 0, share)
+                    spans_g[first_tile + t, 0] = first_tile
+                    spans_g[first_tile + t, 1] = end
 
             # Tiles without rows.
             @pl.loop(0, lax.div(max_tiles - all_tiles - worker + (workers - 1), workers))
@@ -306,6 +310,8 @@ def place_pairs(
                 group_g[all_tiles + worker + i * workers] = -1
                 tile_starts_g[all_tiles + worker + i * workers] = 0
                 tile_sizes_g[all_tiles + worker + i * workers] = 0
+                spans_g[all_tiles + worker + i * workers, 0] = 0
+                spans_g[all_tiles + worker + i * workers, 1] = 0
 
             @pl.when(worker == 0)
             def _():
@@ -318,6 +324,7 @@ def place_pairs(
         place_pairs,
         out_type=(
             *(i32(n) for n in (num_pairs, max_tiles, max_tiles, max_tiles, num_local, 1)),
+            i32(max_tiles, 2),
             *([i32(num_pairs + MOST_ROWS)] if row_tokens else []),
         ),
         grid=(blocks * splits,),

@@ -46,6 +46,7 @@ def input_grad(
     num_tiles: Int[Array, "1"],
     *,
     config: Config,
+    tile_spans: Int[Array, "tiles 2"] | None = None,
     interpret: Any = None,
     multiprocessors: int | None = None,
 ) -> Float[Array, "R K"]:
@@ -59,9 +60,10 @@ def input_grad(
         tile_sizes: its rows.
         num_tiles: tiles that hold rows.
         config: how the work is tiled.
+        tile_spans: as in `matmul_bf16`.
         interpret: for the interpreter.
         multiprocessors: of the device, by default.
     """
     schedule = tile_group, tile_starts, tile_sizes, num_tiles
-    more = {"config": config, "interpret": interpret, "multiprocessors": multiprocessors}
+    more = {"config": config, "tile_spans": tile_spans, "interpret": interpret, "multiprocessors": multiprocessors}
     return matmul_bf16.grouped_matmul(rows, weights, *schedule, None, None, transposed=True, **more)

@@ -137,6 +137,7 @@ def grouped_matmul(
     activation: Activation | None,
     *,
     config: Config,
+    tile_spans: Int[Array, "tiles 2"] | None = None,
     tile_tokens: Int[Array, "tiles"] | None = None,
     row_tokens: Int[Array, "padded_rows"] | None = None,
     weight_scales: Float[Array, "E ..."] | None = None,
@@ -157,6 +158,7 @@ def grouped_matmul(
         bias: added before the activation.
         activation: gated or not; None for none.
         config: how the work is tiled.
+        tile_spans: the tiles of each tile's group, first and end, for the order: `tiles.visit`.
         tile_tokens: the tokens that have a row in each tile, a bit each.
         row_tokens: the token of each row, and a tile more; rows are then fetched from those of all tokens.
         weight_scales: float32, where weights are codes of a byte: see `codes`.
@@ -208,6 +210,7 @@ def grouped_matmul(
 
     def body(rows_g, weights_g, group_g, starts_g, sizes_g, count_g, *refs):
         refs = list(refs)
+        spans_g = refs.pop(0) if tile_spans is not None else None
         tokens_g = refs.pop(0) if shared else None
         row_tokens_g = refs.pop(0) if gathered else None
         scales_g = refs.pop(0) if coded else None
@@ -225,7 +228,7 @@ def grouped_matmul(
         my_tiles = tiles.share(m_tiles * n_steps, worker, workers)
 
         def tile_at(i):
-            m, n = tiles.visit(worker + i * workers, m_tiles, n_steps, config.band)
+            m, n = tiles.visit(worker + i * workers, m_tiles, n_steps, config.band, spans_g)
             return m, n if cluster == 1 else n * cluster + lax.axis_index("cta")
 
         def rows_of(m):
@@ -362,10 +365,8 @@ def grouped_matmul(
 
     body.__name__ = "input_grad" if transposed else f"grouped_matmul_{'up' if activation is not None else 'down'}"
     operands = [rows, weights, tile_group, tile_starts, tile_sizes, num_tiles]
-    operands += [tile_tokens] if shared else []
-    operands += [row_tokens] if gathered else []
-    operands += [weight_scales] if coded else []
-    operands += [bias] if bias is not None else []
+    more = tile_spans, tile_tokens, row_tokens, weight_scales, bias
+    operands += [operand for operand in more if operand is not None]
     scratch = [
         operand.scratch,
         of_weights.scratch,

@@ -184,23 +184,25 @@ def registers(consumers: int, producer: int = PRODUCER_REGISTERS) -> int:
 
 
 def in_whole_steps(config: Config, k: int) -> Config:
-    """Steps of 64 of K in the place of 128 where the last would be half empty, for few rows; of 192 for weights of four bits.
+    """Steps of 192 of K in the place of 128 where the last would be half empty, for few rows; of 64 where 192 do not divide it.
 
-    gpt-oss-120b, K = 2880, on an H100, layers of 128 and 1024 tokens: bfloat16 2094 us instead of 2111 and 2348 instead of 2375,
-    MXFP4 597 instead of 600 and 756 instead of 764. Where 128 divides K they take up to 2 % longer
-    (2026-11-27-h100-variants.txt).
+    gpt-oss-120b, K = 2880, H100, layers of 16, 128 and 1024 tokens with steps of 64 and of 192 (2026-11-28-h100-variants.txt):
+    bfloat16 884 and 876 us, 2094 and 2073, 2353 and 2321, of which handing stages back a step late is 5 and 18 us, with three
+    stages. int8 weights, steps of 128 and 192: 512 and 503, 1180 and 1153. MXFP4, four consumers: 600 and 597, 764 and 756. Where
+    128 divides K both take up to 4 % longer.
 
     Example:
         >>> few = Config((64,), consumers=1, tile_k=128, stages=4)
-        >>> in_whole_steps(few, 2880).tile_k, in_whole_steps(few, 2048).tile_k
-        (64, 128)
+        >>> [in_whole_steps(few, k).tile_k for k in (2048, 2880, 832)]
+        [128, 192, 64]
     """
     if config.tile_k != 128 or config.tile_rows <= 8 or config.columns < WGMMA_ROWS or not 0 < k % 128 <= 64:
         return config
+    if k % 192 == 0 and (config.consumers != 2 or config.halves == 1):
+        overlap = config.overlap or config.consumers == 1
+        return dataclasses.replace(config, tile_k=192, stages=pl.cdiv(config.stages * 2, 3), overlap=overlap)
     if config.consumers == 1:
         return dataclasses.replace(config, tile_k=64, stages=config.stages * 3 // 2)
-    if config.consumers == 4 and k % 192 == 0:
-        return dataclasses.replace(config, tile_k=192, stages=3)
     return config
 
 

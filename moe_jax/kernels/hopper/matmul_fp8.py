@@ -104,6 +104,7 @@ def grouped_matmul(
     *,
     config: Config,
     out_dtype: Any,
+    tile_spans: Int[Array, "tiles 2"] | None = None,
     tile_tokens: Int[Array, "tiles"] | None = None,
     total_rows: int | None = None,
     aligned: bool = False,
@@ -185,6 +186,7 @@ def grouped_matmul(
 
     def body(rows_g, row_scales_g, weights_g, weight_scales_g, group_g, starts_g, sizes_g, count_g, *refs):
         refs = list(refs)
+        spans_g = refs.pop(0) if tile_spans is not None else None
         tokens_g = refs.pop(0) if shared else None
         bias_g = refs.pop(0) if bias is not None else None
         outs = [refs.pop(0) for _ in out_types]
@@ -201,7 +203,7 @@ def grouped_matmul(
         my_tiles = tiles.share(m_tiles * n_tiles, worker, workers)
 
         def tile_at(i):
-            return tiles.visit(worker + i * workers, m_tiles, n_tiles, config.band)
+            return tiles.visit(worker + i * workers, m_tiles, n_tiles, config.band, spans_g)
 
         def rows_of(m):
             """Rows that are multiplied."""
@@ -366,8 +368,7 @@ def grouped_matmul(
 
     body.__name__ = f"grouped_matmul_{'up' if activation is not None else 'down'}"
     operands = [rows, row_scales, weights, weight_scales, tile_group, tile_starts, tile_sizes, num_tiles]
-    operands += [tile_tokens] if shared else []
-    operands += [bias] if bias is not None else []
+    operands += [operand for operand in (tile_spans, tile_tokens, bias) if operand is not None]
     arrivals = (1 if decoder else len(pieces)) + operand.pieces + (groups if promote else 0)
     scratch = [
         operand.scratch,

@@ -94,6 +94,7 @@ def grouped_matmul(
     *,
     config: Config,
     out_dtype: Any,
+    tile_spans: Int[Array, "tiles 2"] | None = None,
     aligned: bool = False,
     quantize: Spec | None = None,
     interpret: Any = None,
@@ -138,6 +139,7 @@ def grouped_matmul(
 
     def body(rows_g, row_scales_g, weights_g, weight_scales_g, group_g, starts_g, sizes_g, count_g, *refs):
         refs = list(refs)
+        spans_g = refs.pop(0) if tile_spans is not None else None
         bias_g = refs.pop(0) if bias is not None else None
         outs = tuple(refs.pop(0) for _ in out_types)
         rows_s, weights_s, row_scales_s, out_s, full, empty = refs[:6]
@@ -149,7 +151,7 @@ def grouped_matmul(
         my_tiles = tiles.share(m_tiles * n_tiles, worker, workers)
 
         def tile_at(i):
-            return tiles.visit(worker + i * workers, m_tiles, n_tiles, config.band)
+            return tiles.visit(worker + i * workers, m_tiles, n_tiles, config.band, spans_g)
 
         def consume(i):
             m, n = tile_at(i)
@@ -270,7 +272,7 @@ def grouped_matmul(
 
     body.__name__ = f"grouped_matmul_{'up' if activation is not None else 'down'}"
     operands = [rows, row_scales, weights, weight_scales, tile_group, tile_starts, tile_sizes, num_tiles]
-    operands += [bias] if bias is not None else []
+    operands += [operand for operand in (tile_spans, bias) if operand is not None]
     arrivals = (1 if decoder else HALVES) + operand.pieces + groups
     scratch = [
         operand.scratch,
