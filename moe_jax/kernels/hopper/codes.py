@@ -5,10 +5,12 @@ floats and multiplies it: memory carries one byte a weight, and no kernel dequan
 floats, so with a scale for each channel or one for all nothing is rounded, and the sum is scaled once. With a scale for each
 block a code is multiplied in float32 and rounded.
 
-On an H100, qwen3-30b-a3b (benchmarks/results, 2026-11-27-h100-int8_weight-layer.json, -fp8_weight-layer.json), layers of 1, 16
-and 128 tokens: int8 28.5, 180 and 267 us, which are 1.16, 1.17 and 1.17 times `bound_us`; vLLM's 26 and 172. FP8 in blocks:
-33.4 us for one. One consumer decodes, 3.9 instructions of the vector units a weight (int8; FP8 3.4 with scales of channels, 4.6
-of blocks), and lets each product end before it decodes the next block. Up to four (`Config.paired`) have not been timed.
+On an H100, qwen3-30b-a3b (benchmarks/results, 2026-11-28-h100-int8_weight-layer.json, -fp8_weight-layer.json), layers of 1, 16
+and 128 tokens: int8 25, 165 and 248 us, which are 1.02, 1.07 and 1.08 times `bound_us`; vLLM's 28, 170 and 319. qwen3-235b, 16
+and 128 tokens: 594 and 910 us, 1.02 and 1.04 times; vLLM's 575 and 1216. FP8 in blocks: 28, 174 and 252 us. A consumer takes 4.0
+instructions of the vector units a weight (int8; FP8 3.4 with scales of channels, 4.7 of blocks) and lets each product end before
+it decodes the next block. So several decode a tile, see `decoding_config`: with one these were 29, 180 and 263 us, and 33, 218
+and 318 (2026-11-28-h100-variants.txt).
 """
 
 from __future__ import annotations

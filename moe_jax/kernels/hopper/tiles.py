@@ -39,11 +39,12 @@ def visit(
     on the GPU: only tiles that hold rows are visited.
 
     With `spans`, of each row tile the first of its expert and the one after the last, a band is of one expert: tiles that share
-    its weights are walked together and no others. Weights of several experts at a time are pages of memory far apart, and rows
-    of one that are in two bands read its weights twice. Measured on an H100 with bands of 1, which is that where an expert has
-    one tile, and of 8 (2026-11-28-h100-variants.txt): bfloat16 layers of gpt-oss-120b 2277 us instead of 2318 (1024 tokens) and
-    2735 instead of 2947 (4096), qwen3-235b 1773 instead of 1830 (1024); up to 3 % less with FP8 and four bits, and with a
-    handful of rows no difference. Bands of 1 where experts have two tiles: 10 to 35 % longer.
+    its weights are walked together, and no others. A band of several experts takes weights from pages of memory far apart, and
+    an expert whose tiles are in two bands is read twice. Layers on an H100, before and with that (2026-11-28-h100-variants.txt):
+    bfloat16, gpt-oss-120b, 4096 tokens, 2904 and 2734 us; qwen3-235b, 1024 tokens, 1824 and 1774, with Zipf-distributed loads
+    2050 and 1949; 4096 tokens 2507 and 2467, `fp8_block` 1805 and 1749; qwen3-30b-a3b, `fp8_channel`, 4096 tokens, 507 and 481;
+    2 % less or the same elsewhere. Bands of single tiles, without looking at experts, do as well where each has one, and take up
+    to 38 % longer where each has two (mixtral-8x7b, 1024 tokens: 1319 and 1800).
 
     Args:
         index: of the tile.
