@@ -192,7 +192,8 @@ def kernel_of(
 
 
 def _schedule(tile_rows: int, config) -> list:
-    schedule = [_like(2 * EXPERTS + ROWS // tile_rows)] * 3 + [_like(1)]
+    tiles = 2 * EXPERTS + ROWS // tile_rows
+    schedule = [*[_like(tiles)] * 3, _like(1), _like(tiles, 2)]
     return schedule + ([_like(ROWS + tile_rows)] if config.gather else [])
 
 
@@ -265,15 +266,16 @@ def _plain(config, activation, k: int, n: int):
     from moe_jax.kernels.hopper.matmul_bf16 import grouped_matmul
 
     def run(rows, weights, *schedule):
-        by_token = _by_token(config, schedule)
-        return grouped_matmul(rows, weights, *schedule[:4], None, activation, config=config, **by_token)
+        more = _more(config, schedule)
+        return grouped_matmul(rows, weights, *schedule[:4], None, activation, config=config, **more)
 
     return run, [_like(ROWS, k, dtype="bfloat16"), _like(EXPERTS, n, k, dtype="bfloat16")]
 
 
-def _by_token(config, schedule) -> dict:
-    """What a kernel that fetches its rows by their tokens takes beside `_schedule`'s first four."""
-    return dict(row_tokens=schedule[-1], total_rows=ROWS) if config.gather else {}
+def _more(config, schedule) -> dict:
+    """What a kernel takes of `_schedule` beside the first four, which are in the order of its arguments."""
+    by_token = dict(row_tokens=schedule[5], total_rows=ROWS) if config.gather else {}
+    return dict(tile_spans=schedule[4]) | by_token
 
 
 def _input_grad(tile_rows: int, changes: dict[str, Any], k: int, n: int):
@@ -282,7 +284,11 @@ def _input_grad(tile_rows: int, changes: dict[str, Any], k: int, n: int):
 
     config = dataclasses.replace(input_grad.config_for(tile_rows), **changes)
     operands = [_like(ROWS, k, dtype="bfloat16"), _like(EXPERTS, k, n, dtype="bfloat16")]
-    return config, lambda *given: input_grad.input_grad(*given, config=config), operands
+
+    def run(rows, weights, *schedule):
+        return input_grad.input_grad(rows, weights, *schedule[:4], config=config, **_more(config, schedule))
+
+    return config, run, operands
 
 
 def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quantization: str):
@@ -311,8 +317,8 @@ def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quanti
         config = dataclasses.replace(rule, **changes)
 
         def decode_four_bits(rows, weights, *schedule):
-            by_token = _by_token(config, schedule)
-            return matmul_bf16.grouped_matmul(rows, weights, *schedule[:4], None, activation, config=config, **by_token)
+            more = _more(config, schedule)
+            return matmul_bf16.grouped_matmul(rows, weights, *schedule[:4], None, activation, config=config, **more)
 
         return config, decode_four_bits, [_like(ROWS, k, dtype="bfloat16"), jax.eval_shape(prepare, weights)]
     if from_four:
@@ -333,7 +339,7 @@ def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quanti
                 activation,
                 config=config,
                 weight_scales=scales,
-                **_by_token(config, schedule),
+                **_more(config, schedule),
             )
 
         return config, decode, [_like(ROWS, k, dtype="bfloat16"), *operands]
@@ -343,8 +349,9 @@ def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quanti
 
     def multiply(rows, row_scales, weights, scales, *schedule):
         more = dict(quantize=spec if config.quantizes else None, out_dtype="bfloat16", config=config, aligned=True)
+        more |= _more(config, schedule)
         kernel = matmul_rows_first if config.rows_first else matmul_fp8
-        return kernel.grouped_matmul(rows, row_scales, weights, scales, *schedule, None, activation, **more)
+        return kernel.grouped_matmul(rows, row_scales, weights, scales, *schedule[:4], None, activation, **more)
 
     of_rows = [_like(ROWS, k, dtype=spec.dtype), _like(*scales_shape(ROWS, k, spec), dtype="float32")]
     return config, multiply, [*of_rows, *operands]
