@@ -48,7 +48,7 @@ def column_blocks(groups: Groups) -> ColumnBlocks:
     if groups.tile_rows == GROUP:
         return ColumnBlocks(groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles)
     most = max_tiles(groups.positions.size, groups.group_sizes.shape[0], GROUP)
-    group, starts, sizes, _, count = tile_schedule(groups.group_sizes, group_starts(groups), GROUP, most)
+    group, starts, sizes, _, count, _ = tile_schedule(groups.group_sizes, group_starts(groups), GROUP, most)
     return ColumnBlocks(group, starts, sizes, count)
 
 
