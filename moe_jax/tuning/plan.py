@@ -246,9 +246,8 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
             config = four_bit(config, gated, n_out, tiles, mean_rows)
         elif shape.codes:
             config = one_byte(config, gated, n_out, tiles, mean_rows, in_blocks=of.granularity == "block")
-            return (
-                config if config.consumers == 4 else in_whole_steps(config, k)
-            )  # there is no room for three such stages
+            if config.consumers == 4:  # there is no room for three stages of 192
+                return config
         return in_whole_steps(config, k)
 
     up = tiled(shape.gated, shape.intermediate_size, shape.hidden_size)

@@ -44,9 +44,7 @@ class Config:
     )
     tile_k: int = 64
     stages: int = 3
-    band: int = (
-        8  # row tiles of an expert, at most, that are walked together before the next weight columns: `tiles.visit`
-    )
+    band: int = 8  # row tiles of an expert, at most, walked together before the next weight columns: `tiles.visit`
     cluster: int = 1  # neighbouring blocks of weight columns that fetch their rows once and together
     columns: int = 64  # of the output that a block of 64 weight rows makes: 64, 32 or 16
     gather: bool = False  # rows of an up-projection are fetched by their tokens from the hidden states: `rows_by_token`

@@ -44,7 +44,7 @@ def visit(
     bfloat16, gpt-oss-120b, 4096 tokens, 2904 and 2734 us; qwen3-235b, 1024 tokens, 1824 and 1774, with Zipf-distributed loads
     2050 and 1949; 4096 tokens 2507 and 2467, `fp8_block` 1805 and 1749; qwen3-30b-a3b, `fp8_channel`, 4096 tokens, 507 and 481;
     2 % less or the same elsewhere. Bands of single tiles, without looking at experts, do as well where each has one, and take up
-    to 38 % longer where each has two (mixtral-8x7b, 1024 tokens: 1319 and 1800).
+    to 36 % longer where each has two (mixtral-8x7b, 1024 tokens: 1319 and 1800).
 
     Args:
         index: of the tile.
