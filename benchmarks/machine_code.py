@@ -296,7 +296,7 @@ def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quanti
     import jax
 
     from moe_jax.kernels.hopper import matmul_bf16, matmul_fp8, matmul_rows_first
-    from moe_jax.kernels.hopper.decoding_config import four_bit, one_byte
+    from moe_jax.kernels.hopper.decoding_config import Projection, four_bit, one_byte
     from moe_jax.kernels.hopper.gather_quantize import scales_shape
     from moe_jax.kernels.hopper.matmul_config import eight_bit, from_four_bits
     from moe_jax.quantization import prepare, quant_format, quantize
@@ -310,9 +310,9 @@ def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quanti
     from_four = form.multiplies_codes and weights.spec.codes_per_value == 2
     gated = activation is not None
     mean_rows = min(ROWS / EXPERTS, rule.tile_rows / 8)  # few rows for the tiles that are for them
-    of_rule = gated, n // 2 if gated else n, EXPERTS, mean_rows
+    projection = Projection(gated, n // 2 if gated else n, EXPERTS, mean_rows)
     if weights.spec.codes_per_value == 2 and not from_four:
-        rule = four_bit(rule, *of_rule)
+        rule = four_bit(rule, projection)
         rule = within_memory(rule, "bfloat16", f"weights {weights.spec.dtype} group")
         config = dataclasses.replace(rule, **changes)
 
@@ -326,7 +326,7 @@ def _quantized(rule, changes: dict[str, Any], activation, k: int, n: int, quanti
     scales = weights.scales.shape if weights.scales.ndim > 1 else (EXPERTS, 1)
     operands = [weights if from_four else weights.values, _like(*scales, dtype="float32")]
     if form.is_weight_only:
-        rule = one_byte(rule, *of_rule, in_blocks=weights.spec.granularity == "block")
+        rule = one_byte(rule, projection, in_blocks=weights.spec.granularity == "block")
         rule = within_memory(rule, "bfloat16", f"weights {weights.spec.dtype} {weights.spec.granularity}")
         config = dataclasses.replace(rule, **changes)
 

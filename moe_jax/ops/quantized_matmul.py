@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from moe_jax.activations import Activation
 from moe_jax.kernels.hopper.codes import odd_blocks
-from moe_jax.kernels.hopper.decoding_config import four_bit, one_byte
+from moe_jax.kernels.hopper.decoding_config import Projection, four_bit, one_byte
 from moe_jax.kernels.hopper.matmul_config import (
     MOST_FOUR_BIT,
     Config,
@@ -275,7 +275,10 @@ def _weight_only(
         from moe_jax.tuning.fit import within_memory
 
         spec, mean_rows = weights.spec, groups.num_rows / max(1, weights.shape[0])
-        of_rule = default_config(groups.tile_rows, gated, n_out, likely_tiles), gated, n_out, likely_tiles, mean_rows
+        of_rule = (
+            default_config(groups.tile_rows, gated, n_out, likely_tiles),
+            Projection(gated, n_out, likely_tiles, mean_rows),
+        )
         config = four_bit(*of_rule) if four_bits else one_byte(*of_rule, in_blocks=spec.granularity == "block")
         config = within_memory(config, rows.dtype.name, f"weights {spec.dtype} {spec.granularity}")
     return kernel.grouped_matmul(

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
 from moe_jax.config import MoEConfig
-from moe_jax.kernels.hopper.decoding_config import four_bit, one_byte
+from moe_jax.kernels.hopper.decoding_config import Projection, four_bit, one_byte
 from moe_jax.kernels.hopper.matmul_config import (
     MANY_FETCHED_FOUR_BIT,
     MANY_PROMOTED,
@@ -241,11 +241,11 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
         gather = gather and tile_rows <= MOST_FETCHED_FOUR_BIT
 
     def tiled(gated: bool, n_out: int, k: int) -> Config:
-        config = default_config(tile_rows, gated, n_out, tiles)
+        config, projection = default_config(tile_rows, gated, n_out, tiles), Projection(gated, n_out, tiles, mean_rows)
         if of.four_bits:
-            config = four_bit(config, gated, n_out, tiles, mean_rows)
+            config = four_bit(config, projection)
         elif shape.codes:
-            config = one_byte(config, gated, n_out, tiles, mean_rows, in_blocks=of.granularity == "block")
+            config = one_byte(config, projection, in_blocks=of.granularity == "block")
             if config.consumers == 4:  # there is no room for three stages of 192
                 return config
         return in_whole_steps(config, k)

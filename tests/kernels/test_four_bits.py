@@ -8,7 +8,7 @@ import pytest
 
 from moe_jax import MoEConfig, _compat
 from moe_jax.kernels.hopper import matmul_bf16 as kernel
-from moe_jax.kernels.hopper.decoding_config import four_bit
+from moe_jax.kernels.hopper.decoding_config import Projection, four_bit
 from moe_jax.kernels.hopper.matmul_config import Config
 from moe_jax.ops.gather import plain_gather
 from moe_jax.ops.grouped_matmul import grouped_matmul
@@ -209,7 +209,7 @@ def test_tiles(monkeypatch):
     one = Config((8,), consumers=1, columns=16, tile_k=512, stages=4)
 
     def tiled(gated, n_out, tiles, config=one, mean_rows=1.0):
-        found = four_bit(config, gated, n_out, tiles, mean_rows)
+        found = four_bit(config, Projection(gated, n_out, tiles, mean_rows))
         assert found.cluster == 1 and found.paired == (gated and found.halves == 1)
         return found.consumers, found.columns, found.tile_k
 
@@ -222,5 +222,5 @@ def test_tiles(monkeypatch):
     few = Config((8, 64), consumers=1, tile_k=128, stages=4)
     assert [tiled(gated, 2048, 128, few) for gated in (True, False)] == [(2, 64, 128), (2, 64, 256)]
     assert [tiled(gated, 2048, 128, few, 8.0) for gated in (True, False)] == [(4, 64, 128)] * 2
-    many = four_bit(Config((128, 160), cluster=2, gather=True), True, 768, 128, 256.0)
+    many = four_bit(Config((128, 160), cluster=2, gather=True), Projection(True, 768, 128, 256.0))
     assert (many.cluster, many.gather, many.tile_rows) == (1, True, 160)

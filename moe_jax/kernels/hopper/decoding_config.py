@@ -7,6 +7,7 @@ blocks of columns, or the gate and the up half of one (`Config.paired`). The bit
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from moe_jax.kernels.hopper import matmul_config
 from moe_jax.kernels.hopper.matmul_config import (
@@ -22,15 +23,28 @@ from moe_jax.kernels.hopper.matmul_config import (
 _MANY_ROWS = 4  # an expert, of few, from which on more consumers, or more row counts, pay
 
 
-def four_bit(config: Config, gated: bool, n_out: int, likely_tiles: int, mean_rows: float) -> Config:
+class Projection(NamedTuple):
+    """What a tiling depends on beside the row tile.
+
+    Attributes:
+        gated: the activation takes gate and up.
+        n_out: columns of the output.
+        likely_tiles: as in `matmul_config.default_config`.
+        mean_rows: of an expert.
+    """
+
+    gated: bool
+    n_out: int
+    likely_tiles: int
+    mean_rows: float
+
+
+def four_bit(config: Config, projection: Projection) -> Config:
     """The same tiles for weights of four bits: a stage of few rows takes more of K, and more consumers decode it; no clusters.
 
     Args:
         config: of `default_config`.
-        gated: whether the activation takes gate and up.
-        n_out: columns of the output.
-        likely_tiles: as in `default_config`.
-        mean_rows: of an expert.
+        projection: that is tiled.
 
     With few rows decoding takes one consumer as long as a tile is on its way, and the epilogue comes on top: qwen3-235b, NVFP4,
     16 tokens on an H100, down-projection 153 us with one consumer, 104 with two. From 4 rows an expert on four are better, with a
@@ -45,15 +59,16 @@ def four_bit(config: Config, gated: bool, n_out: int, likely_tiles: int, mean_ro
     144 rows, 635 with six counts up to 160, 656 with five up to 128 (benchmarks/results/2026-11-27-h100-four-bits-many-rows.txt).
 
     Example:
-        >>> four_bit(Config((64,), consumers=1), False, 2048, 128, mean_rows=1.0).consumers
+        >>> four_bit(Config((64,), consumers=1), Projection(False, 2048, 128, mean_rows=1.0)).consumers
         2
-        >>> four_bit(Config((64, 128, 136, 144)), True, 768, 128, mean_rows=256.0).row_counts
+        >>> four_bit(Config((64, 128, 136, 144)), Projection(True, 768, 128, mean_rows=256.0)).row_counts
         (128, 144)
     """
+    gated = projection.gated
     config = dataclasses.replace(config, cluster=1, columns=WGMMA_ROWS)
     if config.consumers == 1 and config.tile_rows <= 8:
-        return _one_token(config, gated, n_out, likely_tiles)
-    if config.consumers == 1 and mean_rows >= _MANY_ROWS:
+        return _one_token(config, projection)
+    if config.consumers == 1 and projection.mean_rows >= _MANY_ROWS:
         return dataclasses.replace(_four(config, gated), row_counts=_counts(config), stages=5)
     counts = tuple(c for c in few_counts(config).row_counts if c <= MOST_FOUR_BIT)
     if counts[-1] > WIDE_FOUR_BIT:
@@ -65,40 +80,38 @@ def four_bit(config: Config, gated: bool, n_out: int, likely_tiles: int, mean_ro
     return dataclasses.replace(config, consumers=2, stages=6, **two)
 
 
-def one_byte(config: Config, gated: bool, n_out: int, likely_tiles: int, mean_rows: float, in_blocks: bool) -> Config:
+def one_byte(config: Config, projection: Projection, in_blocks: bool) -> Config:
     """The same tiles for weights that are codes of a byte: with few rows gate and up have a consumer each.
 
     Args:
         config: of `default_config`.
-        gated: whether the activation takes gate and up.
-        n_out: columns of the output.
-        likely_tiles: as in `default_config`.
-        mean_rows: of an expert.
+        projection: that is tiled.
         in_blocks: with a scale for each block, which takes more instructions to decode: four consumers where their columns
             divide the output.
 
     On an H100, layers with one consumer, pairs of them and four (2026-11-28-h100-variants.txt). int8: mixtral-8x7b, 128 tokens,
-    682, 571 and 577 us; qwen3-30b-a3b 262, 248 and 249; qwen3-235b, 16 tokens, 619, 595 and 608; gpt-oss-120b 534, 507 and 546.
-    FP8 in blocks: qwen3-30b-a3b, 16 tokens, 218, 180 and 175, 128 tokens 318, 259 and 252; mixtral-8x7b, 128 tokens, 784, 621 and
-    575; gpt-oss-120b, whose columns 128 do not divide, 16 tokens, 646, 525 and 556. One token: `_one_token`; int8, before and
-    with that: mixtral-8x7b 218 and 166 us, qwen3-235b 102 and 75, dsv3-ep8 61 and 48, gpt-oss-120b 93 and 59.
+    684, 580 and 573 us; qwen3-30b-a3b 263, 249 and 249; qwen3-235b, 16 tokens, 620, 596 and 608; gpt-oss-120b 535, 507 and 546.
+    FP8 in blocks: qwen3-30b-a3b, 16 tokens, 218, 180 and 175, 128 tokens 315, 259 and 252; mixtral-8x7b, 128 tokens, 789, 628 and
+    581; gpt-oss-120b, whose columns 128 do not divide, 16 tokens, 648, 525 and 556. One token: `_one_token`.
 
     Example:
         >>> few = Config((8, 16, 32, 64), consumers=1)
-        >>> one_byte(few, True, 768, 128, mean_rows=1.0, in_blocks=False).paired
+        >>> up, down = Projection(True, 768, 128, mean_rows=1.0), Projection(False, 2048, 128, mean_rows=1.0)
+        >>> one_byte(few, up, in_blocks=False).paired
         True
-        >>> [one_byte(few, False, 2048, 128, 1.0, in_blocks).consumers for in_blocks in (False, True)]
+        >>> [one_byte(few, down, in_blocks).consumers for in_blocks in (False, True)]
         [2, 4]
     """
     if config.consumers > 1 or config.tile_rows > FEW_ROWS:
         return few_counts(config)
     whole = dataclasses.replace(config, columns=WGMMA_ROWS)
     if config.tile_rows <= 8:
-        return _one_token(whole, gated, n_out, likely_tiles, byte=True)
-    counts = _counts(config) if mean_rows >= _MANY_ROWS else few_counts(config).row_counts
-    if in_blocks and n_out % (2 * WGMMA_ROWS) == 0:
-        return dataclasses.replace(_four(whole, gated), row_counts=counts, stages=3)
-    return dataclasses.replace(whole, row_counts=counts, consumers=2, halves=1, paired=gated, tile_k=128, stages=4)
+        return _one_token(whole, projection, byte=True)
+    counts = _counts(config) if projection.mean_rows >= _MANY_ROWS else few_counts(config).row_counts
+    if in_blocks and projection.n_out % (2 * WGMMA_ROWS) == 0:
+        return dataclasses.replace(_four(whole, projection.gated), row_counts=counts, stages=3)
+    two = dict(consumers=2, halves=1, paired=projection.gated, tile_k=128, stages=4)
+    return dataclasses.replace(whole, row_counts=counts, **two)
 
 
 def _four(config: Config, gated: bool) -> Config:
@@ -109,7 +122,7 @@ def _counts(config: Config) -> tuple[int, ...]:
     return (*(c for c in matmul_config.FEW_DECODED if c < config.tile_rows), config.tile_rows)
 
 
-def _one_token(config: Config, gated: bool, n_out: int, likely_tiles: int, byte: bool = False) -> Config:
+def _one_token(config: Config, projection: Projection, byte: bool = False) -> Config:
     """As many columns a tile as keep the busiest multiprocessor busy for the shortest time; the widest of equal ones.
 
     A multiprocessor takes 20 to 26 GB/s of codes of four bits, whether one consumer decodes them or four. So what counts is how
@@ -121,8 +134,10 @@ def _one_token(config: Config, gated: bool, n_out: int, likely_tiles: int, byte:
 
     So it is with codes of a byte, for which 256 columns are as good as 128 at best: int8, qwen3-235b up 43.1 us with tiles of 128
     columns, 47.2 of 64, 72.2 of 32; gpt-oss-120b down 18.3 us of 128, 25.8 of 256, 30.9 of 32; mixtral-8x7b down 48.8 us of 64
-    and one consumer, 73.4 of 128 and two (2026-11-28-h100-variants.txt).
+    and one consumer, 73.4 of 128 and two (2026-11-28-h100-variants.txt). Layers before and with that, FP8 in blocks: mixtral-8x7b
+    266 and 159 us, qwen3-30b-a3b 33 and 28 (-fp8_weight-layer.json).
     """
+    gated, n_out, likely_tiles, _ = projection
     pieces = (64, 128) if gated or byte else (64, 128, 256)
     columns = min(pieces, key=lambda columns: (work_of(columns, n_out, likely_tiles), -columns))
     consumers = columns // WGMMA_ROWS * (2 if gated else 1)
