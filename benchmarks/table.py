@@ -99,8 +99,8 @@ def best(row: dict) -> str:
 
 
 def notes(result: dict) -> list[str]:
-    """What the columns mean, and which peers did not run; nothing for a result with neither."""
-    found = []
+    """What the file says of itself, what the columns mean, and which peers did not run; nothing for a result with none."""
+    found = [result["note"]] if "note" in result else []
     if any("bound_us" in row for row in result["rows"]):
         found.append(
             "`bound_us`, for T up to 128: 1.10 x (bytes of the touched experts' weights ÷ measured read rate + 10 µs). Of "

@@ -52,7 +52,7 @@ def test_peers_bound_and_floor_have_columns(tmp_path):
         ROW | FLOOR | {"peers": PEERS},
         {"case": "b", "tokens": 1, "dtype": "bfloat16", "failed": "wrong output"},
     ]
-    path = write(tmp_path, rows, skipped=[{"case": "b", "tokens": 16, "routing": "uniform"}])
+    path = write(tmp_path, rows, skipped=[{"case": "b", "tokens": 16, "routing": "uniform"}], note="Of two GPUs.")
     table.main([path], tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
@@ -60,7 +60,14 @@ def test_peers_bound_and_floor_have_columns(tmp_path):
     assert "| a | 16 | 100 (95) | 180 | 121 | 50 | 1.21 (vllm) | 99 | 80% |" in text
     assert "|  | 1024 | 200 |  |  |  |  |  |  |" in text
     assert "b, T 1 has no time: wrong output" in text
-    for words in ("680 TFLOP/s", "4290 GB/s", "tokamax has no time: tokamax cannot", "vllm 0.22.1", "1 rows were not"):
+    for words in (
+        "680 TFLOP/s",
+        "4290 GB/s",
+        "tokamax has no time: tokamax cannot",
+        "vllm 0.22.1",
+        "1 rows were not",
+        "- Of two GPUs.",
+    ):
         assert words in text
     assert "](benchmarks/plots/run.png)" in text
     assert (tmp_path / "benchmarks" / "plots" / "run.png").read_bytes().startswith(b"\x89PNG")

@@ -22,7 +22,7 @@ from moe_jax.quantization import quantize
 from tests.contracts import check_grouped_matmul, groups_by_token, groups_of, groups_with_sizes, rows_of
 from tests.layers import normal, quick_jit
 from tests.lowering import assert_lowers_to_kernels, like, mosaic_code
-from tests.util import check_close
+from tests.util import assert_discriminates, check_close
 
 
 def problem(seed, groups, k, n, dtype="bfloat16", num_experts=3):
@@ -308,6 +308,9 @@ def test_kernels_walk_the_tiles_of_a_group_together(name, monkeypatch):
     ]
     assert {spans is None for spans in calls} == {True, False}
     np.testing.assert_array_equal(*outputs)
+    right = np.asarray(grouped_matmul(rows, weights, groups, implementation="xla"), np.float32)
+    check_close(outputs[0], right, 4e-3)
+    assert_discriminates(lambda out: check_close(out, right, 4e-3), outputs[0])
 
 
 @pytest.mark.parametrize("workers", [1, 3, 132])

@@ -187,9 +187,9 @@ def in_whole_steps(config: Config, k: int) -> Config:
     """Steps of 192 of K in the place of 128 where the last would be half empty, for few rows; of 64 where 192 do not divide it.
 
     gpt-oss-120b, K = 2880, H100, layers of 16, 128 and 1024 tokens with steps of 64 and of 192 (2026-11-28-h100-variants.txt):
-    bfloat16 884 and 876 us, 2094 and 2073, 2353 and 2321, of which handing stages back a step late is 5 and 18 us, with three
-    stages. int8 weights, steps of 128 and 192: 512 and 503, 1180 and 1153. MXFP4, four consumers: 600 and 597, 764 and 756. Where
-    128 divides K both take up to 4 % longer.
+    bfloat16 884 and 877 us, 2095 and 2073, 2353 and 2321, of which handing stages back a step late is 0, 5 and 18 us. int8,
+    16 and 128 tokens, steps of 128 and 192: 513 and 507, 1184 and 1154. MXFP4, four consumers, 128 and 1024 tokens: 600 and 597,
+    764 and 756 (2026-11-27-h100-variants.txt). Where 128 divides K both take up to 4 % longer.
 
     Example:
         >>> few = Config((64,), consumers=1, tile_k=128, stages=4)
