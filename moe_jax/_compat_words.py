@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -104,6 +105,25 @@ def words_of(array: Any) -> list[Any]:
     (words,) = array.registers.flat
     i32 = ir.IntegerType.get_signless(32)
     return [llvm.extractelement(words, arith.constant(i32, i)) for i in range(ir.VectorType(words.type).shape[0])]
+
+
+def fragment_of_bytes(array: Any, code: str, more: Sequence[Any], dtype: Any) -> Any:
+    """The operand ``[64, 64]`` of wgmma that is made of bytes, which a thread holds two by two as it will hold the operand.
+
+    Args:
+        array: fragmented bytes.
+        code: as in `inline_ptx`, of a word of two neighbouring floats; of a word with two neighbouring bytes, and zeros above.
+        more: operands after that, float32 that all threads share.
+        dtype: of the floats.
+    """
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, llvm
+    from jax.experimental.mosaic.gpu import utils
+
+    i16, i32 = (ir.IntegerType.get_signless(bits) for bits in (16, 32))
+    shared = [llvm.bitcast(i32, splat.registers.flat[0]) for splat in more]
+    pairs = [arith.extui(i32, utils.bitcast(pair, i16)) for pair in array.registers.flat]
+    return wgmma_fragment([inline_ptx(code, [pair, *shared], 1)[0] for pair in pairs], dtype)
 
 
 def wgmma_fragment(words: list[Any], dtype: Any) -> Any:

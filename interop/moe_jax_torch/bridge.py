@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import threading
 
@@ -170,7 +171,8 @@ def check_device(device: torch.device) -> None:
     if device.type == "cuda":
         check_capture()
     try:
-        devices = jax.local_devices(backend=device.type)
+        with keeping_device():
+            devices = jax.local_devices(backend=device.type)
     except RuntimeError as error:
         way_out = "install moe_jax[cuda13], or move the tensor to the CPU" if device.type == "cuda" else "name cpu too"
         raise RuntimeError(
@@ -184,6 +186,16 @@ def check_device(device: torch.device) -> None:
                 f"the tensor is on {device}, but JAX sees the GPUs {known} only; let both see the same ones, with "
                 "CUDA_VISIBLE_DEVICES alone"
             )
+
+
+def keeping_device() -> contextlib.AbstractContextManager[object]:
+    """Within it JAX may start: its GPU backend leaves the last GPU current, where torch would then make its tensors.
+
+    Example:
+        >>> with keeping_device():
+        ...     devices = jax.local_devices()
+    """
+    return torch.cuda.device(torch.cuda.current_device()) if torch.cuda.is_initialized() else contextlib.nullcontext()
 
 
 def check_capture() -> None:

@@ -16,7 +16,7 @@ import jax
 import torch
 
 from moe_jax import _compat
-from moe_jax_torch.bridge import DTYPES, TORCH_DTYPES, array_dtype
+from moe_jax_torch.bridge import DTYPES, TORCH_DTYPES, array_dtype, keeping_device
 from moe_jax_torch.program import NotLaunchable, Program
 from moe_jax_torch.workspace import ALIGNMENT
 
@@ -149,7 +149,8 @@ def _find(key: Any, function: Any, operands: Any, static: dict[str, Any]) -> Lau
         if key not in _found:
             structs = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape, array_dtype(t.dtype)), operands)
             try:
-                program = Program.of(function.trace(*structs, **static).lower(lowering_platforms=("cuda",)))
+                with keeping_device():
+                    program = Program.of(function.trace(*structs, **static).lower(lowering_platforms=("cuda",)))
                 _found[key] = Launcher(program, jax.tree.leaves(operands)[0].device)
             except NotLaunchable as error:
                 _found[key] = str(error)

@@ -14,7 +14,7 @@ from moe_jax.activations import Activation
 from moe_jax.kernels.hopper.codes import odd_blocks
 from moe_jax.kernels.hopper.decoding_config import Projection, four_bit, one_byte
 from moe_jax.kernels.hopper.matmul_config import (
-    MOST_FOUR_BIT,
+    MOST_DECODED,
     Config,
     default_config,
     eight_bit,
@@ -306,8 +306,8 @@ def reason_against_codes(rows, weights, bias, activation, tile_rows: int, gather
 
     if weights.spec.codes_per_value == 2 and weights.columns is None:
         reason = None if isinstance(weights, PreparedArray) else unprepared(weights.spec, rows.dtype)
-        if reason is None and tile_rows > MOST_FOUR_BIT:
-            reason = f"tile_rows={tile_rows} must be at most {MOST_FOUR_BIT} for weights of four bits"
+        if reason is None and tile_rows > MOST_DECODED:
+            reason = f"tile_rows={tile_rows} must be at most {MOST_DECODED} for weights of four bits"
         if reason is not None:
             return reason
         if not isinstance(weights, PreparedArray):

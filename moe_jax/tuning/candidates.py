@@ -86,7 +86,7 @@ def row_tiles(shape: LayerShape) -> tuple[int, ...]:
     some = 128
     if Codes.of(shape.codes).both:
         some, most = (96, (88, 96, 128)) if Codes.of(shape.codes).promoted else (128, (128, 144, 160))
-    if Codes.of(shape.codes).four_bits:
+    if Codes.of(shape.codes).weights_alone:
         most = (128, 144, 160)
     likely = (64,) if mean <= 24 else (64, some) if mean <= 96 else most
     return tuple(sorted({*likely, default_plan(shape).tile_rows}))

@@ -15,8 +15,8 @@ from moe_jax.kernels.hopper.matmul_bf16 import supports
 from moe_jax.kernels.hopper.matmul_config import (
     FEW_ROWS,
     MOST_CONSUMERS,
-    MOST_FETCHED_FOUR_BIT,
-    MOST_FOUR_BIT,
+    MOST_DECODED,
+    MOST_FETCHED_DECODED,
     WGMMA_ROWS,
     Config,
     most_rows,
@@ -168,7 +168,7 @@ def _four_bit_misfit(config: Config) -> str | None:
     """What the kernel of weights of four bits cannot do beyond that."""
     if config.columns != WGMMA_ROWS:
         return f"columns={config.columns} must be {WGMMA_ROWS} for weights of four bits: a block has so many rows"
-    most = MOST_FETCHED_FOUR_BIT if config.gather and config.consumers == 2 else MOST_FOUR_BIT
+    most = MOST_FETCHED_DECODED if config.gather and config.consumers == 2 else MOST_DECODED
     if config.tile_rows > most:
         fetched = ", with rows fetched by their tokens," if config.gather else ""
         return (

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from moe_jax.config import MoEConfig
 from moe_jax.kernels.hopper.decoding_config import Projection, four_bit, one_byte
 from moe_jax.kernels.hopper.matmul_config import (
-    MANY_FETCHED_FOUR_BIT,
+    MANY_FETCHED_DECODED,
     MANY_PROMOTED,
-    MOST_FETCHED_FOUR_BIT,
-    MOST_FOUR_BIT,
+    MOST_DECODED,
+    MOST_FETCHED_DECODED,
     Config,
     default_config,
     eight_bit,
@@ -232,13 +232,13 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
         return LayerPlan(up.tile_rows, *(within_memory(config, shape.dtype, shape.codes) for config in (up, down)))
     of, mean_rows = Codes.of(shape.codes), shape.mean_rows
     gather = fetches_by_token(mean_rows, shape.hidden_size, shape.intermediate_size)
-    gather = gather and not (of.four_bits and mean_rows < MANY_FETCHED_FOUR_BIT)
+    gather = gather and not (of.four_bits and mean_rows < MANY_FETCHED_DECODED)
     if tile_rows is None:
         tile_rows = tile_rows_for(mean_rows, shape.num_pairs, gather, coded=bool(shape.codes))
-        tile_rows = min(tile_rows, MOST_FETCHED_FOUR_BIT) if of.four_bits and gather else tile_rows
-    if of.four_bits:
-        tile_rows = min(tile_rows, MOST_FOUR_BIT)
-        gather = gather and tile_rows <= MOST_FETCHED_FOUR_BIT
+        tile_rows = min(tile_rows, MOST_FETCHED_DECODED) if of.weights_alone and gather else tile_rows
+    if of.weights_alone:  # `decoding_config.four_bit` says why
+        tile_rows = min(tile_rows, MOST_DECODED)
+        gather = gather and tile_rows <= MOST_FETCHED_DECODED
 
     def tiled(gated: bool, n_out: int, k: int) -> Config:
         config, projection = default_config(tile_rows, gated, n_out, tiles), Projection(gated, n_out, tiles, mean_rows)

@@ -1,5 +1,8 @@
 """Layers that JAX runs for torch on a GPU: whose memory results are in, streams, graphs, and what a loop over experts gives."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -145,3 +148,13 @@ def test_memory_does_not_grow():
     run(layer)  # lets go of what the calls before held
     after = torch.cuda.memory_allocated(), jax.local_devices()[0].memory_stats()["bytes_in_use"]
     assert all(late <= early + (16 << 20) for early, late in zip(before, after, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_the_current_gpu_stays_when_jax_starts():
+    code = (
+        "import torch\nfrom moe_jax_torch import to_jax\ntensor = torch.ones(2, device='cuda')\n"
+        "array = to_jax(tensor)\nprint(torch.cuda.current_device(), torch.ones(2, device='cuda').device, array.device.id)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["0", "cuda:0", "0"]

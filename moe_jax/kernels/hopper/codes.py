@@ -15,18 +15,20 @@ and 318 (2026-11-28-h100-variants.txt).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe_jax import _compat_words
 from moe_jax.kernels.hopper.epilogue import Columns
 from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
 
 _DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8))
 _COLUMNS = 64  # of a block that is decoded
+_SELECT = 0x4140  # of two words' bytes: the first, the fifth, the second and the fifth
 
 
 def block_scale(scales: Any, expert: Any, row: Any, group: Any) -> Any:
@@ -100,6 +102,22 @@ def block_columns(k: int, blocks: int) -> int:
     return next((size for size in (128, 64, 256, 512) if pl.cdiv(k, size) == blocks), max(_COLUMNS, k))
 
 
+class Place(NamedTuple):
+    """Of a block among the weights.
+
+    Attributes:
+        expert: whose they are.
+        col: the first column of the output that the consumer makes.
+        half: gate or up, or one of two neighbours.
+        k: the first column of the weights.
+    """
+
+    expert: Any
+    col: Any
+    half: Any
+    k: Any
+
+
 class Codes:
     """Codes of a grouped matmul, and their scales.
 
@@ -126,7 +144,8 @@ class Codes:
         self._channels = Columns(config, n_out, gated, jnp.float32)
         self.scratch = self._channels.scratch if self._by_channel else []
         # Products that read registers while the next block is decoded.
-        self.under_way = 1 if config.paired else 0
+        self.under_way = 1
+        self.ahead = config.tile_rows <= 128
         self._interpret = interpret
         if interpret:
             self.scratch = [*self.scratch, plgpu.SMEM((config.consumers, 2, WGMMA_ROWS, _COLUMNS), dtype)]
@@ -141,24 +160,39 @@ class Codes:
         if self._by_channel:
             self._channels.fetch(refs[:3], wg, expert, col)
 
-    def decode(self, block: Any, refs: Any, wg: Any, expert: Any, col: Any, half: Any, k: Any, turn: int) -> Any:
-        """A block of 64 weight rows and 64 columns from `k` on, as an operand of wgmma; `turn` counts them."""
-        values = plgpu.load(block, layout=plgpu.Layout.WGMMA_UPCAST_2X)
-        if self._by_block:
-            rows, columns = self._block
-            row = lax.div(col if self._gated else col + half * self._columns, rows)
-            row = row + half * (self._shape[1] // 2) if self._gated else row
-            # Past the last there are zeros to be scaled.
-            at = jnp.minimum(row, self._shape[1] - 1), jnp.minimum(lax.div(k, columns), self._shape[2] - 1)
-            values = values.astype(jnp.float32) * refs[0][expert, *at]
-        if values.dtype == jnp.float8_e4m3fn and self._dtype == jnp.bfloat16:
-            values = values.astype(jnp.float32)  # there is no instruction for it
-        values = values.astype(self._dtype)
+    def words(self, block: Any) -> Any:
+        """A block of 64 weight rows and 64 columns, as each thread loads it for `decode`."""
+        return plgpu.load(block, layout=plgpu.Layout.WGMMA)
+
+    def decode(self, values: Any, refs: Any, wg: Any, turn: int, place: Place) -> Any:
+        """The block as an operand of wgmma; `turn` counts them."""
+        scale = self._scale_at(refs[0], place) if self._by_block else None
         if self._interpret:
-            refs[-1][wg, turn % 2] = values
+            decoded = values.astype(jnp.float32) if scale is None else values.astype(jnp.float32) * scale
+            refs[-1][wg, turn % 2] = decoded.astype(self._dtype)
             plgpu.commit_smem()  # it does not know that each thread hands a stage back after its own loads
             return refs[-1].at[wg, turn % 2]
-        return plgpu.layout_cast(values, plgpu.Layout.WGMMA)
+        ptx = _pair(values.dtype.name, self._dtype.name, scale is not None)
+        # No expert has a negative number, but the compiler does not know: a constant it would copy for each instruction.
+        select = _SELECT | lax.shift_right_arithmetic(place.expert, 31)
+        operands = [values, select] if scale is None else [values, select, scale]
+        layouts = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT
+        result = plgpu.ShapeDtypeStruct((WGMMA_ROWS, _COLUMNS), self._dtype, layout=layouts[0])
+
+        @plgpu.inline_mgpu(arg_types=layouts[: len(operands)], return_type=result)
+        def run(ctx, values, *shared):
+            del ctx
+            return _compat_words.fragment_of_bytes(values, ptx, shared, self._dtype)
+
+        return run(*operands)
+
+    def _scale_at(self, scales: Any, place: Place) -> Any:
+        """The scale of a block; past the last there are zeros to be scaled."""
+        rows, columns = self._block
+        row = lax.div(place.col if self._gated else place.col + place.half * self._columns, rows)
+        row = row + place.half * (self._shape[1] // 2) if self._gated else row
+        at = jnp.minimum(row, self._shape[1] - 1), jnp.minimum(lax.div(place.k, columns), self._shape[2] - 1)
+        return scales[place.expert, *at]
 
     def scale(self, accs: Any, refs: Any, wg: Any, expert: Any, own: Any = 0) -> list[Any]:
         """The sums of a tile, from its half `own` on, scaled by what all products of a row of weights share."""
@@ -170,3 +204,32 @@ class Codes:
             two = self._gated and self._shape[1] > 1
             scales = [refs[0][expert, own + half if two else 0] for half in range(self._halves)]
         return [acc * scale for acc, scale in zip(accs, scales, strict=True)]
+
+
+def _pair(codes: str, floats: str, scaled: bool) -> str:
+    """PTX: two 16-bit floats ($0) of the two codes in the lower half of a word ($1), times a float32 ($2) if `scaled`.
+
+    int8 to bfloat16: 0x43 above the byte makes a number of 128 and its lower seven bits, of which the sign is taken off as
+    another, 128 or 256. To float16 0x64 makes 1024 and the byte, whose sign is turned round.
+    """
+    kind = {"bfloat16": "bf16x2", "float16": "f16x2"}[floats]
+    if codes == "int8" and not scaled:
+        if floats == "float16":
+            return (
+                "{ .reg .b32 p; prmt.b32 p, $1, 0x64, $2; xor.b32 p, p, 0x00800080; sub.rn.f16x2 $0, p, 0x64806480; }"
+            )
+        return (
+            "{ .reg .b32 p, s; prmt.b32 p, $1, 0x43, $2; and.b32 s, p, 0xff80ff80; and.b32 p, p, 0xff7fff7f; "
+            "sub.rn.bf16x2 $0, p, s; }"
+        )
+    head = "{ .reg .b16 h, l, u; .reg .f32 a, b; "
+    if codes == "int8":
+        head += ".reg .b32 s; prmt.b32 s, $1, 0, 0x8880; cvt.rn.f32.s32 a, s; prmt.b32 s, $1, 0, 0x9991; cvt.rn.f32.s32 b, s; "
+    else:
+        half = ".reg .b32 f; mov.b32 {h, u}, $1; cvt.rn.f16x2.e4m3x2 "
+        if floats == "float16" and not scaled:
+            return head + half + "$0, h; }"
+        head += half + "f, h; mov.b32 {l, u}, f; cvt.f32.f16 a, l; cvt.f32.f16 b, u; "
+    if scaled:
+        head += "mul.rn.f32 a, a, $3; mul.rn.f32 b, b, $3; "
+    return head + f"cvt.rn.{kind}.f32 $0, b, a; }}"

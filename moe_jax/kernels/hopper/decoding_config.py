@@ -12,9 +12,9 @@ from typing import NamedTuple
 from moe_jax.kernels.hopper import matmul_config
 from moe_jax.kernels.hopper.matmul_config import (
     FEW_ROWS,
-    MOST_FOUR_BIT,
+    MOST_DECODED,
     WGMMA_ROWS,
-    WIDE_FOUR_BIT,
+    WIDE_DECODED,
     Config,
     few_counts,
     work_of,
@@ -70,10 +70,7 @@ def four_bit(config: Config, projection: Projection) -> Config:
         return _one_token(config, projection)
     if config.consumers == 1 and projection.mean_rows >= _MANY_ROWS:
         return dataclasses.replace(_four(config, gated), row_counts=_counts(config), stages=5)
-    counts = tuple(c for c in few_counts(config).row_counts if c <= MOST_FOUR_BIT)
-    if counts[-1] > WIDE_FOUR_BIT:
-        counts = (WIDE_FOUR_BIT, counts[-1])
-    config = dataclasses.replace(config, row_counts=counts)
+    config = _few_copies(config)
     if config.consumers > 1:
         return config
     two = dict(halves=2, tile_k=128) if gated else dict(halves=1, tile_k=256)
@@ -103,7 +100,7 @@ def one_byte(config: Config, projection: Projection, in_blocks: bool) -> Config:
         [2, 4]
     """
     if config.consumers > 1 or config.tile_rows > FEW_ROWS:
-        return few_counts(config)
+        return _few_copies(dataclasses.replace(config, cluster=1))
     whole = dataclasses.replace(config, columns=WGMMA_ROWS)
     if config.tile_rows <= 8:
         return _one_token(whole, projection, byte=True)
@@ -112,6 +109,12 @@ def one_byte(config: Config, projection: Projection, in_blocks: bool) -> Config:
         return dataclasses.replace(_four(whole, projection.gated), row_counts=counts, stages=3)
     two = dict(consumers=2, halves=1, paired=projection.gated, tile_k=128, stages=4)
     return dataclasses.replace(whole, row_counts=counts, **two)
+
+
+def _few_copies(config: Config) -> Config:
+    """With as few row counts as the loops that decode are fast with."""
+    counts = tuple(c for c in few_counts(config).row_counts if c <= MOST_DECODED)
+    return dataclasses.replace(config, row_counts=(WIDE_DECODED, counts[-1]) if counts[-1] > WIDE_DECODED else counts)
 
 
 def _four(config: Config, gated: bool) -> Config:

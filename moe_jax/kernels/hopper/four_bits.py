@@ -99,6 +99,7 @@ class FourBits:
     """
 
     under_way = 1  # products that read registers while the next block is decoded
+    ahead = True  # what is decoded of all blocks of a stage is loaded before the first of them is
 
     def __init__(self, weights: PreparedArray, config: Config, gated: bool, *, interpret: bool):
         if config.columns != SIDE:
@@ -133,8 +134,9 @@ class FourBits:
 
         return run(block)
 
-    def decode(self, words: tuple[Any, ...], refs: Any, wg: Any, turn: int) -> Any:
-        """A block as an operand of wgmma; `turn` counts them."""
+    def decode(self, words: tuple[Any, ...], refs: Any, wg: Any, turn: int, place: Any) -> Any:
+        """A block as an operand of wgmma, wherever its place; `turn` counts them."""
+        del place
         if self._interpret:
             refs[-1][wg, turn % 2] = decoded(words[0], self._layout).astype(self._dtype)
             plgpu.commit_smem()  # it does not know that each thread hands a stage back after its own loads

@@ -249,28 +249,27 @@ def grouped_matmul(
 
         def multiply(i, m, col, count, below):
             first_turn = i * k_steps
+            expert = group_g[m] if coded else None
 
             def accumulate(*accs):
                 def multiply_step(step, slot):
                     plgpu.barrier_wait(full.at[slot])
-                    if four_bit:
-                        places = [(piece, half) for piece in range(operand.pieces) for half in range(halves)]
-                        blocks = [
-                            of_weights.block(weights_s, slot, unit, own + half, p * swizzled, swizzled)
-                            for p, half in places
-                        ]
-                        words = [coded.words(block) for block in blocks]
+                    places = [(piece, half) for piece in range(operand.pieces) for half in range(halves)]
+                    blocks = [
+                        of_weights.block(weights_s, slot, unit, own + half, piece * swizzled, swizzled)
+                        for piece, half in places
+                    ]
+                    if coded and coded.ahead:
+                        blocks = [coded.words(block) for block in blocks]
                     for piece in range(operand.pieces):
                         b = operand.eights(rows_s).at[slot, piece, pl.ds(0, count)]
                         for half, acc in enumerate(accs):
                             turn = piece * halves + half
-                            if four_bit:
-                                a = coded.decode(words[turn], of_codes, wg, turn)
-                            else:
-                                a = of_weights.block(weights_s, slot, unit, own + half, piece * swizzled, swizzled)
-                                if coded:
-                                    k_at = step * tk + piece * swizzled
-                                    a = coded.decode(a, of_codes, wg, group_g[m], col, own + half, k_at, turn)
+                            a = blocks[turn]
+                            if coded:
+                                a = a if coded.ahead else coded.words(a)
+                                place = codes.Place(expert, col, own + half, step * tk + piece * swizzled)
+                                a = coded.decode(a, of_codes, wg, turn, place)
                             plgpu.wgmma(acc, a, b.T)
                             if coded:  # registers are read until the products are done
                                 plgpu.wgmma_wait(coded.under_way)

@@ -23,12 +23,12 @@ _MOST_EIGHT_BIT = 160  # rows of a tile, of operands of one byte
 _PROMOTED = 96  # with scales of blocks: `matmul_fp8` says why
 _ROWS_FIRST = 128  # and with rows on the M side: `matmul_rows_first`
 MANY_PROMOTED = 256  # rows an expert from which on those are faster
-MOST_FOUR_BIT = 160  # rows of a tile, of weights of four bits: two decoded blocks stand in registers beside the sums
-MOST_FETCHED_FOUR_BIT = 144  # where the rows are fetched by their tokens, which takes registers from the consumers
+MOST_DECODED = 160  # rows of a tile, of weights that are decoded: two blocks of them stand in registers beside the sums
+MOST_FETCHED_DECODED = 144  # where the rows are fetched by their tokens, which takes registers from the consumers
 MOST_CONSUMERS = 4  # that decode weights, for few rows
-MANY_FETCHED_FOUR_BIT = 192  # rows an expert from which on that was measured to pay
+MANY_FETCHED_DECODED = 192  # rows an expert from which on that was measured to pay
 PRODUCER_REGISTERS, _REGISTERS = 24, 64 * 1024  # of a producer's thread; of a multiprocessor
-WIDE_FOUR_BIT = _SOME[-1]  # beyond it the machine code allows two row counts: `decoding_config.four_bit`
+WIDE_DECODED = _SOME[-1]  # beyond it the machine code allows two row counts: `decoding_config.four_bit`
 FEW_DECODED = (8, 16, 24, 32, 48)  # row counts of few rows where several consumers decode
 _BETWEEN = 8  # columns that a multiprocessor could make in the time from one tile to the next, with one token
 
