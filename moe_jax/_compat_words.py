@@ -107,23 +107,30 @@ def words_of(array: Any) -> list[Any]:
     return [llvm.extractelement(words, arith.constant(i32, i)) for i in range(ir.VectorType(words.type).shape[0])]
 
 
+def word_of_all(splat: Any) -> Any:
+    """The word that all threads hold, of a float32."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import llvm
+
+    return llvm.bitcast(ir.IntegerType.get_signless(32), splat.registers.flat[0])
+
+
 def fragment_of_bytes(array: Any, code: str, more: Sequence[Any], dtype: Any) -> Any:
     """The operand ``[64, 64]`` of wgmma that is made of bytes, which a thread holds two by two as it will hold the operand.
 
     Args:
         array: fragmented bytes.
         code: as in `inline_ptx`, of a word of two neighbouring floats; of a word with two neighbouring bytes, and zeros above.
-        more: operands after that, float32 that all threads share.
+        more: operands after that, words.
         dtype: of the floats.
     """
     from jax._src.lib.mlir import ir
-    from jax._src.lib.mlir.dialects import arith, llvm
+    from jax._src.lib.mlir.dialects import arith
     from jax.experimental.mosaic.gpu import utils
 
     i16, i32 = (ir.IntegerType.get_signless(bits) for bits in (16, 32))
-    shared = [llvm.bitcast(i32, splat.registers.flat[0]) for splat in more]
     pairs = [arith.extui(i32, utils.bitcast(pair, i16)) for pair in array.registers.flat]
-    return wgmma_fragment([inline_ptx(code, [pair, *shared], 1)[0] for pair in pairs], dtype)
+    return wgmma_fragment([inline_ptx(code, [pair, *more], 1)[0] for pair in pairs], dtype)
 
 
 def wgmma_fragment(words: list[Any], dtype: Any) -> Any:

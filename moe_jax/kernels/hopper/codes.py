@@ -28,7 +28,9 @@ from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
 
 _DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8))
 _COLUMNS = 64  # of a block that is decoded
-_SELECT = 0x4140  # of two words' bytes: the first, the fifth, the second and the fifth
+# PTX: 0x4140 selects of two words the first byte, the fifth, the second and the fifth. No lane has the last bit of this mask, which
+# the compiler does not know: a constant it would copy for each instruction, from a uniform register.
+_SELECT = "{ .reg .b32 m; mov.u32 m, %lanemask_lt; shr.u32 m, m, 31; or.b32 $0, m, 0x4140; }"
 
 
 def block_scale(scales: Any, expert: Any, row: Any, group: Any) -> Any:
@@ -173,16 +175,15 @@ class Codes:
             plgpu.commit_smem()  # it does not know that each thread hands a stage back after its own loads
             return refs[-1].at[wg, turn % 2]
         ptx = _pair(values.dtype.name, self._dtype.name, scale is not None)
-        # No expert has a negative number, but the compiler does not know: a constant it would copy for each instruction.
-        select = _SELECT | lax.shift_right_arithmetic(place.expert, 31)
-        operands = [values, select] if scale is None else [values, select, scale]
-        layouts = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT
+        operands = [values] if scale is None else [values, scale]
+        layouts = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT
         result = plgpu.ShapeDtypeStruct((WGMMA_ROWS, _COLUMNS), self._dtype, layout=layouts[0])
 
         @plgpu.inline_mgpu(arg_types=layouts[: len(operands)], return_type=result)
-        def run(ctx, values, *shared):
+        def run(ctx, values, *scale):
             del ctx
-            return _compat_words.fragment_of_bytes(values, ptx, shared, self._dtype)
+            more = [_compat_words.inline_ptx(_SELECT, [], 1)[0], *map(_compat_words.word_of_all, scale)]
+            return _compat_words.fragment_of_bytes(values, ptx, more, self._dtype)
 
         return run(*operands)
 

@@ -21,6 +21,7 @@ from moe_jax.kernels.hopper.matmul_config import (
 )
 
 _MANY_ROWS = 4  # an expert, of few, from which on more consumers, or more row counts, pay
+_MANY_BYTES = 8  # the same, for consumers of codes of a byte with scales of channels
 
 
 class Projection(NamedTuple):
@@ -105,7 +106,7 @@ def one_byte(config: Config, projection: Projection, in_blocks: bool) -> Config:
     if config.tile_rows <= 8:
         return _one_token(whole, projection, byte=True)
     counts = _counts(config) if projection.mean_rows >= _MANY_ROWS else few_counts(config).row_counts
-    if in_blocks and projection.n_out % (2 * WGMMA_ROWS) == 0:
+    if projection.n_out % (2 * WGMMA_ROWS) == 0 and (in_blocks or projection.mean_rows >= _MANY_BYTES):
         return dataclasses.replace(_four(whole, projection.gated), row_counts=counts, stages=3)
     two = dict(consumers=2, halves=1, paired=projection.gated, tile_k=128, stages=4)
     return dataclasses.replace(whole, row_counts=counts, **two)
@@ -145,7 +146,8 @@ def _one_token(config: Config, projection: Projection, byte: bool = False) -> Co
     columns = min(pieces, key=lambda columns: (work_of(columns, n_out, likely_tiles), -columns))
     consumers = columns // WGMMA_ROWS * (2 if gated else 1)
     if byte:
-        tiles = dict(tile_k=256, stages=5) if consumers == 2 and gated else dict(tile_k=128, stages=5 if gated else 6)
+        wide = consumers == (2 if gated else 1)
+        tiles = dict(tile_k=256, stages=5) if wide else dict(tile_k=128, stages=5 if gated else 6)
     else:
         tiles = dict(tile_k=128, stages=8) if consumers == 4 else dict(tile_k=256, stages=6)
     return dataclasses.replace(config, consumers=consumers, halves=1, paired=gated, **tiles)
