@@ -184,8 +184,8 @@ def _eight_bit_misfit(config: Config, codes: str) -> str | None:
             f"columns={config.columns} must be {WGMMA_ROWS} and codes_stages={config.codes_stages} at least 2 for weights of "
             "four bits that become FP8, a block of codes has so many rows; use from_four_bits()"
         )
-    if config.gather or (config.cluster > 1 and not config.rows_first):
-        return f"cluster={config.cluster} and gather={config.gather} must be 1 and False for 8-bit rows, but for rows_first"
+    if config.cluster > 1 or config.gather:
+        return f"cluster={config.cluster} and gather={config.gather} must be 1 and False for 8-bit rows"
     if config.tile_k % (GROUP * config.depth):
         return (
             f"tile_k={config.tile_k} must be a multiple of {GROUP * config.depth} for 8-bit rows: with columns="

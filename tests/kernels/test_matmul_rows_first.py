@@ -3,14 +3,11 @@
 import dataclasses
 import functools
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from moe_jax import _compat
-from moe_jax.kernels.hopper import matmul_fp8, tiles
+from moe_jax.kernels.hopper import matmul_fp8
 from moe_jax.kernels.hopper import matmul_rows_first as kernel
 from moe_jax.kernels.hopper.matmul_config import Config
 from moe_jax.ops.matmul_and_quantize import matmul_and_quantize
@@ -67,49 +64,6 @@ def test_products_and_bits(case):
     np.testing.assert_array_equal(np.asarray(out).view(np.uint16), np.asarray(same).view(np.uint16))
 
 
-@pytest.mark.parametrize(
-    ("sizes", "gated"), [((300, 0, 130, 5), True), pytest.param((140, 7), False, marks=pytest.mark.once)]
-)
-def test_two_blocks_fetch_weights_together(sizes, gated):
-    """Pairs of row tiles, and one that has none to go with: the same bits."""
-    x, weights, groups = operands_of("fp8_block", sizes, 256, 512, gated)
-    operands = x.values, transposed(x.scales, groups.num_rows), weights.values, weight_scales(weights)
-    schedule = groups.tile_group, groups.tile_starts, groups.tile_sizes, groups.num_tiles
-    options = dict(out_dtype="bfloat16", interpret=_compat.interpret_params(), multiprocessors=2)
-    options["tile_spans"] = groups.tile_spans
-    out, same = (
-        kernel.grouped_matmul(*operands, *schedule, None, ACT if gated else None, config=config, **options)
-        for config in (dataclasses.replace(CONFIG, cluster=2), CONFIG)
-    )
-    check_close(out, expected(x, weights, groups, None, gated), 6e-3)
-    np.testing.assert_array_equal(np.asarray(out).view(np.uint16), np.asarray(same).view(np.uint16))
-    with pytest.raises(ValueError, match="needs tile_spans"):
-        kernel.grouped_matmul(
-            *operands, *schedule, None, None, config=dataclasses.replace(CONFIG, cluster=2), out_dtype="bfloat16"
-        )
-
-
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 3), st.integers(1, 4))
-def test_pairs_of_tiles(tiles_of, half_columns, half_band):
-    """Each tile once; two that are fetched together are of one expert and the same columns, others of the same rows."""
-    ends = np.cumsum(tiles_of)
-    spans = np.repeat(np.stack([ends - tiles_of, ends], axis=1), tiles_of, axis=0).astype(np.int32)
-    turns = jnp.arange(ends[-1] * half_columns, dtype=jnp.int32)
-    both = [
-        [
-            np.asarray(axis)
-            for axis in tiles.visit_pairs(turns, 2 * half_columns, 2 * half_band, jnp.asarray(spans), rank)
-        ]
-        for rank in (0, 1)
-    ]
-    visited = sorted((int(m), int(n)) for ms, ns, _ in both for m, n in zip(ms, ns, strict=True))
-    assert visited == [(m, n) for m in range(ends[-1]) for n in range(2 * half_columns)]
-    (m0, n0, together), (m1, n1, same) = both
-    np.testing.assert_array_equal(together, same)
-    np.testing.assert_array_equal(spans[m0], spans[m1])
-    assert np.all(np.where(together, (n0 == n1) & (m0 + 1 == m1), (m0 == m1) & (n0 + 1 == n1)))
-
-
 def test_gradients_in_e5m2():
     """With both kernels, beside weights in e4m3."""
     x, weights, groups = operands_of("fp8_block", (68, 3), 256, 256, False)
@@ -149,9 +103,9 @@ def test_rows_quantized_as_they_leave(name, sizes, multiple):
         np.testing.assert_array_equal(mine, other)
 
 
-@pytest.mark.parametrize(("quantizes", "aligned", "cluster"), [(False, True, 1), (True, True, 2), (True, False, 1)])
+@pytest.mark.parametrize(("quantizes", "aligned"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("shape", [(128, 2048, 768), (32, 7168, 2048), (8, 4096, 14336)], ids=str)
-def test_lowers_for_cuda(monkeypatch, shape, quantizes, aligned, cluster):
+def test_lowers_for_cuda(monkeypatch, shape, quantizes, aligned):
     monkeypatch.undo()
     experts, hidden, inner = shape
     rows, spec = 4096, quant_format("fp8_block").activations
@@ -159,16 +113,11 @@ def test_lowers_for_cuda(monkeypatch, shape, quantizes, aligned, cluster):
         blocks = 2 * (inner // 128) if act else n // 128
         codes = like("float8_e4m3fn", rows, k), like("float32", k // 128, rows + 192)
         operands = *codes, like("float8_e4m3fn", experts, n, k), like("float32", experts, blocks, k // 128)
-        schedule = [like("int32", 64)] * 3 + [like("int32", 1), like("int32", 64, 2)]
+        schedule = [like("int32", 64)] * 3 + [like("int32", 1)]
         quantize = spec if quantizes and act else None
-        config = dataclasses.replace(CONFIG, cluster=cluster)
-        options = dict(config=config, out_dtype="bfloat16", quantize=quantize, aligned=aligned)
+        options = dict(config=CONFIG, out_dtype="bfloat16", quantize=quantize, aligned=aligned)
         matmul = functools.partial(kernel.grouped_matmul, **options)
-
-        def run(*a, matmul=matmul, act=act):
-            return matmul(*a[:-1], None, act, tile_spans=a[-1])
-
-        assert_lowers_to_kernels(run, *operands, *schedule)
+        assert_lowers_to_kernels(lambda *a, matmul=matmul, act=act: matmul(*a, None, act), *operands, *schedule)
 
 
 def test_what_it_does_not_run():
@@ -182,8 +131,5 @@ def test_what_it_does_not_run():
     assert "tile_rows=128" in reason(row_counts=(64,))
     assert "blocks of 64" in reason(blocks=24)
     assert "size=800" in reason(n_out=800, blocks=14)
-    assert reason(cluster=2) is None
-    assert "cluster=4" in reason(cluster=4) and "cluster=2" in reason(n_out=640, blocks=10, cluster=2)
-    assert "band=7" in reason(cluster=2, band=7) and "codes_stages=2" in reason(cluster=2, codes_stages=2)
     assert "multiple of 128" in reason(n_out=704, blocks=12, quantize=True)
     assert "gated" in reason(n_out=768, blocks=6, gated=False, quantize=True)

@@ -75,12 +75,6 @@ def supports(n_out: int, blocks: int, gated: bool, config: Config, *, quantize: 
         return f"blocks of {rows} weight rows must have a multiple of {COLUMNS}, as many as a tile has columns"
     if n_out % (COLUMNS if quantize else 64):
         return f"the output size={n_out} must be a multiple of {COLUMNS if quantize else 64}"
-    tiles_of_columns = pl.cdiv(n_out, COLUMNS if gated else 2 * COLUMNS)
-    if config.cluster > 1 and (config.cluster > 2 or tiles_of_columns % 2 or config.band % 2 or config.codes_stages):
-        return (
-            f"cluster={config.cluster} must be 1, or 2 with codes_stages={config.codes_stages} 0 and even numbers of column "
-            f"tiles, {tiles_of_columns}, and of a band={config.band}: two blocks fetch the weights of two row tiles together"
-        )
     if quantize and not gated:
         return "rows are quantized as they leave a gated projection alone"
     return None
@@ -106,19 +100,14 @@ def grouped_matmul(
     interpret: Any = None,
     multiprocessors: int | None = None,
 ) -> Float[Array, "rows N_out"] | tuple[Shaped[Array, "rows N_out"], Float[Array, "G Rp"]]:
-    """`matmul_fp8.grouped_matmul` with scales of blocks; arguments as there, `tile_spans` needed where `Config.cluster` is 2."""
-    if config.cluster > 1 and tile_spans is None:
-        raise ValueError(
-            f"config.cluster={config.cluster} needs tile_spans: blocks share the weights of tiles of one group"
-        )
+    """`matmul_fp8.grouped_matmul` with scales of blocks; arguments as there."""
     (n_weights, k), dtype = weights.shape[1:], rows.dtype
     gated = activation is not None and activation.is_gated
     n_out = n_weights // 2 if gated else n_weights
     tile_cols, distance = (COLUMNS, n_out) if gated else (2 * COLUMNS, COLUMNS)
     tk, stages, interpreted = config.tile_k, config.stages, interpret is not None
     n_tiles, k_steps = pl.cdiv(n_out, tile_cols), pl.cdiv(k, tk)
-    cluster = config.cluster
-    workers = (multiprocessors or _compat.num_multiprocessors()) // cluster
+    workers = multiprocessors or _compat.num_multiprocessors()
     swizzled = tiles.swizzle_bytes(k, dtype)
     in_group, groups = GROUP // swizzled, tk // GROUP
     operand = views.Operand(stages, TILE_ROWS, tk, swizzled, dtype, interpreted)
@@ -159,16 +148,13 @@ def grouped_matmul(
         ends = epilogue.references(None, bias_g, refs)
         worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
         m_tiles = count_g[0]
-        my_tiles = tiles.share(m_tiles * (n_tiles // cluster), worker, workers)
+        my_tiles = tiles.share(m_tiles * n_tiles, worker, workers)
 
         def tile_at(i):
-            index = worker + i * workers
-            if cluster > 1:
-                return tiles.visit_pairs(index, n_tiles, config.band, spans_g, lax.axis_index("cta"))
-            return *tiles.visit(index, m_tiles, n_tiles, config.band, spans_g), None
+            return tiles.visit(worker + i * workers, m_tiles, n_tiles, config.band, spans_g)
 
         def consume(i):
-            m, n, _ = tile_at(i)
+            m, n = tile_at(i)
             col, first = n * tile_cols, wg * row_stores.ROWS
             slot, mine = lax.rem(i * k_steps, stages), sizes_g[m] - first
             pl.when(mine > 0)(lambda: multiply(slot, m, col, first, mine))
@@ -237,25 +223,18 @@ def grouped_matmul(
 
             @pl.loop(0, my_tiles)
             def _tile(i):
-                m, n, together = tile_at(i)
+                m, n = tile_at(i)
                 expert, size, first_row = group_g[m], sizes_g[m], starts_g[m]
-
-                def load_weights(step, slot, **shared):
-                    for half in range(HALVES):
-                        source = pl.ds(n * tile_cols + half * distance, COLUMNS), pl.ds(step * tk, tk)
-                        target = weights_s.at[slot, pl.ds(half * COLUMNS, COLUMNS)]
-                        plgpu.copy_gmem_to_smem(weights_g.at[expert, *source], target, full.at[slot], **shared)
 
                 @pl.loop(0, k_steps)
                 def _step(step):
                     turn = i * k_steps + step
                     slot = lax.rem(turn, stages)
                     pl.when(turn >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
-                    if cluster > 1 and not interpreted:  # the interpreter has no multicast
-                        pl.when(together)(lambda: load_weights(step, slot, collective_axes="cta"))
-                        pl.when(~together)(lambda: load_weights(step, slot))
-                    elif decoder is None:
-                        load_weights(step, slot)
+                    for half in [] if decoder else range(HALVES):
+                        source = pl.ds(n * tile_cols + half * distance, COLUMNS), pl.ds(step * tk, tk)
+                        target = weights_s.at[slot, pl.ds(half * COLUMNS, COLUMNS)]
+                        plgpu.copy_gmem_to_smem(weights_g.at[expert, *source], target, full.at[slot])
 
                     def load_rows(count, below):
                         del below
@@ -274,7 +253,7 @@ def grouped_matmul(
         def produce_both(warp):
             pl.when(warp == 0)(produce)
             if decoder:
-                codes = weights_g, of_codes, group_g, lambda i: tile_at(i)[:2], my_tiles, k_steps
+                codes = weights_g, of_codes, group_g, tile_at, my_tiles, k_steps
                 pl.when(warp == 1)(lambda: decoder.produce(*codes))
 
         @pl.when(wg < CONSUMERS)
@@ -301,9 +280,7 @@ def grouped_matmul(
         plgpu.SMEM((stages, groups, of_rows.held(TILE_ROWS)), jnp.float32),
         stored.scratch,
         plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
-        if cluster == 1
-        else plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=CONSUMERS, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
         *(decoder.scratch if decoder else []),
         *epilogue.scratch,
     ]
@@ -312,7 +289,6 @@ def grouped_matmul(
         out_type=out_types[0] if quantize is None else out_types,
         grid=(workers,),
         grid_names=("sm",),
-        **(dict(cluster=(cluster,), cluster_names=("cta",)) if cluster > 1 else {}),
         num_threads=CONSUMERS + (2 if decoder else 1),
         thread_name="wg",
         scratch_types=scratch,

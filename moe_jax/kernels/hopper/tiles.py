@@ -68,31 +68,6 @@ def visit(
     return first + lax.rem(within, height), lax.div(within, height)
 
 
-def visit_pairs(index: jax.Array, n_tiles: int, group_m: int, spans: Any, rank: Any) -> tuple[Any, Any, Any]:
-    """The (m, n) tiles of two neighbouring blocks at turn `index`, and whether they have their weights in common.
-
-    Two row tiles of an expert go with the same columns, one to each block, which fetch the weights together. Of an odd number of
-    row tiles the last goes with two neighbouring columns. Bands are those of `visit`, walked by two columns at a time.
-
-    Args:
-        index: of the pair of tiles.
-        n_tiles: column tiles, an even number.
-        group_m: the most row tiles of a band, an even number.
-        spans: as in `visit`.
-        rank: of the block, 0 or 1.
-    """
-    tile = lax.div(2 * index, n_tiles)  # one of the band
-    begin, end = spans[tile, 0], spans[tile, 1]
-    first = tile - lax.rem(tile - begin, group_m)
-    within = index - lax.div(first * n_tiles, 2)
-    height = jnp.minimum(group_m, end - first)
-    columns, at = lax.div(within, height), lax.rem(within, height)
-    pairs = jnp.maximum(lax.div(height, 2), 1)
-    together = at < 2 * lax.div(height, 2)
-    m = first + jnp.where(together, 2 * lax.rem(at, pairs) + rank, height - 1)
-    return m, 2 * columns + jnp.where(together, lax.div(at, pairs), rank), together
-
-
 def share(total: jax.Array | int, worker: jax.Array | int, workers: int) -> jax.Array:
     """How many of `total` items worker number `worker` takes when it takes every `workers`-th."""
     return lax.div(total - worker + (workers - 1), workers)
