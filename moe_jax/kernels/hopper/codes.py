@@ -28,8 +28,8 @@ from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
 
 _DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8))
 _COLUMNS = 64  # of a block that is decoded
-# PTX: 0x4140 selects of two words the first byte, the fifth, the second and the fifth. No lane has the last bit of this mask, which
-# the compiler does not know: a constant it would copy for each instruction, from a uniform register.
+# PTX: 0x4140 selects of two words the first byte, the fifth, the second and the fifth. No lane has the last bit of this mask,
+# which the compiler does not know: a constant it would copy for each instruction, from a uniform register.
 _SELECT = "{ .reg .b32 m; mov.u32 m, %lanemask_lt; shr.u32 m, m, 31; or.b32 $0, m, 0x4140; }"
 
 

@@ -73,9 +73,9 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from moe_jax import _compat
 from moe_jax.activations import Activation
-from moe_jax.kernels.hopper import codes, four_bits, rows_by_token, tile_numbers, tiles, views
+from moe_jax.kernels.hopper import codes, four_bits, rows_by_token, tiles, views
 from moe_jax.kernels.hopper.epilogue import Epilogue
-from moe_jax.kernels.hopper.matmul_config import FEW_ROWS, MOST_ROWS, PRODUCER_REGISTERS, WGMMA_ROWS, Config, registers
+from moe_jax.kernels.hopper.matmul_config import MOST_ROWS, PRODUCER_REGISTERS, WGMMA_ROWS, Config, registers
 from moe_jax.kernels.hopper.pairs import Pairs
 from moe_jax.kernels.hopper.weight_tiles import KMajor, MMajor
 from moe_jax.quantization.prepared import PreparedArray
@@ -231,23 +231,25 @@ def grouped_matmul(
             m, n = tiles.visit(worker + i * workers, m_tiles, n_steps, config.band, spans_g)
             return m, n if cluster == 1 else n * cluster + lax.axis_index("cta")
 
-        marks_g = tokens_g if shared else sizes_g
+        def rows_of(m):
+            """Rows that are multiplied."""
+            return jnp.int32(rows.shape[0]) if shared else sizes_g[m]
 
-        def consume(i, n, tile):
+        def consume(i):
+            m, n = tile_at(i)
             col = n * tile_cols + unit * wg_cols
-            ask = functools.partial(epilogue.fetch_bias, ends, unit, tile.of(group_g), col)
+            ask = functools.partial(epilogue.fetch_bias, ends, unit, group_g[m], col)
             if pairs:
                 pl.when(own == 0)(ask)
             else:
                 ask()
             if coded:
-                coded.fetch(of_codes, wg, tile.of(group_g), col + own * n_out if pairs else col)
-            size = jnp.int32(rows.shape[0]) if shared else tile.of(sizes_g)
-            tiles.for_row_count(config.row_counts, size, functools.partial(multiply, i, tile, col))
+                coded.fetch(of_codes, wg, group_g[m], col + own * n_out if pairs else col)
+            tiles.for_row_count(config.row_counts, rows_of(m), functools.partial(multiply, i, m, col))
 
-        def multiply(i, tile, col, count, below):
+        def multiply(i, m, col, count, below):
             first_turn = i * k_steps
-            expert = tile.of(group_g) if coded else None
+            expert = group_g[m] if coded else None
 
             def accumulate(*accs):
                 def multiply_step(step, slot):
@@ -276,7 +278,7 @@ def grouped_matmul(
 
                 lax.fori_loop(0, k_steps, multiply_step, lax.rem(first_turn, stages))
                 # Loaded once, and on their way while the last products run; before the loop they cost it its registers.
-                mine = tile.of(starts_g), tile.of(marks_g)
+                mine = starts_g[m], (tokens_g if shared else sizes_g)[m]
                 if config.overlap:
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(empty.at[lax.rem(first_turn + k_steps - 1, stages)])
@@ -284,7 +286,7 @@ def grouped_matmul(
 
             accs, mine = pl.run_scoped(accumulate, *[plgpu.ACC((WGMMA_ROWS, count)) for _ in range(halves)])
             if coded:
-                accs = coded.scale(accs, of_codes, wg, tile.of(group_g), own)
+                accs = coded.scale(accs, of_codes, wg, group_g[m], own)
 
             def finish(accs):
                 epilogue.finish(ends, unit, accs, *mine, col, below, i)
@@ -305,7 +307,7 @@ def grouped_matmul(
             @pl.loop(0, my_tiles)
             def _tile(i):
                 m, n = tile_at(i)
-                expert, size = group_g[m], jnp.int32(rows.shape[0]) if shared else sizes_g[m]
+                expert, size = group_g[m], rows_of(m)
                 # Not known to be 0 where all rows are meant: there may be fewer than are fetched.
                 first_row = m * 0 if shared else starts_g[m]
                 tokens = by_token.tokens(row_tokens_g, first_row, size) if gathered else None
@@ -346,8 +348,7 @@ def grouped_matmul(
         def _():
             if consumers > 1:
                 plgpu.set_max_registers(registers(consumers, of_producer), action="increase")
-            arrays = [group_g, starts_g, marks_g]
-            tile_numbers.for_tiles(my_tiles, tile_at, arrays, config.tile_rows <= FEW_ROWS, consume)
+            pl.loop(0, my_tiles)(consume)
             if pairs:
                 pairs.observe(of_pairs, wg, my_tiles)
             plgpu.wait_smem_to_gmem(0)
