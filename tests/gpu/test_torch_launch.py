@@ -254,6 +254,7 @@ def test_what_a_call_costs_the_host(capsys):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 def test_devices():
+    torch.cuda.set_device(0)  # another may be current where JAX has started before torch
     _, tensors, _ = tensors_of(16)
     there = [tensor.to("cuda:1") for tensor in tensors]
     out = fused_experts(*there)

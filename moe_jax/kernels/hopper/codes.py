@@ -5,12 +5,17 @@ floats and multiplies it: memory carries one byte a weight, and no kernel dequan
 floats, so with a scale for each channel or one for all nothing is rounded, and the sum is scaled once. With a scale for each
 block a code is multiplied in float32 and rounded.
 
-On an H100, qwen3-30b-a3b (benchmarks/results, 2026-11-28-h100-int8_weight-layer.json, -fp8_weight-layer.json), layers of 1, 16
-and 128 tokens: int8 25, 165 and 248 us, which are 1.02, 1.07 and 1.08 times `bound_us`; vLLM's 28, 170 and 319. qwen3-235b, 16
-and 128 tokens: 594 and 910 us, 1.02 and 1.04 times; vLLM's 575 and 1216. FP8 in blocks: 28, 174 and 252 us. A consumer takes 4.0
-instructions of the vector units a weight (int8; FP8 3.4 with scales of channels, 4.7 of blocks) and lets each product end before
-it decodes the next block. So several decode a tile, see `decoding_config`: with one these were 29, 180 and 263 us, and 33, 218
-and 318 (2026-11-28-h100-variants.txt).
+A thread loads codes two by two, as it holds them in wgmma's operand (`LDS.U16`), those of a whole stage before the first is
+decoded, and PTX of our own makes two floats of a word. That is 2.8 instructions of the vector units a weight for int8, 2.8 for
+FP8 with scales of channels and 3.8 of blocks. Four bytes a load, exchanged between neighbouring threads and decoded by Mosaic,
+took 4.0, 3.5 and 4.7 (benchmarks/results/2026-11-28-machine-code-bytes.txt). Products of a block run while the next is decoded.
+
+On an H200 layers before and with that (2026-11-28-h200-int8_weight-before-layer.json, -int8_weight-layer.json, -variants.txt):
+int8, qwen3-30b-a3b, 1, 16, 128, 1024 and 4096 tokens 24, 137, 207, 301 and 766 us, and 20, 122, 188, 280 and 701 (vLLM 26, 130,
+268, 607 and 1462); FP8 in blocks, gpt-oss-120b, 16 and 128 tokens 428 and 970, and 374 and 841. With four consumers from 8 rows
+an expert on qwen3-30b-a3b with 128 tokens takes 179 us, mixtral-8x7b 410 instead of 444 (-int8_weight-few-layer.json). Several
+consumers decode a tile: `decoding_config`. Tiles of more than 128 rows have two row counts, see there, and codes of a block are
+loaded when it is decoded: registers are short.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax import _compat_words
 from moe_jax.kernels.hopper.epilogue import Columns
-from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
+from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, WIDE_DECODED, Config
 
 _DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8))
 _COLUMNS = 64  # of a block that is decoded
@@ -147,7 +152,7 @@ class Codes:
         self.scratch = self._channels.scratch if self._by_channel else []
         # Products that read registers while the next block is decoded.
         self.under_way = 1
-        self.ahead = config.tile_rows <= 128
+        self.ahead = config.tile_rows <= WIDE_DECODED  # beyond it registers are short
         self._interpret = interpret
         if interpret:
             self.scratch = [*self.scratch, plgpu.SMEM((config.consumers, 2, WGMMA_ROWS, _COLUMNS), dtype)]

@@ -84,13 +84,19 @@ def one_byte(config: Config, projection: Projection, in_blocks: bool) -> Config:
     Args:
         config: of `default_config`.
         projection: that is tiled.
-        in_blocks: with a scale for each block, which takes more instructions to decode: four consumers where their columns
-            divide the output.
+        in_blocks: with a scale for each block, which takes more instructions to decode.
 
-    On an H100, layers with one consumer, pairs of them and four (2026-11-28-h100-variants.txt). int8: mixtral-8x7b, 128 tokens,
-    684, 580 and 573 us; qwen3-30b-a3b 263, 249 and 249; qwen3-235b, 16 tokens, 620, 596 and 608; gpt-oss-120b 535, 507 and 546.
-    FP8 in blocks: qwen3-30b-a3b, 16 tokens, 218, 180 and 175, 128 tokens 315, 259 and 252; mixtral-8x7b, 128 tokens, 789, 628 and
-    581; gpt-oss-120b, whose columns 128 do not divide, 16 tokens, 648, 525 and 556. One token: `_one_token`.
+    Four consumers, where their columns divide the output, for scales of blocks, and for others from 8 rows an expert on. On an
+    H200, int8, pairs and four: qwen3-30b-a3b, 16 tokens, 121 and 127 us, 128 tokens 188 and 177; mixtral-8x7b, 128 tokens, 450
+    and 430; dsv3-ep8, 16 tokens, 182 and 202; gpt-oss-120b, 128 tokens, 781 and 868. FP8 in blocks, four and pairs:
+    mixtral-8x7b, 128 tokens, 436 and 503; qwen3-30b-a3b, 16 tokens, 135 and 138 (2026-11-28-h200-variants.txt). With many rows
+    tiles are those of `four_bit`: qwen3-30b-a3b, 4096 tokens, 700 us, with six row counts and a product at a time 766.
+
+    On an H100, before codes were loaded and decoded as they are (`codes`), layers with one consumer, pairs of them and four
+    (2026-11-28-h100-variants.txt). int8: mixtral-8x7b, 128 tokens, 684, 580 and 573 us; qwen3-30b-a3b 263, 249 and 249;
+    qwen3-235b, 16 tokens, 620, 596 and 608; gpt-oss-120b 535, 507 and 546. FP8 in blocks: qwen3-30b-a3b, 16 tokens, 218, 180
+    and 175, 128 tokens 315, 259 and 252; mixtral-8x7b, 128 tokens, 789, 628 and 581; gpt-oss-120b, whose columns 128 do not
+    divide, 16 tokens, 648, 525 and 556. One token: `_one_token`.
 
     Example:
         >>> few = Config((8, 16, 32, 64), consumers=1)
@@ -136,10 +142,11 @@ def _one_token(config: Config, projection: Projection, byte: bool = False) -> Co
     mixtral-8x7b down 26.8 us of 64, 37 of 128. Tiles of 32 columns, half a block, are worse, for two of a consumer's four warps
     then have nothing to decode: qwen3-235b up 36.6 us, dsv3-ep8 21.4, mixtral-8x7b 79.8 (2026-11-27-h100-variants.txt).
 
-    So it is with codes of a byte, for which 256 columns are as good as 128 at best: int8, qwen3-235b up 43.1 us with tiles of 128
-    columns, 47.2 of 64, 72.2 of 32; gpt-oss-120b down 18.3 us of 128, 25.8 of 256, 30.9 of 32; mixtral-8x7b down 48.8 us of 64
-    and one consumer, 73.4 of 128 and two (2026-11-28-h100-variants.txt). Layers before and with that, FP8 in blocks: mixtral-8x7b
-    266 and 159 us, qwen3-30b-a3b 33 and 28 (-fp8_weight-layer.json).
+    So it is with codes of a byte, for which 256 columns are as good as 128 at best: int8, qwen3-235b up 43.1 us with tiles of
+    128 columns, 47.2 of 64, 72.2 of 32; gpt-oss-120b down 18.3 us of 128, 25.8 of 256, 30.9 of 32; mixtral-8x7b down 48.8 us of
+    64 and one consumer, 73.4 of 128 and two (2026-11-28-h100-variants.txt), and one consumer better takes 256 of K a stage than
+    128: mixtral-8x7b down 31.4 us and 35.7 on an H200 (2026-11-28-h200-variants.txt). Layers before and with that, FP8 in
+    blocks: mixtral-8x7b 266 and 159 us, qwen3-30b-a3b 33 and 28 (-fp8_weight-layer.json).
     """
     gated, n_out, likely_tiles, _ = projection
     pieces = (64, 128) if gated or byte else (64, 128, 256)

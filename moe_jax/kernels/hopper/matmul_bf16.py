@@ -42,6 +42,7 @@ Learned on an H200 (benchmarks/results/2026-11-22-h200-matmul-variants.txt; qwen
   64, though: 29.7 instead of 27.8 us for qwen3-30b-a3b (tuning/configs). Cutting only the last round's tiles into narrow parts
   leaves too few bytes on their way.
 - Asking for the next kernel's first weights ahead (L2 prefetch): 0 to 3 % slower. Programmatic dependent launch: no difference.
+  A tile's numbers loaded while the tile before is multiplied: 0 to 2 % slower (2026-11-28-h200-variants.txt).
 - The loop over K has to stay in uniform registers, where a warp computes an address once. A tile's row and size loaded before
   the loop, and its ragged edge stored by branches for 16, 8, 4, 2 and 1 rows, pushed the counters into vector registers (52
   vector instructions a step instead of 16, for 160 rows: 2026-11-24-machine-code.txt): layers of 16384 tokens took 8 to 15 %

@@ -19,8 +19,11 @@ What binds large products is power (2026-11-27-h100-counters.txt, -fp8-power.txt
 of each kernel: the clock sinks to 1.54 GHz of 1.98, the tensor cores are busy 73 % (up) and 80 % (down) of the time, memory is
 read at 1.7 of 3.06 TB/s; run again and again the layer takes 10 % longer than the sum of its kernels. Without gain, and out
 again: a second consumer that stays a product behind the first, so that sums are added up by one while the other multiplies
-(mixtral-8x7b, 16384 tokens: 5 to 10 % longer, qwen3-235b 3 % shorter). Bands of 4, 16 and 34 row tiles: within what the clock
-varies.
+(mixtral-8x7b, 16384 tokens: 5 to 10 % longer, qwen3-235b 3 % shorter). Bands of 4, 16 and 34 row tiles, or of equal heights, so
+that no band is a single tile: within what the clock varies. So are blocks in pairs that fetch the weights of two row tiles of an
+expert together, by multicast, a third less to be moved from L2: on an H200 layers of mixtral-8x7b, 4096 and 16384 tokens, 3070
+and 10900 us and 3060 and 11560, qwen3-235b, 16384 tokens, 5650 and 5580, qwen3-30b-a3b 1700 and 1680, whose kernels alone, not
+held back by power, become 4 to 6 % faster (2026-11-28-h200-variants.txt).
 """
 
 from __future__ import annotations
