@@ -19,23 +19,23 @@ from moe_jax_torch.checks import check_devices, once_differentiable, refuse_forw
 from moe_jax_torch.gradients import differentiably
 from moe_jax_torch.launch import launch
 from moe_jax_torch.ops import (
-    _BACKWARD_TAGS,
-    _TAGS,
-    _check_range,
-    _import,
-    _library,
-    _own,
-    _padded,
-    _weights,
+    BACKWARD_TAGS,
+    TAGS,
+    check_range,
     each,
+    imported,
+    known_weights,
+    operators,
+    owned,
+    padded,
     register,
 )
 
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor ids, Tensor? bias"
 _OPERANDS = (0, 1, 3)  # of the arguments, those with gradients
 
-_library.define(f"expert_linear({_ARGUMENTS}) -> Tensor", tags=_TAGS)
-_library.define(f"expert_linear_backward(Tensor grad, {_ARGUMENTS}, bool[] needs) -> Tensor[]", tags=_BACKWARD_TAGS)
+operators.define(f"expert_linear({_ARGUMENTS}) -> Tensor", tags=TAGS)
+operators.define(f"expert_linear_backward(Tensor grad, {_ARGUMENTS}, bool[] needs) -> Tensor[]", tags=BACKWARD_TAGS)
 
 
 def expert_linear(
@@ -141,7 +141,7 @@ def _linear_backward(
 
 
 def _padded_operands(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor | None) -> Any:
-    return (_padded(x, 0), weight, bias, _padded(ids, -1)), {"implementation": implementation_for(x.device.type)}
+    return (padded(x, 0), weight, bias, padded(ids, -1)), {"implementation": implementation_for(x.device.type)}
 
 
 def _map_weights(function: Callable[[Any], Any], operands: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -156,15 +156,15 @@ def _expert_linear(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, bia
     operands, static = _padded_operands(x, weight, ids, bias)
 
     def own() -> Any:
-        x, weight, bias, ids = _map_weights(_weights.own, operands)
-        return _own(x), weight, bias, _own(ids)
+        x, weight, bias, ids = _map_weights(known_weights.own, operands)
+        return owned(x), weight, bias, owned(ids)
 
-    check = functools.partial(_check_range, "ids", ids, weight.shape[0])
+    check = functools.partial(check_range, "ids", ids, weight.shape[0])
     results = launch(linear_forward, operands, static, check=check, own=own)
     if results is not None:
         return results[0][: out.shape[0]]
-    x, weight, bias, ids = _map_weights(_weights, operands)
-    return to_torch(linear_forward(_import(x), weight, bias, _import(ids), **static), out=out, rows=out.shape[0])
+    x, weight, bias, ids = _map_weights(known_weights, operands)
+    return to_torch(linear_forward(imported(x), weight, bias, imported(ids), **static), out=out, rows=out.shape[0])
 
 
 def _expert_linear_backward(
@@ -179,9 +179,9 @@ def _expert_linear_backward(
     if grad.numel() == 0:
         return [out.zero_() for out in outs]
     operands, static = _padded_operands(x, weight, ids, bias)
-    x, weight, bias, ids = _map_weights(_weights, operands)
+    x, weight, bias, ids = _map_weights(known_weights, operands)
     grad = torch.nn.functional.pad(grad, (0, 0, 0, ids.numel() - grad.shape[0]))
-    grads = _linear_backward(_import(grad), _import(x), weight, bias, _import(ids), **static, needs=tuple(needs))
+    grads = _linear_backward(imported(grad), imported(x), weight, bias, imported(ids), **static, needs=tuple(needs))
     return [to_torch(g, out=out, rows=out.shape[0]) for g, out in zip(grads, outs, strict=True)]
 
 

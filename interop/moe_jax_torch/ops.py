@@ -41,18 +41,18 @@ _MOE = (
 OPERANDS = (0, 1, 2, 3, 6, 7)
 
 # The compiler must keep strides as they are, and split CUDA graphs around what JAX runs, which is not launched on torch's stream.
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-_BACKWARD_TAGS = (*_TAGS, torch.Tag.cudagraph_unsafe)
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+BACKWARD_TAGS = (*TAGS, torch.Tag.cudagraph_unsafe)
 
-_library = torch.library.Library("moe_jax", "DEF")  # the operators live as long as this object
-_library.define(f"fused_experts({_LAYER}) -> Tensor", tags=_TAGS)
-_library.define(f"fused_experts_out({_LAYER}, Tensor(a!) out) -> ()", tags=_TAGS)
-_library.define(f"moe({_MOE}) -> Tensor", tags=_TAGS)
-_library.define(f"fused_experts_backward(Tensor grad, {_LAYER}, bool[] needs) -> Tensor[]", tags=_BACKWARD_TAGS)
-_library.define(f"route({_RULE}) -> (Tensor, Tensor)", tags=_TAGS)
-_library.define(f"route_backward(Tensor grad, {_RULE}) -> Tensor", tags=_BACKWARD_TAGS)
+operators = torch.library.Library("moe_jax", "DEF")  # the operators live as long as this object
+operators.define(f"fused_experts({_LAYER}) -> Tensor", tags=TAGS)
+operators.define(f"fused_experts_out({_LAYER}, Tensor(a!) out) -> ()", tags=TAGS)
+operators.define(f"moe({_MOE}) -> Tensor", tags=TAGS)
+operators.define(f"fused_experts_backward(Tensor grad, {_LAYER}, bool[] needs) -> Tensor[]", tags=BACKWARD_TAGS)
+operators.define(f"route({_RULE}) -> (Tensor, Tensor)", tags=TAGS)
+operators.define(f"route_backward(Tensor grad, {_RULE}) -> Tensor", tags=BACKWARD_TAGS)
 
-_weights = WeightCache()
+known_weights = WeightCache()
 
 
 def bucket(tokens: int) -> int:
@@ -65,19 +65,19 @@ def bucket(tokens: int) -> int:
     return 1 << max(0, tokens - 1).bit_length()
 
 
-def _padded(tensor: torch.Tensor, value: float | None) -> torch.Tensor:
+def padded(tensor: torch.Tensor, value: float | None) -> torch.Tensor:
     """The tensor with rows of `value` up to its bucket; of anything for None, where no kernel reads rows without an expert."""
     tokens = tensor.shape[0]
     if tokens == bucket(tokens):
         return tensor
-    padded = tensor.new_empty((bucket(tokens), *tensor.shape[1:]))
-    padded[:tokens] = tensor
+    longer = tensor.new_empty((bucket(tokens), *tensor.shape[1:]))
+    longer[:tokens] = tensor
     if value is not None:
-        padded[tokens:] = value
-    return padded
+        longer[tokens:] = value
+    return longer
 
 
-def _check_range(name: str, ids: torch.Tensor, bound: int) -> None:
+def check_range(name: str, ids: torch.Tensor, bound: int) -> None:
     """Refuses ids outside [-1, bound) where they are at hand; on a GPU, where looking is waiting, such an id is no expert."""
     if ids.device.type != "cpu" or ids.numel() == 0:
         return
@@ -96,7 +96,7 @@ def _padded_layer(layer: tuple[Any, ...], value: float | None = None) -> tuple[_
     if x.shape[0] != bucket(x.shape[0]):
         if not x.shape[:1] == topk_weights.shape[:1] == topk_ids.shape[:1]:
             _check_experts(layer)  # now: their buckets may be the same
-        x, topk_weights, topk_ids = _padded(x, value), _padded(topk_weights, value), _padded(topk_ids, -1)
+        x, topk_weights, topk_ids = padded(x, value), padded(topk_weights, value), padded(topk_ids, -1)
     operands = calls.Operands(x, w1, w2, topk_weights, w1_bias, w2_bias)
     static = calls.Static(activation, on_input, experts, calls.implementation_for(x.device.type), *swiglu)
     return (operands, topk_ids, expert_map), static
@@ -110,11 +110,13 @@ def _cross(operands: calls.Operands, tensor: Callable[[Any], Any], weight: Calla
     return calls.Operands(tensor(x), weight(w1), weight(w2), topk_weights, w1_bias, w2_bias)
 
 
-def _import(tensor: torch.Tensor) -> jax.Array:
+def imported(tensor: torch.Tensor) -> jax.Array:
+    """The tensor as an array, without its gradient: `bridge.to_jax`."""
     return to_jax(tensor, detach=True)
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
+def owned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor where kernels can take it, a copy where they cannot: `bridge.own_memory`."""
     return own_memory(as_jax_dtype(tensor))
 
 
@@ -131,11 +133,11 @@ def _run(
     operands, *others = tensors
 
     def own() -> Any:
-        return _cross(operands, _own, _weights.own), *jax.tree.map(_own, others)
+        return _cross(operands, owned, known_weights.own), *jax.tree.map(owned, others)
 
     results = launch(function, tensors, static, check=check, own=own, again=again)
     if results is None:
-        arrays = _cross(operands, _import, _weights), *jax.tree.map(_import, others)
+        arrays = _cross(operands, imported, known_weights), *jax.tree.map(imported, others)
         return to_torch(function(*arrays, **static), out=out, rows=tokens)
     result = results[0] if results[0].shape[0] == tokens else results[0][:tokens]
     return result if out is None else out.copy_(result)
@@ -146,9 +148,9 @@ def _check_experts(layer: tuple[Any, ...]) -> None:
     check_weights(x, w1, w2, activation, w1_bias, w2_bias)
     check_slots(x, w1, topk_weights, topk_ids, expert_map, experts, on_input)
     check_devices(layer[:8])
-    _check_range("topk_ids", topk_ids, experts)
+    check_range("topk_ids", topk_ids, experts)
     if expert_map is not None:
-        _check_range("expert_map", expert_map, w1.shape[0])
+        check_range("expert_map", expert_map, w1.shape[0])
 
 
 def _run_experts(layer: tuple[Any, ...], out: torch.Tensor | None) -> torch.Tensor:
@@ -176,8 +178,8 @@ def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> list[torch.T
     if tokens == 0:
         return [out.zero_() for out in _fake_fused_experts_backward(grad, *arguments)]
     tensors, static = _padded_layer(tuple(layer), 0)
-    operands, (ids, expert_map) = _cross(tensors[0], _import, _weights), jax.tree.map(_import, tensors[1:])
-    needs, grad = tuple(needs), _import(_padded(grad, 0))
+    operands, (ids, expert_map) = _cross(tensors[0], imported, known_weights), jax.tree.map(imported, tensors[1:])
+    needs, grad = tuple(needs), imported(padded(grad, 0))
     grads = calls.experts_backward(grad, operands, ids, expert_map, static=static, needs=needs)
     with_tokens = [
         name in ("x", "topk_weights") for name, need in zip(calls.Operands._fields, needs, strict=True) if need
@@ -199,7 +201,7 @@ def moe(
     """The kernel of ``torch.ops.moe_jax.moe``, whose arguments it takes: routing and experts as one, without a gradient."""
     x, scores, tokens = hidden_states, logits, hidden_states.shape[0]
     if tokens & (tokens - 1) and logits.shape[:1] == x.shape[:1]:
-        x, scores = _padded(x, None), _padded(logits, float("nan"))  # a row of NaN chooses no expert
+        x, scores = padded(x, None), padded(logits, float("nan"))  # a row of NaN chooses no expert
     tensors = (x, w1, w2, w1_bias, w2_bias, scores, bias, expert_map)
     key = key_of("moe", static, tensors)
     results = relaunch(key, tensors)
@@ -246,12 +248,12 @@ def _route(
     tokens = logits.shape[0]
     if tokens == 0:
         return _fake_route(logits, bias, top_k)
-    tensors, static = (_padded(logits, 0), bias), _static_route(logits, top_k, rule)
+    tensors, static = (padded(logits, 0), bias), _static_route(logits, top_k, rule)
     check = functools.partial(check_devices, tensors)
-    launched = launch(calls.route_forward, tensors, static, check=check, own=lambda: jax.tree.map(_own, tensors))
+    launched = launch(calls.route_forward, tensors, static, check=check, own=lambda: jax.tree.map(owned, tensors))
     if launched is None:
         ids, weights = (
-            to_torch(array, rows=tokens) for array in calls.route_forward(*jax.tree.map(_import, tensors), **static)
+            to_torch(array, rows=tokens) for array in calls.route_forward(*jax.tree.map(imported, tensors), **static)
         )
         return weights, ids
     ids, weights = launched
@@ -263,7 +265,7 @@ def _route_backward(
 ) -> torch.Tensor:
     out = _fake_route_backward(grad, logits)
     if (tokens := logits.shape[0]) > 0:
-        arrays = jax.tree.map(_import, (_padded(grad, 0), _padded(logits, 0), bias))
+        arrays = jax.tree.map(imported, (padded(grad, 0), padded(logits, 0), bias))
         to_torch(calls.route_backward(*arrays, **_static_route(logits, top_k, rule)), out=out, rows=tokens)
     return out
 
@@ -304,15 +306,15 @@ def each(operator: Any, info: Any, in_dims: tuple[Any, ...], arguments: tuple[An
 def register(name: str, kernel: Callable[..., Any], fake: Callable[..., Any], *, vmap: bool = False) -> None:
     """Gives a defined operator its kernel, on CPUs and GPUs, its fake kernel, and with `vmap` the rule `each`."""
     for device in ("CPU", "CUDA"):
-        _library.impl(name, kernel, device)
-    torch.library.register_fake(f"moe_jax::{name}", fake, lib=_library)
+        operators.impl(name, kernel, device)
+    torch.library.register_fake(f"moe_jax::{name}", fake, lib=operators)
     if vmap:
         operator = getattr(torch.ops.moe_jax, name)
 
         def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
             return each(operator, info, in_dims, arguments)
 
-        torch.library.register_vmap(f"moe_jax::{name}", rule, lib=_library)
+        torch.library.register_vmap(f"moe_jax::{name}", rule, lib=operators)
 
 
 def _register() -> None:

@@ -15,7 +15,7 @@ from moe_jax_torch import calls
 from moe_jax_torch.bridge import TORCH_DTYPES, to_torch
 from moe_jax_torch.checks import check_devices, check_slots
 from moe_jax_torch.launch import launch
-from moe_jax_torch.ops import _TAGS, _check_range, _import, _library, _own, _padded, _weights, register
+from moe_jax_torch.ops import TAGS, check_range, imported, known_weights, operators, owned, padded, register
 
 _TENSORS = (
     "Tensor hidden_states, Tensor w1, Tensor w2, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, "
@@ -26,7 +26,7 @@ _STATIC = (
     "str format, str activation, bool apply_router_weight_on_input, int global_num_experts, float? swiglu_alpha, "
     "float? swiglu_beta, float? swiglu_limit"
 )
-_library.define(f"quantized_experts({_TENSORS}, {_STATIC}) -> Tensor", tags=_TAGS)
+operators.define(f"quantized_experts({_TENSORS}, {_STATIC}) -> Tensor", tags=TAGS)
 
 
 class QuantConfig(NamedTuple):
@@ -238,20 +238,20 @@ def _quantized_experts(*arguments: Any) -> torch.Tensor:
     def check() -> None:
         check_slots(x, w1, topk_weights, topk_ids, expert_map, static.num_experts, static.apply_router_weight_on_input)
         check_devices(arguments[:16])
-        _check_range("topk_ids", topk_ids, static.num_experts)
+        check_range("topk_ids", topk_ids, static.num_experts)
         if expert_map is not None:
-            _check_range("expert_map", expert_map, w1.shape[0])
+            check_range("expert_map", expert_map, w1.shape[0])
 
-    rows = (_padded(x, 0), _padded(topk_weights, 0), _padded(topk_ids, -1), expert_map)
+    rows = (padded(x, 0), padded(topk_weights, 0), padded(topk_ids, -1), expert_map)
     arrays = (w1, w2, w1_bias, w2_bias, *quant)
 
     def own() -> Any:
-        return *jax.tree.map(_own, rows), jax.tree.map(_weights.own, arrays)
+        return *jax.tree.map(owned, rows), jax.tree.map(known_weights.own, arrays)
 
     results = launch(quantized_forward, (*rows, arrays), {"static": static}, check=check, own=own)
     if results is not None:
         return results[0][:tokens]
-    operands = (*jax.tree.map(_import, rows), jax.tree.map(_weights, arrays))
+    operands = (*jax.tree.map(imported, rows), jax.tree.map(known_weights, arrays))
     return to_torch(quantized_forward(*operands, static=static), out=out, rows=tokens)
 
 

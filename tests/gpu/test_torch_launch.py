@@ -155,7 +155,7 @@ def test_torch_compiles_it_into_its_cuda_graphs():
 
 
 def test_weights_that_kernels_cannot_read_in_place_are_copied_with_a_warning(monkeypatch):
-    monkeypatch.setattr(ops._weights, "_warned", False)
+    monkeypatch.setattr(ops.known_weights, "_warned", False)
     _, (x, w1, w2, weights, ids), _ = tensors_of(16)
     right = fused_experts(x, w1, w2, weights, ids)
     memory = torch.zeros(w1.numel() + 8, dtype=w1.dtype, device="cuda")

@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_refused_also_where_its_bucket_is_known(calls):
 
 
 def test_weights_are_copied_where_kernels_cannot_read_them(calls, monkeypatch):
-    monkeypatch.setattr(ops._weights, "_warned", False)
+    monkeypatch.setattr(ops.known_weights, "_warned", False)
     x, w1, w2, weights, ids = layer_tensors(16)
     strided = w2.mT.contiguous().mT
     with pytest.warns(UserWarning, match="are copied at every call"):
