@@ -139,6 +139,8 @@ class Codes:
         interpret: the kernel is interpreted: there wgmma takes its operands from shared memory alone.
     """
 
+    under_way = 1  # products that read registers while the next block is decoded
+
     def __init__(
         self, weights: Any, scales: Any, config: Config, n_out: int, gated: bool, dtype: Any, *, interpret: bool
     ):
@@ -150,8 +152,6 @@ class Codes:
             self._block = block_rows(n_out, scales.shape[1], gated), block_columns(weights.shape[2], scales.shape[2])
         self._channels = Columns(config, n_out, gated, jnp.float32)
         self.scratch = self._channels.scratch if self._by_channel else []
-        # Products that read registers while the next block is decoded.
-        self.under_way = 1
         self.ahead = config.tile_rows <= WIDE_DECODED  # beyond it registers are short
         self._interpret = interpret
         if interpret:
@@ -213,7 +213,8 @@ class Codes:
 
 
 def _pair(codes: str, floats: str, scaled: bool) -> str:
-    """PTX: two 16-bit floats ($0) of the two codes in the lower half of a word ($1), times a float32 ($2) if `scaled`.
+    """PTX: two 16-bit floats ($0) of the two codes in the lower half of a word ($1), with what `_SELECT` makes ($2), times a float32
+    ($3) if `scaled`.
 
     int8 to bfloat16: 0x43 above the byte makes a number of 128 and its lower seven bits, of which the sign is taken off as
     another, 128 or 256. To float16 0x64 makes 1024 and the byte, whose sign is turned round.
