@@ -213,8 +213,8 @@ class Codes:
 
 
 def _pair(codes: str, floats: str, scaled: bool) -> str:
-    """PTX: two 16-bit floats ($0) of the two codes in the lower half of a word ($1), with what `_SELECT` makes ($2), times a float32
-    ($3) if `scaled`.
+    """PTX: two 16-bit floats ($0) of the two codes in the lower half of a word ($1), with what `_SELECT` makes ($2); if `scaled`
+    times a float32 ($3).
 
     int8 to bfloat16: 0x43 above the byte makes a number of 128 and its lower seven bits, of which the sign is taken off as
     another, 128 or 256. To float16 0x64 makes 1024 and the byte, whose sign is turned round.
