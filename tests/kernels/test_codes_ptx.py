@@ -39,6 +39,7 @@ def of_two(dtype, high, low):
 
 OPERATIONS = {
     "mov.u32": lambda a: a,
+    "mov.b32": lambda a: a,
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
     "xor.b32": lambda a, b: a ^ b,
@@ -55,6 +56,9 @@ OPERATIONS = {
     "cvt.rn.bf16x2.f32": lambda high, low: of_two(DTYPES["bfloat16"], high, low),
     "cvt.rn.f16x2.f32": lambda high, low: of_two(np.float16, high, low),
 }
+
+
+INTEGERS = {name for name in OPERATIONS if re.fullmatch(r"(mov|and|or|xor|shr|prmt)\.[bu]32", name)}
 
 
 def run(code, *operands):
@@ -74,6 +78,8 @@ def run(code, *operands):
             registers[parts[1]], registers[parts[2]] = whole & np.uint32(0xFFFF), whole >> np.uint32(16)
         else:
             target, *sources = (name.strip() for name in rest.split(","))
+            # ptxas takes numbers in the places of integers alone.
+            assert operation in INTEGERS or all(source in registers for source in sources), line
             registers[target] = OPERATIONS[operation](*map(value, sources))
     return registers["$0"]
 

@@ -223,7 +223,8 @@ def _pair(codes: str, floats: str, scaled: bool) -> str:
     if codes == "int8" and not scaled:
         if floats == "float16":
             return (
-                "{ .reg .b32 p; prmt.b32 p, $1, 0x64, $2; xor.b32 p, p, 0x00800080; sub.rn.f16x2 $0, p, 0x64806480; }"
+                "{ .reg .b32 p, s; prmt.b32 p, $1, 0x64, $2; xor.b32 p, p, 0x00800080; mov.b32 s, 0x64806480; "
+                "sub.rn.f16x2 $0, p, s; }"
             )
         return (
             "{ .reg .b32 p, s; prmt.b32 p, $1, 0x43, $2; and.b32 s, p, 0xff80ff80; and.b32 p, p, 0xff7fff7f; "
