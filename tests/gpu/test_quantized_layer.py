@@ -193,3 +193,16 @@ def test_four_bits_have_the_bits_of_their_16(name, dtype, rows_each):
     found, right = run(x, prepared, groups), run(x, prepared.dequantize(dtype), groups)
     held = occupied_rows(groups)
     assert same_bits(found[held], right[held])
+
+
+@pytest.mark.parametrize("rows_each", [1, 7, 40, 100, 300])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["int8_weight", "fp8_weight_tensor", "fp8_weight_channel", "fp8_weight_block"])
+def test_products_of_codes_of_a_byte(name, dtype, rows_each):
+    experts, n, k = 8, 1536, 2880
+    weights = quantize(jax.random.normal(jax.random.key(1), (experts, n, k)) * 0.02, quant_format(name).weights)
+    tile_rows = next(size for size in (8, 64, 128, 160) if size >= min(rows_each, 160))
+    ids = jnp.repeat(jnp.arange(experts, dtype=jnp.int32), rows_each)[:, None]
+    groups = group_tokens(ids, num_experts=experts, tile_rows=tile_rows)
+    x = jax.random.normal(jax.random.key(2), (groups.num_rows, k), dtype)
+    check_products(functools.partial(grouped_matmul, x, weights, groups), groups)
