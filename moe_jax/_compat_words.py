@@ -1,4 +1,4 @@
-"""As `_compat`, for the words of 32 bits that a thread of a kernel holds: private JAX paths that decode weights of four bits."""
+"""As `_compat`, for the words of 32 bits that a thread of a kernel holds: private JAX paths that decode weights."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from moe_jax.config import MoEConfig
 from moe_jax.kernels.hopper.decoding_config import Projection, four_bit, one_byte
 from moe_jax.kernels.hopper.matmul_config import (
-    MANY_FETCHED_DECODED,
+    MANY_FETCHED_FOUR_BIT,
     MANY_PROMOTED,
     MOST_DECODED,
     MOST_FETCHED_DECODED,
@@ -232,7 +232,7 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
         return LayerPlan(up.tile_rows, *(within_memory(config, shape.dtype, shape.codes) for config in (up, down)))
     of, mean_rows = Codes.of(shape.codes), shape.mean_rows
     gather = fetches_by_token(mean_rows, shape.hidden_size, shape.intermediate_size)
-    gather = gather and not (of.four_bits and mean_rows < MANY_FETCHED_DECODED)
+    gather = gather and not (of.four_bits and mean_rows < MANY_FETCHED_FOUR_BIT)
     if tile_rows is None:
         tile_rows = tile_rows_for(mean_rows, shape.num_pairs, gather, coded=bool(shape.codes))
         tile_rows = min(tile_rows, MOST_FETCHED_DECODED) if of.weights_alone and gather else tile_rows

@@ -1,6 +1,7 @@
 """Weights that are codes of a byte times 16-bit rows, interpreted and lowered for CUDA."""
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 
 from moe_jax import MoEConfig, _compat
 from moe_jax.kernels.hopper import matmul_bf16 as kernel
-from moe_jax.kernels.hopper.matmul_config import Config
+from moe_jax.kernels.hopper.decoding_config import Projection, four_bit, one_byte
+from moe_jax.kernels.hopper.matmul_config import Config, default_config
+from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.quantization import quant_format, quantize
 from tests.contracts import groups_with_sizes
 from tests.kernels.test_matmul_fp8 import expected, weight_scales
@@ -89,6 +92,26 @@ def test_consumers_do_not_change_the_bits(name):
     one = dataclasses.replace(config, consumers=1, halves=2, paired=False)
     out, again = (np.asarray(multiply(name, each)[0]).view("u2") for each in (config, one))
     np.testing.assert_array_equal(out, again)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_rule_keeps_the_row_tile(gated):
+    """Groups are cut by it: rows beyond would be left out."""
+    for rows, mean_rows in itertools.product(range(8, 193, 8), (1.0, 8.0, 300.0)):
+        config, projection = default_config(rows, gated, 768, 128), Projection(gated, 768, 128, mean_rows)
+        found = [
+            four_bit(config, projection),
+            *(one_byte(config, projection, in_blocks) for in_blocks in (True, False)),
+        ]
+        assert {each.tile_rows for each in found} == {rows}
+
+
+def test_tiles_of_more_rows_than_the_rule_has():
+    groups, x, weights, *_ = problem_of("int8_weight", (180, 5), 64, 64, dict(config=Config((192,))))
+    out = grouped_matmul(x, weights, groups, implementation="mosaic_interpret")
+    right = expected(Rows(x), weights, groups, None, False)
+    check_close(out, right, 6e-3)
+    assert_discriminates(lambda y: check_close(y, right, 6e-3), out)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from typing import NamedTuple
 from moe_jax.kernels.hopper import matmul_config
 from moe_jax.kernels.hopper.matmul_config import (
     FEW_ROWS,
-    MOST_DECODED,
     WGMMA_ROWS,
     WIDE_DECODED,
     Config,
@@ -119,9 +118,9 @@ def one_byte(config: Config, projection: Projection, in_blocks: bool) -> Config:
 
 
 def _few_copies(config: Config) -> Config:
-    """With as few row counts as the loops that decode are fast with."""
-    counts = tuple(c for c in few_counts(config).row_counts if c <= MOST_DECODED)
-    return dataclasses.replace(config, row_counts=(WIDE_DECODED, counts[-1]) if counts[-1] > WIDE_DECODED else counts)
+    """With as few row counts as the loops that decode are fast with, up to the row tile that it has."""
+    wide = config.tile_rows > WIDE_DECODED
+    return dataclasses.replace(config, row_counts=(WIDE_DECODED, config.tile_rows)) if wide else few_counts(config)
 
 
 def _four(config: Config, gated: bool) -> Config:
