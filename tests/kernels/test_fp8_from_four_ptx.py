@@ -1,7 +1,6 @@
 """The PTX that makes FP8 of four bits, carried out in NumPy for the 128 threads of a warpgroup: every byte and its place."""
 
 import itertools
-import re
 from unittest import mock
 
 import jax.numpy as jnp
@@ -12,51 +11,11 @@ from moe_jax import _compat_words
 from moe_jax.kernels.hopper.fp8_from_four import _Thread
 from moe_jax.quantization import fp8_blocks, prepare, quant_format, quantize
 from moe_jax.quantization.prepared_fp8 import fp8_of
+from tests import ptx
 from tests.layers import normal
 
 THREADS = np.arange(128, dtype=np.uint32)
 WEIGHTS = 1 << 16  # where they begin in shared memory; codes begin at 0
-
-
-def permuted(a, b, selector):
-    """``prmt.b32``; a nibble with its highest bit set would repeat a sign, which no code may do."""
-    assert not (selector & 0x8888).any()
-    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
-    out = np.zeros_like(a)
-    for i in range(4):
-        at = (selector >> np.uint32(4 * i)) & np.uint32(7)
-        out |= ((both >> (8 * at).astype(np.uint64)) & np.uint64(255)).astype(np.uint32) << np.uint32(8 * i)
-    return out
-
-
-OPERATIONS = {
-    "mov.b32": lambda a: a,
-    "and.b32": lambda a, b: a & b,
-    "xor.b32": lambda a, b: a ^ b,
-    "add.u32": lambda a, b: a + b,
-    "shl.b32": lambda a, b: a << b,
-    "shr.u32": lambda a, b: a >> b,
-    "mul.lo.u32": lambda a, b: a * b,
-    "mad.lo.u32": lambda a, b, c: a * b + c,
-    "bfe.u32": lambda a, first, size: (a >> first) & ((np.uint32(1) << size) - np.uint32(1)),
-    "prmt.b32": permuted,
-    "lop3.b32": lambda a, b, c, table: {0xF8: a | b & c}[int(table[0])],
-}
-
-
-def run(code, operands, results):
-    """`_compat_words.inline_ptx`, with a word of each thread in the place of a register."""
-    registers = {f"${results + i}": operand for i, operand in enumerate(operands)}
-
-    def value(name):
-        return registers[name] if name in registers else np.full(128, int(name, 0), np.uint32)
-
-    for line in re.sub(r"[{}]|\.reg[^;]*;", "", code).split(";"):
-        if line.strip():
-            operation, rest = line.strip().split(" ", 1)
-            target, *sources = (name.strip() for name in rest.split(","))
-            registers[target] = OPERATIONS[operation](*map(value, sources)).astype(np.uint32)
-    return [registers[f"${i}"] for i in range(results)]
 
 
 class Shared:
@@ -94,7 +53,7 @@ def test_a_stage(name, swizzled):
     shared = Shared(np.asarray(prepared.values)[0])
     emitted = mock.patch.multiple(
         _compat_words,
-        inline_ptx=run,
+        inline_ptx=ptx.run,
         thread=lambda: THREADS,
         address=lambda ref: np.full(128, {"codes": 0, "weights": WEIGHTS}[ref], np.uint32),
         load_at=shared.load,
