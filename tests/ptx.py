@@ -1,9 +1,14 @@
 """PTX that computes words of 32 bits, carried out in NumPy, a word of each thread in the place of a register."""
 
+import importlib.util
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 BFLOAT16 = ml_dtypes.bfloat16
 
@@ -30,8 +35,8 @@ def permuted(a, b, selector):
     return out
 
 
-def _difference(dtype):
-    return lambda a, b: joined(halves(a, dtype) - halves(b, dtype))
+def _of_halves(operation, dtype):
+    return lambda a, b: joined(operation(halves(a, dtype), halves(b, dtype)))
 
 
 def _rounded(dtype):
@@ -52,11 +57,15 @@ INTEGERS = {
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "bfe.u32": lambda a, first, size: (a >> first) & ((np.uint32(1) << size) - np.uint32(1)),
     "prmt.b32": permuted,
-    "lop3.b32": lambda a, b, c, table: {0xF8: a | b & c}[int(table[0])],
+    "shf.l.wrap.b32": lambda low, high, left: high << left | low >> (np.uint32(32) - left),
+    "lop3.b32": lambda a, b, c, table: {0xEA: a & b | c, 0xF8: a | b & c}[int(table[0])],
 }
 FLOATS = {
-    "sub.rn.bf16x2": _difference(BFLOAT16),
-    "sub.rn.f16x2": _difference(np.float16),
+    **{
+        f"{name}.rn.{kind}": _of_halves(operation, dtype)
+        for name, operation in (("add", np.add), ("sub", np.subtract), ("mul", np.multiply))
+        for kind, dtype in (("bf16x2", BFLOAT16), ("f16x2", np.float16))
+    },
     "cvt.rn.f16x2.e4m3x2": lambda a: joined(
         a.astype(np.uint16).view(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float16)
     ),
@@ -84,9 +93,31 @@ def run(code, operands, results, threads=128):
             whole = value(parts[3])
             registers[parts[1]], registers[parts[2]] = whole & np.uint32(0xFFFF), whole >> np.uint32(16)
             continue
+        if parts := re.match(r"(\w+), \{(\w+), (\w+)\}", rest):
+            assert operation == "mov.b32", line
+            registers[parts[1]] = value(parts[2]) | value(parts[3]) << np.uint32(16)
+            continue
         target, *sources = (name.strip() for name in rest.split(","))
         if operation in INTEGERS:
             registers[target] = INTEGERS[operation](*map(value, sources)).astype(np.uint32)
         else:
             registers[target] = FLOATS[operation](*(registers[source] for source in sources))
     return [registers[f"${i}"] for i in range(results)]
+
+
+def ptxas():
+    """Of a CUDA toolkit, or the one that triton brings; None without."""
+    triton = importlib.util.find_spec("triton")
+    beside = None if triton is None else Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    return shutil.which("ptxas") or (str(beside) if beside is not None and beside.exists() else None)
+
+
+def compile_or_skip(body, folder):
+    """Has ptxas compile a kernel with that body; `%to` is the address of its output."""
+    if (tool := ptxas()) is None:
+        pytest.skip("there is no ptxas")
+    head = ".version 8.0\n.target sm_90a\n.address_size 64\n.visible .entry codes(.param .u64 to) {\n"
+    source = folder / "kernel.ptx"
+    source.write_text(f"{head}.reg .b64 %to; ld.param.u64 %to, [to];\n{body}\nret; }}")
+    done = subprocess.run([tool, "-arch=sm_90a", "-o", folder / "kernel.cubin", source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -28,8 +28,9 @@ from moe_jax.ops.gather import plain_gather
 from moe_jax.ops.group_tokens import Groups
 from moe_jax.quantization.array import QuantizedArray
 from moe_jax.quantization.formats import Spec
-from moe_jax.quantization.prepared import PreparedArray, prepare, unprepared
+from moe_jax.quantization.prepared import PreparedArray, prepare
 from moe_jax.quantization.prepared_fp8 import PreparedFp8, fp8_blocks, prepare_fp8
+from moe_jax.quantization.prepared_layout import unprepared
 from moe_jax.quantization.rounding import scale_to_float32
 from moe_jax.quantization.rows import QuantizedRows
 

@@ -15,7 +15,8 @@ from jaxtyping import Array
 
 from moe_jax.quantization.array import QuantizedArray
 from moe_jax.quantization.formats import QuantFormat, Spec, quant_format
-from moe_jax.quantization.prepared import prepare, unprepared
+from moe_jax.quantization.prepared import prepare
+from moe_jax.quantization.prepared_layout import unprepared
 from moe_jax.quantization.quantize import dequantize, quantize
 from moe_jax.types import ExpertWeights
 

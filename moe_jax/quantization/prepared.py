@@ -4,7 +4,7 @@ A matrix is cut into blocks of 64 rows x 64 columns, each of which lies in memor
 warpgroup loads 16 bytes of codes, four words of eight, and has all that it hands to wgmma: of each of its two rows (`g` and
 `g + 8` of the 16 of its warp) the columns ``2t``, ``2t + 1``, ``2t + 8``, ``2t + 9`` of each 16. A pair of neighbouring columns
 lies in the lower and the upper half of a word, so both are decoded by the same instructions: a rotation and a mask for each
-entry of `places`. The places are such that for bfloat16 nine instructions decode four pairs.
+entry of `Layout.places`, which are such that for bfloat16 eight instructions decode four pairs.
 
 Why not the natural order, two neighbouring columns a byte: a thread's columns are then in four words of a row, and each pair
 has to be spread over the halves of a word before it is decoded. The order costs nothing but to be made: codes and scales take
@@ -12,18 +12,21 @@ the bytes that they took (a scale of 128 columns those of two of 64), and rows a
 
 What a scale becomes:
 
-- NVFP4: a byte of five bits of exponent and three of fraction, in which every float8_e4m3fn is normal: moved to its place in a
+- NVFP4: a byte of five bits of exponent and three of fraction, in which every float8_e4m3fn is normal: at its place in a
   16-bit float it is the scale times a power of two. A sign goes to the codes, and the codes of a scale of 0 become 0.
 - MXFP4: the exponent of a 16-bit float, relative to the largest of the matrix, whose power of two is then a factor of the
   matrix. What is smaller than 2**-125 of it (float16: 2**-23) becomes 0.
 - int4: rounded to 16 bits. A zero point is subtracted before, exactly.
+
+Four scales of a byte are a word, rotated so that a mask leaves the first and the third at their places in two floats, and a
+mask after a rotation by a byte the others.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -32,114 +35,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, UInt32
 
 from moe_jax.quantization.array import QuantizedArray
-from moe_jax.quantization.formats import Spec
+from moe_jax.quantization.prepared_layout import CODE_LINES, FP8, LANES, SIDE, Layout
 from moe_jax.quantization.rounding import scale_to_float32
 
-SIDE = 64  # rows and columns of a block
-LANES = 32  # words of a line of a block
-CODE_LINES = 16  # lines of codes in a block; those of scales follow
 _FACTOR = 2.0**8  # of NVFP4: a product of code and scale that fits every 16-bit float is this much smaller
-_DTYPES = ("bfloat16", "float16")
-_FP8 = "float8_e4m3fn"
-
-
-class Term(NamedTuple):
-    """Bits of a pair of codes: those under `mask` in each half of a word that was rotated to the left by `left` bits."""
-
-    mask: int
-    left: int
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How blocks are laid out, for a number format and the dtype of the rows that they are multiplied with.
-
-    Attributes:
-        spec: the format, int4 or float4_e2m1fn.
-        dtype: ``bfloat16`` or ``float16``.
-
-    Raises:
-        ValueError: what no block can hold.
-
-    Example:
-        >>> Layout(Spec("float4_e2m1fn", "group", 16, "float8_e4m3fn"), "bfloat16").shape
-        (18, 32)
-    """
-
-    spec: Spec
-    dtype: str
-
-    def __post_init__(self) -> None:
-        reason = unprepared(self.spec, self.dtype)
-        if reason is not None:
-            raise ValueError(reason)
-
-    @property
-    def is_float(self) -> bool:
-        """Codes are float4_e2m1fn."""
-        return self.spec.dtype == "float4_e2m1fn"
-
-    @property
-    def scale_columns(self) -> int:
-        """Columns that share a scale within a block."""
-        return min(self.spec.block[1], SIDE)
-
-    @property
-    def scale_bits(self) -> int:
-        """Of a scale in a block."""
-        return 8 if self.is_float else 16
-
-    @property
-    def scale_words(self) -> int:
-        """Words of scales that a thread has for its two rows, without zero points."""
-        return 2 * (SIDE // self.scale_columns) * self.scale_bits // 32
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of a block, in words of 32 bits."""
-        return CODE_LINES + self.scale_words * (2 if self.spec.asymmetric else 1), LANES
-
-    @property
-    def places(self) -> tuple[tuple[Term, ...], ...]:
-        """Where the four pairs of a word are: what `pattern` says of a code is the sum of its terms."""
-        if not self.is_float:
-            return tuple((Term(0x000F, -4 * pair % 32),) for pair in range(4))
-        if self.dtype == "bfloat16":
-            first = ((Term(0x81C0, 0),), (Term(0x81C0, 6),), (Term(0x81C0, 28),))
-            return (*first, (Term(0x80C0, 2), Term(0x0100, 26)))
-        return tuple((Term(0x8000, 12 - 4 * pair), Term(0x0E00, (9 - 4 * pair) % 32)) for pair in range(4))
-
-    @property
-    def fraction_bits(self) -> int:
-        """Of a float of `dtype`."""
-        return 7 if self.dtype == "bfloat16" else 10
-
-    def pattern(self, codes: Any) -> Any:
-        """The 16 bits that `places` keep of a code: of float4_e2m1fn a float of `dtype`, the value times 2**-126 or 2**-14."""
-        if not self.is_float:
-            return codes
-        return (codes >> 3 << 15) | ((codes & 7) << (self.fraction_bits - 1))
-
-
-def unprepared(spec: Spec, dtype: DTypeLike) -> str | None:
-    """Why weights of that format cannot be prepared for rows of that dtype; None if they can.
-
-    Example:
-        >>> unprepared(Spec("int4", "group", 48), "bfloat16")
-        'int4 with a scale for (1, 48): it must be for 32 columns, or a multiple of 64'
-    """
-    if spec.dtype not in ("int4", "float4_e2m1fn") or spec.granularity != "group":
-        return f"{spec.dtype} with granularity={spec.granularity!r}; it must be int4 or float4_e2m1fn, in groups"
-    if jnp.dtype(dtype).name not in _DTYPES and (spec.dtype, jnp.dtype(dtype).name) != ("float4_e2m1fn", _FP8):
-        more = f" or {_FP8}" if spec.dtype == "float4_e2m1fn" else ""
-        return f"rows of {jnp.dtype(dtype).name}; they must be one of {', '.join(_DTYPES)}{more}"
-    size = spec.block[1]
-    if spec.dtype == "int4" and size != 32 and size % SIDE:
-        return f"int4 with a scale for {spec.block}: it must be for 32 columns, or a multiple of 64"
-    wanted = 16 if spec.has_global_scale else 32
-    if spec.dtype == "float4_e2m1fn" and size != wanted:
-        return f"{spec.scale_dtype} scales for {spec.block}: they must be for {wanted} columns"
-    return None
 
 
 @jax.tree_util.register_dataclass
@@ -212,7 +111,7 @@ def prepare(weights: QuantizedArray, dtype: DTypeLike = "bfloat16") -> PreparedA
         ((2, 1, 2, 18, 32), True)
     """
     name = jnp.dtype(dtype).name
-    if name == _FP8:
+    if name == FP8:
         from moe_jax.quantization.prepared_fp8 import prepare_fp8
 
         return prepare_fp8(weights)
@@ -315,6 +214,7 @@ def _scale_words(bits: UInt32[Array, "*B N groups"], halves: int, columns: int, 
     in_word = 32 // layout.scale_bits
     x = x.reshape(*x.shape[:-2], layout.scale_words, in_word)
     words = sum(x[..., i] << (i * layout.scale_bits) for i in range(in_word))
+    words = rotated(words, layout.scale_left)
     return words.reshape(*batch, rows // SIDE, blocks, -1)
 
 
@@ -365,7 +265,7 @@ def _small_value(magnitude: UInt32[Array, "*S"]) -> Float[Array, "*S"]:
 def _spread(words: UInt32[Array, "*B words"], layout: Layout, value: Any) -> Float[Array, "*B 64 64"]:
     """Scales of blocks, each as often as it has columns."""
     batch, in_word, per = words.shape[:-1], 32 // layout.scale_bits, SIDE // layout.scale_columns
-    mask = (1 << layout.scale_bits) - 1
+    mask, words = (1 << layout.scale_bits) - 1, rotated(words, -layout.scale_left)
     x = jnp.stack([(words >> (i * layout.scale_bits)) & mask for i in range(in_word)], -1)
     x = _moved(value(x, layout).reshape(*batch, 4, 8, 2, per), len(batch), (0, 2, 1, 3)).reshape(*batch, SIDE, per)
     return jnp.repeat(x, layout.scale_columns, axis=-1)

@@ -32,7 +32,8 @@ from jaxtyping import Array, Float, Int, Int32, UInt8
 from moe_jax.quantization.array import QuantizedArray
 from moe_jax.quantization.formats import Spec
 from moe_jax.quantization.fp4 import fp4_code, fp4_value
-from moe_jax.quantization.prepared import LANES, PreparedArray
+from moe_jax.quantization.prepared import PreparedArray
+from moe_jax.quantization.prepared_layout import LANES
 from moe_jax.quantization.rounding import scale_to_float32, to_fp8
 
 ROWS, COLUMNS = 64, 128  # of a block of codes

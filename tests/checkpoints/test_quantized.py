@@ -10,7 +10,8 @@ import pytest
 
 from moe_jax.checkpoints import Checkpoint, load_experts, load_layer, quant_format_from_hf
 from moe_jax.quantization import QuantizedArray, Spec, dequantize, merge_half_scales, quant_format
-from moe_jax.quantization.prepared import PreparedArray, unprepared
+from moe_jax.quantization.prepared import PreparedArray
+from moe_jax.quantization.prepared_layout import unprepared
 from moe_jax.types import ExpertWeights
 from tests.checkpoints import files
 from tests.checkpoints import quantized_files as quantized

@@ -167,7 +167,8 @@ def test_a_pair_is_decoded_by_few_instructions(monkeypatch):
 
     code = mosaic_code(multiply, like("bfloat16", 64, 128), weights, *[like("int32", 8)] * 3, like("int32", 1))
     assert code.count("mul.rn.bf16x2") == 16  # one for each pair of a thread
-    assert code.count("mad.lo.u32") == 8  # and one for each scale
+    assert code.count("and.b32") == 20 and code.count("mul.lo.u32") == 4  # of four pairs one takes two, and a product
+    assert code.count("lop3.b32") == 4  # one for each two scales
 
 
 def test_a_bias_is_not_merged_with_the_factor():

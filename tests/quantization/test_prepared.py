@@ -1,8 +1,7 @@
-"""Four-bit weights in the order of a kernel: what they stand for, bit for bit, and the instructions that decode them."""
+"""Four-bit weights in the order of a kernel: what they stand for, bit for bit."""
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -15,20 +14,14 @@ from moe_jax.quantization import (
     quantize,
     quantize_experts,
 )
-from moe_jax.quantization.prepared import LANES, Layout, unprepared
+from moe_jax.quantization.prepared_layout import Layout, unprepared
 from moe_jax.types import ExpertWeights
 from tests.layers import normal
 from tests.util import check_close
 
 NVFP4, MXFP4 = (quant_format(name).weights for name in ("nvfp4", "mxfp4"))
 DTYPES = ("bfloat16", "float16")
-FLOAT = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 LAYOUTS = [Layout(spec, dtype) for spec in (NVFP4, Spec("int4", "group", 32)) for dtype in DTYPES]
-
-
-def as_floats(words, dtype):
-    """The two halves of 32-bit words; in float32, which holds what NumPy would flush in no case."""
-    return np.ascontiguousarray(words.astype(np.uint32)).view(FLOAT[dtype]).astype(np.float32)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.spec.dtype} {layout.dtype}")
@@ -94,36 +87,6 @@ def test_mxfp4_scales_are_relative_to_the_largest(dtype, kept):
     right[:, : 200 - kept] = 0.0
     assert int(scales[0, 199, 0]) == 199
     assert np.array_equal(found, right)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spec", [NVFP4, MXFP4], ids=["nvfp4", "mxfp4"])
-def test_instructions(spec, dtype):
-    """What the kernel computes of a block, in NumPy: a mask of a rotated word, times a scale in its place."""
-    layout = Layout(spec, dtype)
-    weights = quantize(normal(5, 1, 64, 64, scale=0.05), spec)
-    prepared = prepare(weights, dtype)
-    words = np.asarray(prepared.values)[0, 0, 0].view(np.uint32).reshape(-1)
-    codes, scales = words[: 16 * LANES].reshape(128, 4), words[16 * LANES :].reshape(32, -1).view(np.uint8)
-    out = np.zeros((64, 64), np.float32)
-    to = layout.fraction_bits - (3 if spec.has_global_scale else 0)
-    more = 0x7000 if spec.has_global_scale and dtype == "bfloat16" else 0
-    per_row = scales.shape[1] // 2
-    for thread in range(128):
-        warp, g, t = thread // 32, thread % 32 // 4, thread % 4
-        for i, word in enumerate(int(w) for w in codes[thread]):
-            row, part = divmod(i, 2)
-            for pair, terms in enumerate(layout.places):
-                rotated = [((word << x.left | word >> (32 - x.left)) & 0xFFFFFFFF, x.mask * 0x10001) for x in terms]
-                floats = as_floats(np.array([sum(bits & mask for bits, mask in rotated)]), dtype)
-                column = 32 * part + 8 * pair + 2 * t
-                byte = int(scales[thread // 4, row * per_row + column // spec.block[1]])
-                scale = as_floats(np.array([((byte << to) + more) * 0x10001]), dtype)
-                product = (floats * scale).astype(FLOAT[dtype])
-                assert np.array_equal(product.astype(np.float32), floats * scale), "a product was rounded"
-                out[16 * warp + 8 * row + g, column : column + 2] = product.astype(np.float32)
-    out *= float(prepared.scales[0, 0])
-    assert np.array_equal(out, weights.dequantize()[0])
 
 
 def test_experts_one_by_one():

@@ -37,7 +37,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax import _compat_words
 from moe_jax.kernels.hopper.matmul_config import Config
-from moe_jax.quantization.prepared import CODE_LINES, LANES, SIDE, Layout, PreparedArray, decoded
+from moe_jax.quantization.prepared import PreparedArray, decoded
+from moe_jax.quantization.prepared_layout import CODE_LINES, LANES, SIDE, Layout, Term, adds_up
 
 
 def supports(weights: PreparedArray, rows: Any) -> str | None:
@@ -175,53 +176,77 @@ def _decode(arrays: list[list[Any]], layout: Layout) -> list[Any]:
     """Emits what makes 16 registers of two floats each, in the order of wgmma's operand, for each thread."""
     words, scales, zeros = (*arrays, None)[:3]
     per_row = SIDE // layout.scale_columns
+    scale_of = _scales(scales, layout) if layout.is_float else _halves(scales)
+    zero_of = [None] * len(scale_of) if zeros is None else _halves(zeros)
     found = {}
     for row in range(2):
-        of_group = [_scale(scales, row * per_row + group, layout) for group in range(per_row)]
-        zero_of = [None if zeros is None else _twice(zeros, row * per_row + group, layout) for group in range(per_row)]
         for part in range(2):  # 32 columns
             groups = [(32 * part + 16 * sixteen) // layout.scale_columns for sixteen in range(2)]
-            operands = [words[2 * row + part], *(of_group[group] for group in groups)]
-            operands += [zero_of[groups[0]]] if zeros is not None else []
-            pairs = _compat_words.inline_ptx(_pairs(layout), operands, 4)
+            places = [scale_of[row * per_row + group] for group in groups]
+            places += [zero_of[row * per_row + groups[0]]] if zeros is not None else []
+            operands = [words[2 * row + part], *(word for word, _ in places)]
+            code = _pairs(layout, [half for _, half in places])
+            pairs = _compat_words.inline_ptx(code, operands, 4)
             found |= {(4 * part + pair, row): value for pair, value in enumerate(pairs)}
     return [found[eight, row] for eight in range(8) for row in range(2)]
 
 
-def _scale(words: list[Any], index: int, layout: Layout) -> Any:
-    """A scale in both halves of a word, a float of the rows' dtype."""
-    if not layout.is_float:
-        return _twice(words, index, layout)
-    # A product moves the byte to both halves: multiplications and bit operations have units of their own.
-    has_small = layout.spec.has_global_scale
-    to = layout.fraction_bits - (3 if has_small else 0)
-    more = 0x70007000 if has_small and layout.dtype == "bfloat16" else 0
-    code = f"{{ .reg .b32 t; prmt.b32 t, $1, 0, {0x4440 + index % 4}; mad.lo.u32 $0, t, {0x10001 << to}, {more}; }}"
-    return _compat_words.inline_ptx(code, [words[index // 4]], 1)[0]
+def _scales(words: list[Any], layout: Layout) -> list[tuple[Any, int]]:
+    """The word and the half of it in which each scale is a float of the rows' dtype.
+
+    A product takes either half of a word for both of its own, so two scales are made at a time.
+    """
+    mask, more = layout.scale_mask * 0x10001, layout.scale_more * 0x10001
+    kept = f"lop3.b32 $0, t, {mask:#x}, {more:#x}, 0xEA;"
+    found = []
+    for word in words:
+        even, odd = (
+            _compat_words.inline_ptx(f"{{ .reg .b32 t; {moved} {kept} }}", [word], 1)[0]
+            for moved in ("mov.b32 t, $1;", "prmt.b32 t, $1, 0, 0x0321;")
+        )
+        found += [(even, 0), (odd, 0), (even, 1), (odd, 1)]
+    return found
 
 
-def _twice(words: list[Any], index: int, layout: Layout) -> Any:
-    """The 16-bit number of that index in both halves of a word."""
-    select = 0x3232 if index % 2 else 0x1010
-    return _compat_words.inline_ptx(f"prmt.b32 $0, $1, 0, {select};", [words[index // 2]], 1)[0]
+def _halves(words: list[Any]) -> list[tuple[Any, int]]:
+    return [(word, half) for word in words for half in range(2)]
 
 
-def _pairs(layout: Layout) -> str:
-    """PTX: the four pairs of a word of codes ($4), times the scales of two ($5) and two ($6); int4 less its zero point ($7)."""
+def _pairs(layout: Layout, halves: list[int]) -> str:
+    """PTX: the four pairs of a word of codes ($4), times the scales of two ($5) and two ($6); int4 less its zero point ($7).
+
+    Args:
+        layout: of the codes.
+        halves: of the words with scales and zero points, in which they are.
+    """
     kind = {"bfloat16": "bf16x2", "float16": "f16x2"}[layout.dtype]
-    code = ["{ .reg .b32 t, u, z;"]
+    code = ["{ .reg .b32 t, u, z, s0, s1; .reg .b16 l, h;"]
+    names = ("s0", "s1", "z")
+    for i, half in enumerate(halves):  # the compiler makes these a part of the product
+        code += [f"mov.b32 {{l, h}}, ${5 + i};", f"mov.b32 {names[i]}, {{{'lh'[half]}, {'lh'[half]}}};"]
     if not layout.is_float:
         magic, zero = (0x4300, 0xC308) if layout.dtype == "bfloat16" else (0x6400, 0xE408)
-        code += ["mov.b32 z, $7;" if layout.spec.asymmetric else f"mov.b32 z, {zero * 0x10001};"]
+        code += [] if layout.spec.asymmetric else [f"mov.b32 z, {zero * 0x10001};"]
     for pair, terms in enumerate(layout.places):
-        for i, term in enumerate(terms):
-            name, mask = "tu"[i], term.mask * 0x10001
-            code += [_rotate(name, term.left, term.mask), f"and.b32 {name}, {name}, {mask};"]
-            code += ["or.b32 t, t, u;"] if i else []
+        code += _gathered(terms)
         if not layout.is_float:
             code += [f"or.b32 t, t, {magic * 0x10001};", f"add.rn.{kind} t, t, z;"]
-        code += [f"mul.rn.{kind} ${pair}, t, ${5 + pair // 2};"]
+        code += [f"mul.rn.{kind} ${pair}, t, s{pair // 2};"]
     return " ".join([*code, "}"])
+
+
+def _gathered(terms: tuple[Term, ...]) -> list[str]:
+    """PTX: what the terms leave of a word of codes, in t."""
+    mask = sum(term.mask for term in terms) * 0x10001
+    if len(terms) > 1 and adds_up(terms):
+        stored, factor = sum(term.mask >> term.left for term in terms) * 0x10001, sum(1 << term.left for term in terms)
+        return [f"and.b32 t, $4, {stored};", f"mul.lo.u32 t, t, {factor};", f"and.b32 t, t, {mask};"]
+    code = []
+    for i, term in enumerate(terms):
+        name = "tu"[i]
+        code += [_rotate(name, term.left, term.mask), f"and.b32 {name}, {name}, {term.mask * 0x10001};"]
+        code += ["or.b32 t, t, u;"] if i else []
+    return code
 
 
 def _rotate(target: str, left: int, mask: int) -> str:

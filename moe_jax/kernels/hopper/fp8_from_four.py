@@ -38,8 +38,8 @@ from moe_jax import _compat_words
 from moe_jax.kernels.hopper import tiles
 from moe_jax.kernels.hopper.four_bits import Blocks
 from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
-from moe_jax.quantization.prepared import LANES
 from moe_jax.quantization.prepared_fp8 import CODE_LINES, COLUMNS, ROWS, Fp8Layout, PreparedFp8, fp8_of
+from moe_jax.quantization.prepared_layout import LANES
 
 
 def registers(config: Config) -> tuple[int, int]:
