@@ -39,6 +39,10 @@ def _of_halves(operation, dtype):
     return lambda a, b: joined(operation(halves(a, dtype), halves(b, dtype)))
 
 
+def _fused(a, b, c):
+    return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(a.dtype)
+
+
 def _rounded(dtype):
     return lambda high, low: joined(np.stack([low, high], axis=1).astype(dtype))
 
@@ -66,6 +70,8 @@ FLOATS = {
         for name, operation in (("add", np.add), ("sub", np.subtract), ("mul", np.multiply))
         for kind, dtype in (("bf16x2", BFLOAT16), ("f16x2", np.float16))
     },
+    "fma.rn.bf16x2": lambda a, b, c: joined(_fused(halves(a, BFLOAT16), halves(b, BFLOAT16), halves(c, BFLOAT16))),
+    "fma.rn.f16x2": lambda a, b, c: joined(_fused(halves(a, np.float16), halves(b, np.float16), halves(c, np.float16))),
     "cvt.rn.f16x2.e4m3x2": lambda a: joined(
         a.astype(np.uint16).view(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float16)
     ),
@@ -80,7 +86,6 @@ FLOATS = {
 def run(code, operands, results, threads=128):
     """`_compat_words.inline_ptx`: what the code makes of a word of each thread."""
     registers = {f"${results + i}": operand for i, operand in enumerate(operands)}
-    registers["%lanemask_lt"] = (np.uint32(1) << np.arange(threads, dtype=np.uint32) % 32) - np.uint32(1)
 
     def value(name):
         return registers[name] if name in registers else np.full(threads, int(name, 0), np.uint32)

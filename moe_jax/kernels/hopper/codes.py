@@ -33,9 +33,7 @@ from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, WIDE_DECODED, Confi
 
 _DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8))
 _COLUMNS = 64  # of a block that is decoded
-# PTX: 0x4140 selects of two words the first byte, the fifth, the second and the fifth. No lane has the last bit of this mask,
-# which the compiler does not know: a constant it would copy for each instruction, from a uniform register.
-_SELECT = "{ .reg .b32 m; mov.u32 m, %lanemask_lt; shr.u32 m, m, 31; or.b32 $0, m, 0x4140; }"
+_GREATER = {"bfloat16": 2.0**6, "float16": 2.0**9}  # than what `_pair` makes of int8, which sums are multiplied by
 
 
 def block_scale(scales: Any, expert: Any, row: Any, group: Any) -> Any:
@@ -154,6 +152,8 @@ class Codes:
         self.scratch = self._channels.scratch if self._by_channel else []
         self.ahead = config.tile_rows <= WIDE_DECODED  # beyond it registers are short
         self._interpret = interpret
+        small = weights.dtype == jnp.int8 and not self._by_block and not interpret
+        self._greater = _GREATER[jnp.dtype(dtype).name] if small else 1.0
         if interpret:
             self.scratch = [*self.scratch, plgpu.SMEM((config.consumers, 2, WGMMA_ROWS, _COLUMNS), dtype)]
         self.transforms = plgpu.TilingTransform((8, _COLUMNS)), plgpu.SwizzleTransform(_COLUMNS)
@@ -187,7 +187,7 @@ class Codes:
         @plgpu.inline_mgpu(arg_types=layouts[: len(operands)], return_type=result)
         def run(ctx, values, *scale):
             del ctx
-            more = [_compat_words.inline_ptx(_SELECT, [], 1)[0], *map(_compat_words.word_of_all, scale)]
+            more = [_compat_words.word_of_all(one) for one in scale]
             return _compat_words.fragment_of_bytes(values, ptx, more, self._dtype)
 
         return run(*operands)
@@ -204,6 +204,8 @@ class Codes:
         """The sums of a tile, from its half `own` on, scaled by what all products of a row of weights share."""
         if self._by_block:
             return list(accs)
+        if self._greater != 1.0:
+            accs = [acc * self._greater for acc in accs]
         if self._by_channel:
             scales = self._channels.spread(refs[:3], wg, accs[0].shape)
         else:
@@ -213,22 +215,17 @@ class Codes:
 
 
 def _pair(codes: str, floats: str, scaled: bool) -> str:
-    """PTX: two 16-bit floats ($0) of the two codes in the lower half of a word ($1), with what `_SELECT` makes ($2); if `scaled`
-    times a float32 ($3).
+    """PTX: two 16-bit floats ($0) of the two codes in the lower half of a word ($1); if `scaled` times a float32 ($2).
 
-    int8 to bfloat16: 0x43 above the byte makes a number of 128 and its lower seven bits, of which the sign is taken off as
-    another, 128 or 256. To float16 0x64 makes 1024 and the byte, whose sign is turned round.
+    int8: a byte whose sign is turned round is 128 more. As the lowest bits of a float it is that number times 2**-133 (float16:
+    2**-24), subnormal or not, so one multiplication and addition gives the code, `_GREATER` times smaller, exactly.
     """
     kind = {"bfloat16": "bf16x2", "float16": "f16x2"}[floats]
     if codes == "int8" and not scaled:
-        if floats == "float16":
-            return (
-                "{ .reg .b32 p, s; prmt.b32 p, $1, 0x64, $2; xor.b32 p, p, 0x00800080; mov.b32 s, 0x64806480; "
-                "sub.rn.f16x2 $0, p, s; }"
-            )
+        times, less = (0x7F00, 0xC000) if floats == "bfloat16" else (0x7800, 0xB400)
         return (
-            "{ .reg .b32 p, s; prmt.b32 p, $1, 0x43, $2; and.b32 s, p, 0xff80ff80; and.b32 p, p, 0xff7fff7f; "
-            "sub.rn.bf16x2 $0, p, s; }"
+            f"{{ .reg .b32 p, m, a; prmt.b32 p, $1, 0, 0x4140; xor.b32 p, p, 0x00800080; mov.b32 m, {times * 0x10001:#x}; "
+            f"mov.b32 a, {less * 0x10001:#x}; fma.rn.{kind} $0, p, m, a; }}"
         )
     head = "{ .reg .b16 h, l, u; .reg .f32 a, b; "
     if codes == "int8":
@@ -239,5 +236,5 @@ def _pair(codes: str, floats: str, scaled: bool) -> str:
             return head + half + "$0, h; }"
         head += half + "f, h; mov.b32 {l, u}, f; cvt.f32.f16 a, l; cvt.f32.f16 b, u; "
     if scaled:
-        head += "mul.rn.f32 a, a, $3; mul.rn.f32 b, b, $3; "
+        head += "mul.rn.f32 a, a, $2; mul.rn.f32 b, b, $2; "
     return head + f"cvt.rn.{kind}.f32 $0, b, a; }}"
