@@ -54,23 +54,24 @@ def shared_memory_bytes(config: Config, dtype: str, codes: str = "") -> int:
     of_weights = 1 if of.both or of.dtype in _BYTES else item
     if of.four_bits:
         of_weights = _OF_FP4 if of.dtype == "float4_e2m1fn" else _OF_INT4
-    weight_rows = config.consumers * config.halves * WGMMA_ROWS
+    everyone = config.everyone
+    weight_rows = everyone.consumers * config.halves * WGMMA_ROWS
     row_scales = 0
     if of.both:  # for each group of columns in a stage, or for a whole tile
         lines = config.stages * config.tile_k // GROUP if of.promoted else config.consumers
         row_scales = lines * held(config.tile_rows)
     buffers = (
-        config.stages * config.tile_rows * config.tile_k * of_rows,
-        config.stages * config.stage_rows * config.tile_k // config.depth * of_weights,
+        everyone.stages * config.tile_rows * config.tile_k * of_rows,
+        everyone.stages * config.stage_rows * config.tile_k // config.depth * of_weights,
         config.codes_stages * weight_rows * config.tile_k * _OF_FP4,
-        config.whole.consumers
+        everyone.whole.consumers
         * (64 * 128 if config.rows_first else 2 * STORED * COLUMNS * item),  # rows on their way out
         weight_rows * 4 * (2 if config.rows_first else 1),  # a bias: of 64 rows of weights for each consumer, or of all
         row_scales * 4,
         weight_rows * 4 if of.granularity == "channel" else 0,
-        (2 * config.stages + 2 * config.codes_stages + 3 * config.consumers) * 8,
+        (2 * everyone.stages + 2 * config.codes_stages + 3 * everyone.consumers) * 8,
         ALIGNED if config.gather else 0,  # set aside for reductions
-        math.prod(handed_over(config)) * 4 if config.paired else 0,
+        math.prod(handed_over(everyone)) * 4 if config.paired else 0,
         2 * STORED * GROUP if config.quantizes and not config.rows_first else 0,  # codes on their way out, beside rows
     )
     return sum(math.ceil(size / ALIGNED) * ALIGNED for size in buffers)
@@ -111,13 +112,21 @@ def config_misfit(config: Config, gated: bool, dtype: str, codes: str = "") -> s
         return f"row_counts={counts} must be multiples of 8 in ascending order"
     if gated and config.whole.halves != 2:
         return f"halves={config.halves} must be 2: a gated projection keeps gate and up in one tile"
+    few = Codes.of(codes).weights_alone and config.tile_rows <= FEW_ROWS
     if config.consumers > 2 or config.halves > 2:
-        few = Codes.of(codes).weights_alone and config.consumers <= MOST_CONSUMERS and config.tile_rows <= FEW_ROWS
+        few = few and config.consumers <= MOST_CONSUMERS
         if not few or config.halves > 1:
             return (
                 f"consumers={config.consumers} and halves={config.halves} must be at most 2, for the registers they need; "
                 f"{MOST_CONSUMERS} and 1 where weights alone are codes, with at most {FEW_ROWS} rows"
             )
+    if config.teams > 1 and not (few and config.everyone.consumers <= MOST_CONSUMERS):
+        return (
+            f"teams={config.teams} of consumers={config.consumers} are for weights that alone are codes, with "
+            f"tile_rows={config.tile_rows} at most {FEW_ROWS} and {MOST_CONSUMERS} consumers in all"
+        )
+    if config.teams > 1 and (config.gather or config.cluster > 1):
+        return f"teams={config.teams} cannot fetch rows by their tokens (gather={config.gather}) or with cluster={config.cluster}"
     if config.cluster > 8:
         return f"cluster={config.cluster} must be at most 8, the blocks of a portable cluster"
     if config.stages < 2:

@@ -1,5 +1,6 @@
 """Four-bit weights times 16-bit rows, interpreted and lowered for CUDA."""
 
+import dataclasses
 import functools
 
 import jax
@@ -25,6 +26,7 @@ PAIRS = {
     "a pair": Config((8, 32), consumers=2, halves=1, tile_k=128, stages=3, paired=True),
     "two pairs": Config((16, 64), consumers=4, halves=1, tile_k=64, stages=3, paired=True),
 }
+TEAMS = Config((8, 64), consumers=2, halves=1, tile_k=64, stages=2, paired=True, teams=2)
 CASES = {
     "nvfp4": ("nvfp4", (3, 0, 20), 320, 192, {}),
     "nvfp4, gated, ragged": ("nvfp4", (3, 30), 192, 160, dict(gated=True, bias="float32")),
@@ -47,6 +49,14 @@ CASES = {
         320,
         dict(config=Config((16, 64), consumers=4, halves=1, tile_k=128, stages=3)),
     ),
+    "two teams of a pair": (
+        "nvfp4",
+        (9, 0, 3, 50, 7),
+        320,
+        2 * 160,
+        dict(gated=True, bias="float32", config=TEAMS),
+    ),
+    "mxfp4, two teams": ("mxfp4", (3, 40), 192, 576, dict(config=dataclasses.replace(TEAMS, paired=False))),
     "int4, zero points": ("int4_group32_zp", (20, 3), 128, 80, dict(config=MANY)),
 }
 
@@ -76,7 +86,10 @@ def test_four_bits(name):
     assert_discriminates(lambda y: check_close(y, right, 6e-3), out)
 
 
-@pytest.mark.parametrize("name", ["nvfp4, a pair of consumers", "mxfp4, two pairs", "four consumers"])
+@pytest.mark.parametrize(
+    "name",
+    ["nvfp4, a pair of consumers", "mxfp4, two pairs", "four consumers", "two teams of a pair", "mxfp4, two teams"],
+)
 def test_consumers_do_not_change_the_bits(name):
     _, x, weights, _, gated, config = problem(name)
     one = Config(config.row_counts, consumers=1, halves=2 if gated else 1, tile_k=128, stages=2)

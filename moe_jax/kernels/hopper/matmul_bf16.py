@@ -61,6 +61,7 @@ Learned on an H200 (benchmarks/results/2026-11-22-h200-matmul-variants.txt; qwen
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -76,55 +77,12 @@ from moe_jax import _compat
 from moe_jax.activations import Activation
 from moe_jax.kernels.hopper import codes, four_bits, rows_by_token, tiles, views
 from moe_jax.kernels.hopper.epilogue import Epilogue
-from moe_jax.kernels.hopper.matmul_config import MOST_ROWS, PRODUCER_REGISTERS, WGMMA_ROWS, Config, registers
+from moe_jax.kernels.hopper.matmul_bf16_problem import DTYPES as DTYPES
+from moe_jax.kernels.hopper.matmul_bf16_problem import supports as supports
+from moe_jax.kernels.hopper.matmul_config import PRODUCER_REGISTERS, WGMMA_ROWS, Config, registers
 from moe_jax.kernels.hopper.pairs import Pairs
 from moe_jax.kernels.hopper.weight_tiles import KMajor, MMajor
 from moe_jax.quantization.prepared import PreparedArray
-
-DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-
-
-def supports(
-    rows: Any,
-    weights: Any,
-    bias: Any,
-    activation: Activation | None,
-    tile_rows: int,
-    gather: bool = False,
-    weight_scales: Any = None,
-) -> str | None:
-    """Why this kernel cannot run the problem; None if it can. Shapes as in `grouped_matmul`."""
-    k = weights.shape[2]
-    out = weights.shape[1] // (2 if activation is not None and activation.is_gated else 1)
-    prepared = isinstance(weights, PreparedArray)
-    if rows.dtype not in DTYPES or (weights.dtype != rows.dtype and weight_scales is None and not prepared):
-        return f"rows {rows.dtype} and weights {weights.dtype} must both be bfloat16 or both float16"
-    if weight_scales is not None:
-        reason = codes.supports(weights, weight_scales, out)
-    elif prepared:
-        reason = four_bits.supports(weights, rows)
-    else:
-        reason = None
-    if reason is not None:
-        return reason
-    for name, size in (("the contracted size", k), ("the output size", out), ("the weight rows", weights.shape[1])):
-        if tiles.swizzle_bytes(size, rows.dtype) is None:
-            return (
-                f"{name}={size} must be a multiple of 16 (TMA and wgmma rows of 32 bytes); pad the weights, "
-                "or use implementation='xla'"
-            )
-    if tile_rows % 8 or not 8 <= tile_rows <= MOST_ROWS:
-        return f"tile_rows={tile_rows} must be a multiple of 8 and at most {MOST_ROWS}"
-    if gather and (k % rows_by_token.PIECE or tile_rows % rows_by_token.ROWS):
-        return (
-            f"rows fetched by their tokens: the contracted size={k} must be a multiple of {rows_by_token.PIECE} and "
-            f"tile_rows={tile_rows} of {rows_by_token.ROWS}; gather them first (Config.gather False)"
-        )
-    if bias is not None and bias.dtype not in (*DTYPES, jnp.dtype(jnp.float32)):
-        return f"bias {bias.dtype} must be bfloat16, float16 or float32"
-    if 0 in rows.shape or 0 in weights.shape:
-        return f"an empty operand (rows {rows.shape}, weights {weights.shape}) needs no kernel"
-    return None
 
 
 def grouped_matmul(
@@ -185,23 +143,28 @@ def grouped_matmul(
     n_tiles = pl.cdiv(n_out, tile_cols)
     k_steps = pl.cdiv(k, tk)
     cluster = config.cluster
-    workers = (multiprocessors or _compat.num_multiprocessors()) // cluster
+    teams, everyone = config.teams, config.everyone
+    programs = (multiprocessors or _compat.num_multiprocessors()) // cluster
+    workers = programs * teams
     n_steps = pl.cdiv(n_tiles, cluster)  # past the last columns TMA reads zeros and stores nothing
     swizzled_axis = math.gcd(k, n_weights) if transposed else k  # both operands of wgmma have one swizzle
     transforms = tiles.transforms(swizzled_axis, dtype)
     swizzled = tiles.swizzle_bytes(swizzled_axis, dtype) // dtype.itemsize
-    operand = views.Operand(stages, tile_rows, tk, swizzled, dtype, interpret is not None or gathered)
+    operand = views.Operand(everyone.stages, tile_rows, tk, swizzled, dtype, interpret is not None or gathered)
     coded = None
     four_bit = isinstance(weights, PreparedArray)
     if four_bit:
         prepared, weights, weight_scales = weights, weights.values, weights.scales
-        coded = four_bits.FourBits(prepared, config, gated, interpret=interpret is not None)
+        coded = four_bits.FourBits(prepared, everyone, gated, interpret=interpret is not None)
     elif weight_scales is not None:
-        to_decode = weights, weight_scales, config, n_out, gated, dtype
+        to_decode = weights, weight_scales, everyone, n_out, gated, dtype
         coded = codes.Codes(*to_decode, interpret=interpret is not None)
     bias_dtype = None if bias is None else bias.dtype
-    epilogue = Epilogue(whole, n_out, dtype, activation, bias_dtype, marked=shared, interpret=interpret is not None)
-    pairs = Pairs(config, interpret is not None) if config.paired else None
+    epilogue = Epilogue(
+        everyone.whole, n_out, dtype, activation, bias_dtype, marked=shared, interpret=interpret is not None
+    )
+    pairs = Pairs(everyone, interpret is not None) if config.paired else None
+    whole = dataclasses.replace(whole, stages=everyone.stages)
     if four_bit:
         of_weights = four_bits.Blocks(prepared, whole, gated)
     elif transposed:
@@ -220,15 +183,24 @@ def grouped_matmul(
         rows_s, weights_s, full, empty = refs[:4]
         refs = refs[4:]
         row_done = refs.pop(0) if gathered and interpret is not None else None
+        begun = refs.pop(0) if teams > 1 else None
         of_codes = coded.references(scales_g, refs) if coded else None
         of_pairs = [refs.pop(0) for _ in pairs.scratch] if pairs else None
         ends = epilogue.references(out_g, bias_g, refs)
-        worker, wg = lax.axis_index("sm"), lax.axis_index("wg")
-        unit, own = pairs.place(wg) if pairs else (wg, 0)  # of a tile's columns; the first half that is summed
+        program, wg = lax.axis_index("sm"), lax.axis_index("wg")
+        team = lax.div(wg, jnp.int32(consumers)) if teams > 1 else 0
+        writer, own = pairs.place(wg) if pairs else (wg, 0)  # its place in the epilogue; the first half that is summed
+        unit = writer - team * whole.consumers  # of a tile's columns
         m_tiles = count_g[0]
-        my_tiles = tiles.share(m_tiles * n_steps, worker, workers)
 
-        def tile_at(i):
+        def share_of(team):
+            """A team's number among those of all multiprocessors, and its tiles."""
+            worker = program + team * programs
+            return worker, tiles.share(m_tiles * n_steps, worker, workers)
+
+        worker, my_tiles = share_of(team)
+
+        def tile_at(i, worker=worker):
             m, n = tiles.visit(worker + i * workers, m_tiles, n_steps, config.band, spans_g)
             return m, n if cluster == 1 else n * cluster + lax.axis_index("cta")
 
@@ -239,7 +211,7 @@ def grouped_matmul(
         def consume(i):
             m, n = tile_at(i)
             col = n * tile_cols + unit * wg_cols
-            ask = functools.partial(epilogue.fetch_bias, ends, unit, group_g[m], col)
+            ask = functools.partial(epilogue.fetch_bias, ends, writer, group_g[m], col)
             if pairs:
                 pl.when(own == 0)(ask)
             else:
@@ -249,21 +221,22 @@ def grouped_matmul(
             tiles.for_row_count(config.row_counts, rows_of(m), functools.partial(multiply, i, m, col))
 
         def multiply(i, m, col, count, below):
-            first_turn = i * k_steps
+            first_turn, ring = i * k_steps, team * stages
             expert = group_g[m] if coded else None
 
             def accumulate(*accs):
                 def multiply_step(step, slot):
-                    plgpu.barrier_wait(full.at[slot])
+                    at = ring + slot
+                    plgpu.barrier_wait(full.at[at])
                     places = [(piece, half) for piece in range(operand.pieces) for half in range(halves)]
                     blocks = [
-                        of_weights.block(weights_s, slot, unit, own + half, piece * swizzled, swizzled)
+                        of_weights.block(weights_s, at, unit, own + half, piece * swizzled, swizzled)
                         for piece, half in places
                     ]
                     if coded and coded.ahead:
                         blocks = [coded.words(block) for block in blocks]
                     for piece in range(operand.pieces):
-                        b = operand.eights(rows_s).at[slot, piece, pl.ds(0, count)]
+                        b = operand.eights(rows_s).at[at, piece, pl.ds(0, count)]
                         for half, acc in enumerate(accs):
                             turn = piece * halves + half
                             a = blocks[turn]
@@ -274,7 +247,8 @@ def grouped_matmul(
                             plgpu.wgmma(acc, a, b.T)
                             if coded:  # registers are read until the products are done
                                 plgpu.wgmma_wait(coded.under_way)
-                    tiles.hand_back(empty, step, slot, stages, halves * operand.pieces if config.overlap else None)
+                    under_way = halves * operand.pieces if config.overlap else None
+                    tiles.hand_back(empty, step, slot, stages, under_way, ring)
                     return tiles.next_slot(slot, stages)
 
                 lax.fori_loop(0, k_steps, multiply_step, lax.rem(first_turn, stages))
@@ -282,22 +256,25 @@ def grouped_matmul(
                 mine = starts_g[m], (tokens_g if shared else sizes_g)[m]
                 if config.overlap:
                     plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(empty.at[lax.rem(first_turn + k_steps - 1, stages)])
+                    plgpu.barrier_arrive(empty.at[ring + lax.rem(first_turn + k_steps - 1, stages)])
                 return tuple(acc[...] for acc in accs), mine
 
             accs, mine = pl.run_scoped(accumulate, *[plgpu.ACC((WGMMA_ROWS, count)) for _ in range(halves)])
             if coded:
-                accs = coded.scale(accs, of_codes, wg, group_g[m], own)
+                accs = coded.scale(accs, of_codes, wg, expert, own)
 
             def finish(accs):
-                epilogue.finish(ends, unit, accs, *mine, col, below, i)
+                epilogue.finish(ends, writer, accs, *mine, col, below, i)
 
             if pairs:
                 pairs.meet(of_pairs, wg, i, *accs, finish)
             else:
                 finish(accs)
 
-        def produce():
+        def produce(team=0):
+            (worker, my_tiles), ring = share_of(team), team * stages
+            if teams > 1:
+                pl.when(team > 0)(lambda: plgpu.barrier_wait(begun.at[team - 1]))
             by_token = rows_by_token.RowsByToken(rows_g, tile_rows, interpret is not None) if gathered else None
             turns = my_tiles * k_steps
 
@@ -307,7 +284,7 @@ def grouped_matmul(
 
             @pl.loop(0, my_tiles)
             def _tile(i):
-                m, n = tile_at(i)
+                m, n = tile_at(i, worker)
                 expert, size = group_g[m], rows_of(m)
                 # Not known to be 0 where all rows are meant: there may be fewer than are fetched.
                 first_row = m * 0 if shared else starts_g[m]
@@ -316,9 +293,11 @@ def grouped_matmul(
                 @pl.loop(0, k_steps)
                 def _step(step):
                     turn = i * k_steps + step
-                    slot = lax.rem(turn, stages)
+                    slot = ring + lax.rem(turn, stages)
 
                     pl.when(turn >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+                    if teams > 1:
+                        pl.when((turn == middle) & (team < teams - 1))(lambda: plgpu.barrier_arrive(begun.at[team]))
 
                     of_weights.fetch(weights_g, weights_s, expert, n, step, slot, full)
 
@@ -343,25 +322,27 @@ def grouped_matmul(
             if gathered:
                 pl.when(turns > 0)(lambda: hand_over(turns - 1, 0))
 
-            tiles.observe_all(empty, turns, stages)
+            if teams > 1:
+                pl.when((turns <= middle) & (team < teams - 1))(lambda: plgpu.barrier_arrive(begun.at[team]))
+            tiles.observe_all(empty, turns, stages, ring)
 
-        @pl.when(wg < consumers)
+        @pl.when(wg < everyone.consumers)
         def _():
-            if consumers > 1:
-                plgpu.set_max_registers(registers(consumers, of_producer), action="increase")
+            if everyone.consumers > 1:
+                plgpu.set_max_registers(registers(everyone.consumers, of_producer), action="increase")
             pl.loop(0, my_tiles)(consume)
             if pairs:
                 pairs.observe(of_pairs, wg, my_tiles)
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == consumers)
+        @pl.when(wg == everyone.consumers)
         def _():
-            if consumers > 1:
+            if everyone.consumers > 1:
                 plgpu.set_max_registers(of_producer, action="decrease")
             if gathered:
                 produce()
             else:
-                plgpu.warp_map(lambda warp: pl.when(warp == 0)(produce))
+                plgpu.warp_map(lambda warp: pl.when(warp < teams)(lambda: produce(warp if teams > 1 else 0)))
 
     body.__name__ = "input_grad" if transposed else f"grouped_matmul_{'up' if activation is not None else 'down'}"
     operands = [rows, weights, tile_group, tile_starts, tile_sizes, num_tiles]
@@ -370,23 +351,28 @@ def grouped_matmul(
     scratch = [
         operand.scratch,
         of_weights.scratch,
-        plgpu.Barrier(num_arrivals=(1 if gathered else operand.pieces) + of_weights.copies, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
+        plgpu.Barrier(
+            num_arrivals=(1 if gathered else operand.pieces) + of_weights.copies, num_barriers=everyone.stages
+        ),
+        plgpu.Barrier(num_arrivals=consumers, num_barriers=everyone.stages)
         if cluster == 1
         else plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=consumers, num_barriers=stages),
     ]
     if gathered and interpret is not None:
         scratch += [plgpu.Barrier(num_arrivals=1)]
+    if teams > 1:  # a team that has done about half a tile lets the next begin, for epilogues at different times
+        middle = stages + max(0, min(stages, k_steps // 2) - 1)
+        scratch += [plgpu.Barrier(num_arrivals=1, num_barriers=teams - 1)]
     scratch += coded.scratch if coded else []
     scratch += pairs.scratch if pairs else []
     scratch += epilogue.scratch
     return _compat.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((total_rows, n_out), dtype),
-        grid=(workers,),
+        grid=(programs,),
         grid_names=("sm",),
         **(dict(cluster=(cluster,), cluster_names=("cta",)) if cluster > 1 else {}),
-        num_threads=consumers + 1,
+        num_threads=everyone.consumers + 1,
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(

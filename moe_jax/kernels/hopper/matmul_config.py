@@ -52,6 +52,9 @@ class Config:
     rows_first: bool = False  # 8-bit rows on the M side of wgmma, 64 a consumer, by 128 of weights: `matmul_rows_first`
     overlap: bool = True  # products of a step run while the next are issued; its stage is handed back after that
     paired: bool = False  # gate and up of a tile are those of two consumers with a half each: `pairs`
+    teams: int = (
+        1  # of so many consumers, each with tiles and stages of its own: the epilogue of one is not the other's
+    )
     codes_stages: int = 0  # of the ring of four-bit codes that become FP8 weights (`fp8_from_four`); 0 without
 
     @property
@@ -69,6 +72,19 @@ class Config:
             (2, 2)
         """
         return dataclasses.replace(self, consumers=self.consumers // 2, halves=2, paired=False) if self.paired else self
+
+    @property
+    def everyone(self) -> Config:
+        """All teams as one: what they take of a multiprocessor.
+
+        Example:
+            >>> everyone = Config(consumers=2, stages=3, teams=2).everyone
+            >>> everyone.consumers, everyone.stages
+            (4, 6)
+        """
+        return dataclasses.replace(
+            self, consumers=self.consumers * self.teams, stages=self.stages * self.teams, teams=1
+        )
 
     @property
     def stage_rows(self) -> int:

@@ -78,12 +78,15 @@ def next_slot(slot: Any, stages: int) -> Any:
     return jnp.where(slot < stages - 1, slot + 1, 0)
 
 
-def observe_all(empty: Any, turns: Any, stages: int) -> None:
-    """A producer's end, after so many turns of a ring: every phase of every barrier is observed before the kernel ends."""
+def observe_all(empty: Any, turns: Any, stages: int, ring: Any = 0) -> None:
+    """A producer's end, after so many turns of a ring: every phase of every barrier is observed before the kernel ends.
+
+    `ring` is the number of its first stage.
+    """
 
     @pl.loop(jnp.maximum(turns - stages, 0), turns)
     def _drain(turn):
-        plgpu.barrier_wait(empty.at[lax.rem(turn, stages)])
+        plgpu.barrier_wait(empty.at[ring + lax.rem(turn, stages)])
 
 
 def for_row_count(row_counts: tuple[int, ...], size: Any, run: Callable[[int, int], None]) -> None:
@@ -94,7 +97,7 @@ def for_row_count(row_counts: tuple[int, ...], size: Any, run: Callable[[int, in
         below = count
 
 
-def hand_back(empty: Any, step: Any, slot: Any, stages: int, products: int | None) -> None:
+def hand_back(empty: Any, step: Any, slot: Any, stages: int, products: int | None, ring: Any = 0) -> None:
     """Hands a stage of a ring back in each step: its own, or with `products` under way that of the step before.
 
     Args:
@@ -103,12 +106,13 @@ def hand_back(empty: Any, step: Any, slot: Any, stages: int, products: int | Non
         slot: the stage of this step.
         stages: of the ring.
         products: of a step, which may still be under way (`Config.overlap`); None waits for all.
+        ring: its first stage.
     """
     plgpu.wgmma_wait(products or 0)
     if products is None:
-        plgpu.barrier_arrive(empty.at[slot])
+        plgpu.barrier_arrive(empty.at[ring + slot])
     else:
-        pl.when(step > 0)(lambda: plgpu.barrier_arrive(empty.at[jnp.where(slot > 0, slot, stages) - 1]))
+        pl.when(step > 0)(lambda: plgpu.barrier_arrive(empty.at[ring + jnp.where(slot > 0, slot, stages) - 1]))
 
 
 def divide(a: jax.Array, b: jax.Array) -> jax.Array:
