@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
 from moe_jax.config import MoEConfig
-from moe_jax.kernels.hopper.decoding_config import Projection, four_bit, one_byte
+from moe_jax.kernels.hopper.decoding_config import Projection, four_bit, four_bit_tile_rows, one_byte
 from moe_jax.kernels.hopper.matmul_config import (
     MANY_FETCHED_FOUR_BIT,
     MANY_PROMOTED,
@@ -183,7 +183,8 @@ class LayerPlan:
         def smaller(config: Config) -> Config:
             counts = (*(c for c in config.row_counts if c < tile_rows), tile_rows)
             cluster = config.cluster if splits(tile_rows, config) else 1
-            changes = {"row_counts": counts, "cluster": cluster, "overlap": True}
+            late = config.overlap or config.everyone.consumers <= 2  # four have not the registers
+            changes = {"row_counts": counts, "cluster": cluster, "overlap": late}
             changes |= {"gather": False, "quantizes": False, "rows_first": False}
             small = dataclasses.replace(config, **changes)
             return dataclasses.replace(small, stages=config.stages * config.stage_size // small.stage_size)
@@ -236,6 +237,7 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
     if tile_rows is None:
         tile_rows = tile_rows_for(mean_rows, shape.num_pairs, gather, coded=bool(shape.codes))
         tile_rows = min(tile_rows, MOST_FETCHED_DECODED) if of.weights_alone and gather else tile_rows
+        tile_rows = (four_bit_tile_rows(mean_rows, shape.num_pairs) if of.four_bits else None) or tile_rows
     if of.weights_alone:  # `decoding_config.four_bit` says why
         tile_rows = min(tile_rows, MOST_DECODED)
         gather = gather and tile_rows <= MOST_FETCHED_DECODED

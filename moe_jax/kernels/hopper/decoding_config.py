@@ -19,6 +19,8 @@ from moe_jax.kernels.hopper.matmul_config import (
     work_of,
 )
 
+_ROW_TILES = ((10, 24), (16, 32), (32, 48), (48, 64))  # of four bits, by the mean rows of an expert
+_ROWS_OF_TEAMS = 24  # of a tile, for teams: with more they have two stages each
 _MANY_ROWS = 4  # an expert, of few, from which on more consumers, or more row counts, pay
 _MANY_BYTES = 8  # the same, for consumers of codes of a byte with scales of channels
 
@@ -68,13 +70,23 @@ def four_bit(config: Config, projection: Projection) -> Config:
     config = dataclasses.replace(config, cluster=1, columns=WGMMA_ROWS)
     if config.consumers == 1 and config.tile_rows <= 8:
         return _one_token(config, projection)
-    if config.consumers == 1 and projection.mean_rows >= _MANY_ROWS:
-        return dataclasses.replace(_four(config, gated), row_counts=_counts(config), stages=5)
-    config = _few_copies(config)
     if config.consumers > 1:
-        return config
-    two = dict(halves=2, tile_k=128) if gated else dict(halves=1, tile_k=256)
-    return dataclasses.replace(config, consumers=2, stages=6, **two)
+        return _few_copies(config)
+    teams = dict(consumers=2, teams=2) if config.tile_rows <= _ROWS_OF_TEAMS else dict(consumers=4)
+    wanted = dict(halves=1, paired=gated, row_counts=_even_counts(config), tile_k=256, stages=4, overlap=False)
+    return dataclasses.replace(config, **teams, **wanted)
+
+
+def four_bit_tile_rows(mean_rows: float, num_pairs: int) -> int | None:
+    """The row tile of few rows: as narrow as leaves nearly every expert one tile, for more stages; None for many rows.
+
+    Example:
+        >>> [four_bit_tile_rows(mean, 1024) for mean in (4.0, 16.0, 32.0, 64.0)], four_bit_tile_rows(1.0, 8)
+        ([24, 32, 48, None], 8)
+    """
+    if num_pairs <= 8:
+        return 8
+    return next((rows for most, rows in _ROW_TILES if mean_rows <= most), None)
 
 
 def one_byte(config: Config, projection: Projection, in_blocks: bool) -> Config:
@@ -131,6 +143,11 @@ def _counts(config: Config) -> tuple[int, ...]:
     return (*(c for c in matmul_config.FEW_DECODED if c < config.tile_rows), config.tile_rows)
 
 
+def _even_counts(config: Config) -> tuple[int, ...]:
+    """All there are, where the widest is not wide."""
+    return _counts(config) if config.tile_rows > 48 else tuple(range(8, config.tile_rows + 1, 8))
+
+
 def _one_token(config: Config, projection: Projection, byte: bool = False) -> Config:
     """As many columns a tile as keep the busiest multiprocessor busy for the shortest time; the widest of equal ones.
 
@@ -155,5 +172,5 @@ def _one_token(config: Config, projection: Projection, byte: bool = False) -> Co
         wide = consumers == (2 if gated else 1)
         tiles = dict(tile_k=256, stages=5) if wide else dict(tile_k=128, stages=5 if gated else 6)
     else:
-        tiles = dict(tile_k=128, stages=8) if consumers == 4 else dict(tile_k=256, stages=6)
+        tiles = dict(tile_k=256, stages=5) if consumers == 4 else dict(tile_k=256, stages=6)
     return dataclasses.replace(config, consumers=consumers, halves=1, paired=gated, **tiles)
