@@ -19,7 +19,7 @@ from moe_jax.kernels.hopper.matmul_config import (
     work_of,
 )
 
-_ROW_TILES = ((10, 24), (16, 32), (32, 48), (48, 64))  # of four bits, by the mean rows of an expert
+_ROW_TILES = ((5, 16), (10, 24), (16, 32), (32, 48), (48, 64))  # of four bits, by the mean rows of an expert
 _ROWS_OF_TEAMS = 24  # of a tile, for teams: with more they have two stages each
 _MANY_ROWS = 4  # an expert, of few, from which on more consumers, or more row counts, pay
 _MANY_BYTES = 8  # the same, for consumers of codes of a byte with scales of channels
@@ -48,11 +48,14 @@ def four_bit(config: Config, projection: Projection) -> Config:
         config: of `default_config`.
         projection: that is tiled.
 
-    With few rows decoding takes one consumer as long as a tile is on its way, and the epilogue comes on top: qwen3-235b, NVFP4,
-    16 tokens on an H100, down-projection 153 us with one consumer, 104 with two. From 4 rows an expert on four are better, with a
-    copy of the loop for more row counts: mixtral-8x7b, 128 tokens, a layer 347 us instead of 386, of which row counts are 20;
-    qwen3-30b-a3b 149 instead of 151, gpt-oss-120b 597 instead of 593; with fewer rows up to 3 % worse
-    (2026-11-27-h100-variants.txt). One token: `_one_token`.
+    With few rows what consumers issue binds, and their epilogues come on top. So there are four of them: their warps take turns. Up
+    to 24 rows they are two teams of two, whose epilogues are at different times. A step has 256 of K, for what a step costs
+    beside decoding, about 45 instructions, and row tiles are as narrow as leaves nearly every expert one, for more stages.
+    Products end with their step (`Config.overlap`): with others under way four consumers have too few registers, and ptxas lets
+    each wait for the one before. Layers on an H200, before that (pairs or four consumers, steps of 128, tiles of 64 rows) and
+    with it: qwen3-30b-a3b, 16 tokens, 85 and 78 us (81 with one team), 128 tokens 124 and 117; gpt-oss-120b, MXFP4, 16 tokens,
+    227 and 191 (199 with one team); 512 tokens of qwen3-30b-a3b 164 and 155 (2026-11-28-h200-four-bits-variants.txt). One token:
+    `_one_token`.
 
     What ptxas says (`benchmarks/machine_code.py`): from 176 rows on, and from 160 on where rows are fetched by their tokens, it
     lets every product wait for the one before, so that nothing is decoded meanwhile. From 144 rows on it does so too with three
@@ -61,8 +64,9 @@ def four_bit(config: Config, projection: Projection) -> Config:
     144 rows, 635 with six counts up to 160, 656 with five up to 128 (benchmarks/results/2026-11-27-h100-four-bits-many-rows.txt).
 
     Example:
-        >>> four_bit(Config((64,), consumers=1), Projection(False, 2048, 128, mean_rows=1.0)).consumers
-        2
+        >>> few = four_bit(Config((24,), consumers=1), Projection(False, 2048, 128, mean_rows=8.0))
+        >>> few.consumers, few.teams, few.row_counts
+        (2, 2, (8, 16, 24))
         >>> four_bit(Config((64, 128, 136, 144)), Projection(True, 768, 128, mean_rows=256.0)).row_counts
         (128, 144)
     """
@@ -81,8 +85,8 @@ def four_bit_tile_rows(mean_rows: float, num_pairs: int) -> int | None:
     """The row tile of few rows: as narrow as leaves nearly every expert one tile, for more stages; None for many rows.
 
     Example:
-        >>> [four_bit_tile_rows(mean, 1024) for mean in (4.0, 16.0, 32.0, 64.0)], four_bit_tile_rows(1.0, 8)
-        ([24, 32, 48, None], 8)
+        >>> [four_bit_tile_rows(mean, 1024) for mean in (4.0, 8.0, 32.0, 64.0)], four_bit_tile_rows(1.0, 8)
+        ([16, 24, 48, None], 8)
     """
     if num_pairs <= 8:
         return 8
