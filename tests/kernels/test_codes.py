@@ -42,6 +42,14 @@ CASES = {
         320,
         dict(config=Config((8, 32), consumers=4, halves=1, tile_k=64, stages=3)),
     ),
+    "lines of 128 bytes": ("int8_weight", (3, 0, 40), 256, 2 * 80, dict(gated=True, bias="float32", config=PAIR)),
+    "blocks in lines of 128 bytes": (
+        "fp8_weight_block",
+        (3, 20),
+        384,
+        256,
+        dict(config=Config((8, 32), consumers=4, halves=1, tile_k=256, stages=2)),
+    ),
     "narrow tiles": ("int8_weight", (3, 8), 512, 80, dict(config=Config((8,), 1, 1, tile_k=256, stages=2, columns=16))),
 }
 

@@ -20,6 +20,7 @@ loaded when it is decoded: registers are short.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax import _compat_words
 from moe_jax.kernels.hopper.epilogue import Columns
-from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, WIDE_DECODED, Config
+from moe_jax.kernels.hopper.matmul_config import FEW_ROWS, WGMMA_ROWS, WIDE_DECODED, Config
 
 _DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8))
 _COLUMNS = 64  # of a block that is decoded
@@ -150,13 +151,19 @@ class Codes:
             self._block = block_rows(n_out, scales.shape[1], gated), block_columns(weights.shape[2], scales.shape[2])
         self._channels = Columns(config, n_out, gated, jnp.float32)
         self.scratch = self._channels.scratch if self._by_channel else []
-        self.ahead = config.tile_rows <= WIDE_DECODED  # beyond it registers are short
+        self.ahead = (
+            2 if config.tile_rows <= WIDE_DECODED else 1
+        )  # blocks that are loaded together; then registers are short
         self._interpret = interpret
         small = weights.dtype == jnp.int8 and not self._by_block and not interpret
         self._greater = _GREATER[jnp.dtype(dtype).name] if small else 1.0
         if interpret:
             self.scratch = [*self.scratch, plgpu.SMEM((config.consumers, 2, WGMMA_ROWS, _COLUMNS), dtype)]
-        self.transforms = plgpu.TilingTransform((8, _COLUMNS)), plgpu.SwizzleTransform(_COLUMNS)
+        # Lines of 128 bytes, where there are: TMA asks for them line by line.
+        even = all(size % 128 == 0 for size in (weights.shape[2], config.tile_k // config.depth))
+        self._wide = even and config.halves == 1 and config.tile_rows <= FEW_ROWS
+        line = 128 if self._wide else _COLUMNS
+        self.transforms = plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(line)
 
     def references(self, scales: Any, refs: list[Any]) -> tuple[Any, ...]:
         """Of the scales in GPU memory, and those of `scratch`, which are taken from the beginning of `refs`."""
@@ -167,9 +174,17 @@ class Codes:
         if self._by_channel:
             self._channels.fetch(refs[:3], wg, expert, col)
 
-    def words(self, block: Any) -> Any:
-        """A block of 64 weight rows and 64 columns, as each thread loads it for `decode`."""
-        return plgpu.load(block, layout=plgpu.Layout.WGMMA)
+    def load(self, block_at: Callable[..., Any], places: list[tuple[Any, int]]) -> list[Any]:
+        """Blocks of 64 weight rows and 64 columns, as each thread loads them for `decode`.
+
+        Args:
+            block_at: gives the reference of a half, from a column on, so many columns wide.
+            places: half and column of the blocks.
+        """
+        if not self._wide:
+            return [plgpu.load(block_at(*place, _COLUMNS), layout=plgpu.Layout.WGMMA) for place in places]
+        both = plgpu.load(block_at(*places[0], 2 * _COLUMNS), layout=plgpu.Layout.WGMMA)
+        return [both[:, :_COLUMNS], both[:, _COLUMNS:]]
 
     def decode(self, values: Any, refs: Any, wg: Any, turn: int, place: Place) -> Any:
         """The block as an operand of wgmma; `turn` counts them."""

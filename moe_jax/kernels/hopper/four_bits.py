@@ -29,6 +29,7 @@ NVFP4 on an H100, qwen3-30b-a3b, the kernels of a layer (benchmarks/results, 202
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -100,7 +101,7 @@ class FourBits:
     """
 
     under_way = 1  # products that read registers while the next block is decoded
-    ahead = True  # what is decoded of all blocks of a stage is loaded before the first of them is
+    ahead = 8  # blocks of a stage that are loaded before the first of them is decoded
 
     def __init__(self, weights: PreparedArray, config: Config, gated: bool, *, interpret: bool):
         if config.columns != SIDE:
@@ -119,8 +120,16 @@ class FourBits:
     def fetch(self, refs: Any, wg: Any, expert: Any, col: Any) -> None:
         """Nothing: scales come with codes."""
 
-    def words(self, block: Any) -> tuple[Any, ...]:
-        """What each thread loads of a block, for `decode`: asked for ahead, it has come when it is decoded."""
+    def load(self, block_at: Callable[..., Any], places: list[tuple[Any, int]]) -> list[tuple[Any, ...]]:
+        """What each thread loads of blocks, for `decode`: asked for ahead, it has come when it is decoded.
+
+        Args:
+            block_at: gives the reference of a half, from a column on, so many columns wide.
+            places: half and column of the blocks.
+        """
+        return [self._words_of(block_at(*place, SIDE)) for place in places]
+
+    def _words_of(self, block: Any) -> tuple[Any, ...]:
         if self._interpret:
             return (block[...],)
         layout, types = self._layout, self._words

@@ -228,25 +228,22 @@ def grouped_matmul(
                 def multiply_step(step, slot):
                     at = ring + slot
                     plgpu.barrier_wait(full.at[at])
+                    block_at = functools.partial(of_weights.block, weights_s, at, unit)
                     places = [(piece, half) for piece in range(operand.pieces) for half in range(halves)]
-                    blocks = [
-                        of_weights.block(weights_s, at, unit, own + half, piece * swizzled, swizzled)
-                        for piece, half in places
-                    ]
-                    if coded and coded.ahead:
-                        blocks = [coded.words(block) for block in blocks]
-                    for piece in range(operand.pieces):
+                    loaded = []
+                    for turn, (piece, half) in enumerate(places):
                         b = operand.eights(rows_s).at[at, piece, pl.ds(0, count)]
-                        for half, acc in enumerate(accs):
-                            turn = piece * halves + half
-                            a = blocks[turn]
-                            if coded:
-                                a = a if coded.ahead else coded.words(a)
-                                place = codes.Place(expert, col, own + half, step * tk + piece * swizzled)
-                                a = coded.decode(a, of_codes, wg, turn, place)
-                            plgpu.wgmma(acc, a, b.T)
-                            if coded:  # registers are read until the products are done
-                                plgpu.wgmma_wait(coded.under_way)
+                        if coded:
+                            if turn == len(loaded):
+                                some = places[turn : turn + coded.ahead]
+                                loaded += coded.load(block_at, [(own + h, p * swizzled) for p, h in some])
+                            place = codes.Place(expert, col, own + half, step * tk + piece * swizzled)
+                            a = coded.decode(loaded[turn], of_codes, wg, turn, place)
+                        else:
+                            a = block_at(own + half, piece * swizzled, swizzled)
+                        plgpu.wgmma(accs[half], a, b.T)
+                        if coded:  # registers are read until the products are done
+                            plgpu.wgmma_wait(coded.under_way)
                     under_way = halves * operand.pieces if config.overlap else None
                     tiles.hand_back(empty, step, slot, stages, under_way, ring)
                     return tiles.next_slot(slot, stages)
