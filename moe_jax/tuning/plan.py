@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
 from moe_jax.config import MoEConfig
-from moe_jax.kernels.hopper.decoding_config import Projection, four_bit, four_bit_tile_rows, one_byte
+from moe_jax.kernels.hopper.decoding_config import Projection, few_tile_rows, four_bit, one_byte
 from moe_jax.kernels.hopper.matmul_config import (
     MANY_FETCHED_FOUR_BIT,
     MANY_PROMOTED,
@@ -237,7 +237,7 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
     if tile_rows is None:
         tile_rows = tile_rows_for(mean_rows, shape.num_pairs, gather, coded=bool(shape.codes))
         tile_rows = min(tile_rows, MOST_FETCHED_DECODED) if of.weights_alone and gather else tile_rows
-        tile_rows = (four_bit_tile_rows(mean_rows, shape.num_pairs) if of.four_bits else None) or tile_rows
+        tile_rows = (few_tile_rows(mean_rows, shape.num_pairs) if of.weights_alone else None) or tile_rows
     if of.weights_alone:  # `decoding_config.four_bit` says why
         tile_rows = min(tile_rows, MOST_DECODED)
         gather = gather and tile_rows <= MOST_FETCHED_DECODED
@@ -248,12 +248,12 @@ def default_plan(shape: LayerShape, tile_rows: int | None = None) -> LayerPlan:
             config = four_bit(config, projection)
         elif shape.codes:
             config = one_byte(config, projection, in_blocks=of.granularity == "block")
-            if config.consumers == 4:  # there is no room for three stages of 192
-                return config
         return in_whole_steps(config, k)
 
     up = tiled(shape.gated, shape.intermediate_size, shape.hidden_size)
-    up = dataclasses.replace(up, gather=gather and up.cluster == 1 and tile_rows % 16 == 0)
+    up = dataclasses.replace(
+        up, gather=gather and up.cluster == 1 and tile_rows % 16 == 0 and tile_rows > 16 and up.stages > 2
+    )
     down = tiled(False, shape.hidden_size, shape.intermediate_size)
     return LayerPlan(tile_rows, *(within_memory(config, shape.dtype, shape.codes) for config in (up, down)))
 

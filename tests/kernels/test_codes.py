@@ -114,6 +114,25 @@ def test_the_rule_keeps_the_row_tile(gated):
         assert {each.tile_rows for each in found} == {rows}
 
 
+@pytest.mark.parametrize(
+    ("rows", "n_out", "mean_rows", "in_blocks", "tiles"),
+    [
+        (16, 2048, 1.0, False, (4, 256, 2)),
+        (16, 2048, 0.5, False, (2, 256, 5)),  # few tiles: half as wide
+        (16, 2048, 0.5, True, (4, 256, 2)),
+        (48, 2880, 32.0, True, (2, 256, 5)),  # four consumers' columns do not divide the output
+        (64, 2048, 40.0, False, (4, 128, 3)),  # two stages of 256 do not fit
+        (64, 2880, 40.0, False, (2, 128, 4)),
+    ],
+)
+def test_tiles_of_few_rows(rows, n_out, mean_rows, in_blocks, tiles):
+    config = Config((rows,), consumers=1, tile_k=128, stages=4)
+    for gated in (True, False):
+        found = one_byte(config, Projection(gated, n_out, 128, mean_rows), in_blocks)
+        assert (found.consumers, found.tile_k, found.stages) == tiles
+        assert found.paired == gated and found.halves == 1 and found.tile_rows == rows and not found.overlap
+
+
 def test_tiles_of_more_rows_than_the_rule_has():
     groups, x, weights, *_ = problem_of("int8_weight", (180, 5), 64, 64, dict(config=Config((192,))))
     out = grouped_matmul(x, weights, groups, implementation="mosaic_interpret")

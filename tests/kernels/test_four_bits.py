@@ -229,12 +229,15 @@ def test_tiles(monkeypatch):
 
     assert tiled(True, 2048, 1) == (2, 64, 256)  # 32 tiles
     assert tiled(True, 768, 8) == (2, 64, 256)  # 96
-    assert tiled(True, 14336, 2) == (4, 64, 128)  # two rounds of tiles of 128 columns
+    assert tiled(True, 14336, 2) == (4, 64, 256)  # two rounds of tiles of 128 columns
     assert tiled(False, 7168, 1) == (1, 64, 256)
     assert tiled(False, 2048, 8) == (2, 64, 256)
-    assert tiled(False, 4096, 8) == (4, 64, 128)
-    few = Config((8, 64), consumers=1, tile_k=128, stages=4)
-    assert [tiled(gated, 2048, 128, few) for gated in (True, False)] == [(2, 64, 128), (2, 64, 256)]
-    assert [tiled(gated, 2048, 128, few, 8.0) for gated in (True, False)] == [(4, 64, 128)] * 2
+    assert tiled(False, 4096, 8) == (4, 64, 256)
+    few = [Config((rows,), consumers=1, tile_k=128, stages=4) for rows in (16, 24, 32, 48, 64)]
+    for gated in (True, False):
+        found = [tiled(gated, 2048, 128, config, 8.0) for config in few]
+        assert found == [(2, 64, 256)] * 2 + [(4, 64, 256)] * 2 + [(4, 64, 128)]
+        teams = [four_bit(config, Projection(gated, 2048, 128, 8.0)).teams for config in few]
+        assert teams == [2, 2, 1, 1, 1]
     many = four_bit(Config((128, 160), cluster=2, gather=True), Projection(True, 768, 128, 256.0))
     assert (many.cluster, many.gather, many.tile_rows) == (1, True, 160)

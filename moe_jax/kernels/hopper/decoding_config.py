@@ -7,7 +7,7 @@ blocks of columns, or the gate and the up half of one (`Config.paired`). The bit
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moe_jax.kernels.hopper import matmul_config
 from moe_jax.kernels.hopper.matmul_config import (
@@ -19,10 +19,9 @@ from moe_jax.kernels.hopper.matmul_config import (
     work_of,
 )
 
-_ROW_TILES = ((5, 16), (10, 24), (16, 32), (32, 48), (48, 64))  # of four bits, by the mean rows of an expert
+_ROW_TILES = ((5, 16), (10, 24), (16, 32), (32, 48), (48, 64))  # by the mean rows of an expert
+_ROWS_OF_LONG_STEPS = 48  # of a tile, for steps of 256 of K: with more there is no room for two stages
 _ROWS_OF_TEAMS = 24  # of a tile, for teams: with more they have two stages each
-_MANY_ROWS = 4  # an expert, of few, from which on more consumers, or more row counts, pay
-_MANY_BYTES = 8  # the same, for consumers of codes of a byte with scales of channels
 
 
 class Projection(NamedTuple):
@@ -77,15 +76,15 @@ def four_bit(config: Config, projection: Projection) -> Config:
     if config.consumers > 1:
         return _few_copies(config)
     teams = dict(consumers=2, teams=2) if config.tile_rows <= _ROWS_OF_TEAMS else dict(consumers=4)
-    wanted = dict(halves=1, paired=gated, row_counts=_even_counts(config), tile_k=256, stages=4, overlap=False)
-    return dataclasses.replace(config, **teams, **wanted)
+    steps = dict(tile_k=256, stages=4) if config.tile_rows <= _ROWS_OF_LONG_STEPS else dict(tile_k=128, stages=5)
+    return dataclasses.replace(config, **teams, **steps, **_few(config, gated))
 
 
-def four_bit_tile_rows(mean_rows: float, num_pairs: int) -> int | None:
+def few_tile_rows(mean_rows: float, num_pairs: int) -> int | None:
     """The row tile of few rows: as narrow as leaves nearly every expert one tile, for more stages; None for many rows.
 
     Example:
-        >>> [four_bit_tile_rows(mean, 1024) for mean in (4.0, 8.0, 32.0, 64.0)], four_bit_tile_rows(1.0, 8)
+        >>> [few_tile_rows(mean, 1024) for mean in (4.0, 8.0, 32.0, 64.0)], few_tile_rows(1.0, 8)
         ([16, 24, 48, None], 8)
     """
     if num_pairs <= 8:
@@ -101,36 +100,29 @@ def one_byte(config: Config, projection: Projection, in_blocks: bool) -> Config:
         projection: that is tiled.
         in_blocks: with a scale for each block, which takes more instructions to decode.
 
-    Four consumers, where their columns divide the output, for scales of blocks, and for others from 8 rows an expert on. On an
-    H200, int8, pairs and four: qwen3-30b-a3b, 16 tokens, 121 and 127 us, 128 tokens 188 and 177; mixtral-8x7b, 128 tokens, 450
-    and 430; dsv3-ep8, 16 tokens, 182 and 202; gpt-oss-120b, 128 tokens, 781 and 868. FP8 in blocks, four and pairs:
-    mixtral-8x7b, 128 tokens, 436 and 503; qwen3-30b-a3b, 16 tokens, 135 and 138 (2026-11-28-h200-variants.txt). With many rows
-    tiles are those of `four_bit`: qwen3-30b-a3b, 4096 tokens, 700 us, with six row counts and a product at a time 766.
-
-    On an H100, before codes were loaded and decoded as they are (`codes`), layers with one consumer, pairs of them and four
-    (2026-11-28-h100-variants.txt). int8: mixtral-8x7b, 128 tokens, 684, 580 and 573 us; qwen3-30b-a3b 263, 249 and 249;
-    qwen3-235b, 16 tokens, 620, 596 and 608; gpt-oss-120b 535, 507 and 546. FP8 in blocks: qwen3-30b-a3b, 16 tokens, 218, 180
-    and 175, 128 tokens 315, 259 and 252; mixtral-8x7b, 128 tokens, 789, 628 and 581; gpt-oss-120b, whose columns 128 do not
-    divide, 16 tokens, 648, 525 and 556. One token: `_one_token`.
+    Four consumers, where their columns divide the output, from one row an expert on, and for scales of blocks: with fewer rows
+    tiles of half as many columns keep more multiprocessors busy. Steps have 256 of K: rows of weights are read in runs of as many
+    bytes, of 128 L2 is asked twice as often (61 % of its tag lookups, 35 % where four-bit weights lie in blocks). Layers on an
+    H200, int8, tiles of 64 rows and steps of 128, then this: qwen3-30b-a3b, 16 tokens, 120 and 113 us, kernels of 128 tokens 175
+    and 169, mixtral-8x7b, kernels of 128 tokens, 387 and 358. FP8 in blocks, qwen3-30b-a3b, 16 tokens, 125 and 124 us
+    (2026-11-28-h200-four-bits-variants.txt). With many rows tiles are those of `four_bit`: qwen3-30b-a3b, 4096 tokens, 700 us,
+    with six row counts and a product at a time 766 (2026-11-28-h200-variants.txt). One token: `_one_token`.
 
     Example:
-        >>> few = Config((8, 16, 32, 64), consumers=1)
-        >>> up, down = Projection(True, 768, 128, mean_rows=1.0), Projection(False, 2048, 128, mean_rows=1.0)
-        >>> one_byte(few, up, in_blocks=False).paired
-        True
-        >>> [one_byte(few, down, in_blocks).consumers for in_blocks in (False, True)]
-        [2, 4]
+        >>> few = Config((32,), consumers=1)
+        >>> up, down = Projection(True, 768, 128, mean_rows=8.0), Projection(False, 2880, 128, mean_rows=4.0)
+        >>> [one_byte(few, of, in_blocks=False).consumers for of in (up, down)]
+        [4, 2]
     """
     if config.consumers > 1 or config.tile_rows > FEW_ROWS:
         return _few_copies(dataclasses.replace(config, cluster=1))
     whole = dataclasses.replace(config, columns=WGMMA_ROWS)
     if config.tile_rows <= 8:
         return _one_token(whole, projection, byte=True)
-    counts = _counts(config) if projection.mean_rows >= _MANY_ROWS else few_counts(config).row_counts
-    if projection.n_out % (2 * WGMMA_ROWS) == 0 and (in_blocks or projection.mean_rows >= _MANY_BYTES):
-        return dataclasses.replace(_four(whole, projection.gated), row_counts=counts, stages=3)
-    two = dict(consumers=2, halves=1, paired=projection.gated, tile_k=128, stages=4)
-    return dataclasses.replace(whole, row_counts=counts, **two)
+    four = projection.n_out % (2 * WGMMA_ROWS) == 0 and (in_blocks or projection.mean_rows >= 1)
+    long = config.tile_rows <= _ROWS_OF_LONG_STEPS
+    steps = dict(tile_k=256, stages=2 if four else 5) if long else dict(tile_k=128, stages=3 if four else 4)
+    return dataclasses.replace(whole, consumers=4 if four else 2, **steps, **_few(config, projection.gated))
 
 
 def _few_copies(config: Config) -> Config:
@@ -139,17 +131,14 @@ def _few_copies(config: Config) -> Config:
     return dataclasses.replace(config, row_counts=(WIDE_DECODED, config.tile_rows)) if wide else few_counts(config)
 
 
-def _four(config: Config, gated: bool) -> Config:
-    return dataclasses.replace(config, consumers=4, halves=1, paired=gated, tile_k=128)
-
-
 def _counts(config: Config) -> tuple[int, ...]:
     return (*(c for c in matmul_config.FEW_DECODED if c < config.tile_rows), config.tile_rows)
 
 
-def _even_counts(config: Config) -> tuple[int, ...]:
-    """All there are, where the widest is not wide."""
-    return _counts(config) if config.tile_rows > 48 else tuple(range(8, config.tile_rows + 1, 8))
+def _few(config: Config, gated: bool) -> dict[str, Any]:
+    """What tiles of few rows have in common where several consumers decode."""
+    counts = _counts(config) if config.tile_rows > _ROWS_OF_LONG_STEPS else tuple(range(8, config.tile_rows + 1, 8))
+    return dict(halves=1, paired=gated, row_counts=counts, overlap=False)
 
 
 def _one_token(config: Config, projection: Projection, byte: bool = False) -> Config:
@@ -174,7 +163,8 @@ def _one_token(config: Config, projection: Projection, byte: bool = False) -> Co
     consumers = columns // WGMMA_ROWS * (2 if gated else 1)
     if byte:
         wide = consumers == (2 if gated else 1)
-        tiles = dict(tile_k=256, stages=5) if wide else dict(tile_k=128, stages=5 if gated else 6)
+        tiles = dict(tile_k=256, stages=5) if wide else dict(tile_k=128, stages=6)
+        tiles = dict(tile_k=256, stages=3) if consumers == 4 else tiles
     else:
         tiles = dict(tile_k=256, stages=5) if consumers == 4 else dict(tile_k=256, stages=6)
     return dataclasses.replace(config, consumers=consumers, halves=1, paired=gated, **tiles)

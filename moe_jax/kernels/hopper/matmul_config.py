@@ -212,8 +212,10 @@ def in_whole_steps(config: Config, k: int) -> Config:
         >>> [in_whole_steps(few, k).tile_k for k in (2048, 2880, 832)]
         [128, 192, 64]
     """
-    if config.everyone.consumers == 4 and config.tile_k == 256:
-        tile_k = next((step for step in (256, 320, 192) if k % step == 0), 128)
+    four = config.everyone.consumers == 4
+    if config.halves == 1 and config.tile_k == 256 and k % 256 and (four or config.tile_rows > 8):
+        steps = (320, 192) if four and config.stages > 3 else (192,)
+        tile_k = next((step for step in steps if k % step == 0), 128)
         return dataclasses.replace(config, tile_k=tile_k, stages=config.stages * 256 // tile_k)
     if config.tile_k != 128 or config.tile_rows <= 8 or config.columns < WGMMA_ROWS or not 0 < k % 128 <= 64:
         return config
