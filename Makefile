@@ -52,10 +52,12 @@ notebooks: $(INSTALLED)
 # README's tables and the pictures, of these result files of moe-jax bench.
 RESULTS ?= $(addprefix benchmarks/results/, 2026-11-28-h200-bf16-layer.json 2026-11-28-h200-bf16-one-token-layer.json \
     2026-11-25-h200-bf16-layer.json 2026-11-28-h100-bf16-layer.json 2026-11-27-h100-bf16-sonicmoe-layer.json \
-    2026-11-28-h100-bf16-sonicmoe-layer.json 2026-11-28-h200-fp8_block-layer.json 2026-11-28-h100-fp8_block-layer.json \
-    2026-11-27-h100-fp8_block-layer.json 2026-11-27-h100-fp8_block-equal-seconds-layer.json 2026-11-28-h200-fp8_channel-layer.json \
-    2026-11-26-h100-fp8_channel-layer.json 2026-11-28-h200-int8_weight-layer.json \
-    2026-11-28-h200-int8_weight-few-layer.json 2026-11-28-h100-int8_channel-layer.json)
+    2026-11-28-h100-bf16-sonicmoe-layer.json 2026-11-28-h200-fp8_block-layer.json 2026-11-28-h200-fp8_block-more-layer.json \
+    2026-11-28-h100-fp8_block-layer.json 2026-11-27-h100-fp8_block-layer.json \
+    2026-11-27-h100-fp8_block-equal-seconds-layer.json 2026-11-28-h200-fp8_channel-layer.json \
+    2026-11-28-h200-fp8_channel-more-layer.json 2026-11-26-h100-fp8_channel-layer.json \
+    2026-11-28-h200-int8_weight-layer.json 2026-11-28-h200-int8_weight-lines-layer.json \
+    2026-11-28-h100-int8_channel-layer.json)
 results: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/table.py $(RESULTS)
 

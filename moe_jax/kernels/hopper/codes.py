@@ -5,17 +5,22 @@ floats and multiplies it: memory carries one byte a weight, and no kernel dequan
 floats, so with a scale for each channel or one for all nothing is rounded, and the sum is scaled once. With a scale for each
 block a code is multiplied in float32 and rounded.
 
-A thread loads codes two by two, as it holds them in wgmma's operand (`LDS.U16`), those of a whole stage before the first is
-decoded, and PTX of our own makes two floats of a word. That is 2.8 instructions of the vector units a weight for int8, 2.8 for
-FP8 with scales of channels and 3.8 of blocks. Four bytes a load, exchanged between neighbouring threads and decoded by Mosaic,
-took 4.0, 3.5 and 4.7 (benchmarks/results/2026-11-28-machine-code-bytes.txt). Products of a block run while the next is decoded.
+A thread loads codes two by two, as it holds them in wgmma's operand (`LDS.U16`), those of two blocks before the first is
+decoded, and PTX of our own makes two floats of a word. That is 2.2 instructions of the vector units a weight for int8 (`_pair`),
+2.7 for FP8 with scales of channels and 3.7 of blocks (benchmarks/results/2026-11-28-machine-code-four-bits.txt). Four bytes a
+load, exchanged between neighbouring threads and decoded by Mosaic, took 4.0, 3.5 and 4.7 (2026-11-28-machine-code-bytes.txt).
+Products of a block run while the next is decoded.
 
-On an H200 layers before and with that (2026-11-28-h200-int8_weight-before-layer.json, -int8_weight-layer.json, -variants.txt):
-int8, qwen3-30b-a3b, 1, 16, 128, 1024 and 4096 tokens 24, 137, 207, 301 and 766 us, and 20, 122, 188, 280 and 701 (vLLM 26, 130,
-268, 607 and 1462); FP8 in blocks, gpt-oss-120b, 16 and 128 tokens 428 and 970, and 374 and 841. With four consumers from 8 rows
-an expert on qwen3-30b-a3b with 128 tokens takes 179 us, mixtral-8x7b 410 instead of 444 (-int8_weight-few-layer.json). Several
-consumers decode a tile: `decoding_config`. Tiles of more than 128 rows have two row counts, see there, and codes of a block are
-loaded when it is decoded: registers are short.
+Few rows wait for memory. Lines of 64 bytes in shared memory, as wide as a block, have L2 asked for half a line at a time: its
+tags were busy for 61 % of the time with int8, 35 % with blocks of four-bit weights (2026-11-28-h200-counters.txt). With lines of
+128 bytes, and 256 of K a step, a layer of 16 tokens of qwen3-30b-a3b takes 113 us instead of 122, of qwen3-235b 390 instead of
+411, of 128 tokens 595 instead of 653 (int8; 2026-11-28-h200-int8_weight-lines-layer.json, -int8_weight-layer.json).
+
+Exchanges of bytes were worth this, layers on an H200 (-int8_weight-before-layer.json, -int8_weight-layer.json, -variants.txt):
+int8, qwen3-30b-a3b, 1, 16, 128, 1024 and 4096 tokens 24, 137, 207, 301 and 766 us, and 20, 122, 188, 280 and 701 without them
+(vLLM 26, 130, 268, 607 and 1462); FP8 in blocks, gpt-oss-120b, 16 and 128 tokens 428 and 970, and 374 and 841. Several consumers
+decode a tile: `decoding_config`. Tiles of more than 128 rows have two row counts, see there, and codes of a block are loaded when
+it is decoded: registers are short.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def four_bit(config: Config, projection: Projection) -> Config:
     Products end with their step (`Config.overlap`): with others under way four consumers have too few registers, and ptxas lets
     each wait for the one before. Layers on an H200, before that (pairs or four consumers, steps of 128, tiles of 64 rows) and
     with it: qwen3-30b-a3b, 16 tokens, 85 and 78 us (81 with one team), 128 tokens 124 and 117; gpt-oss-120b, MXFP4, 16 tokens,
-    227 and 191 (199 with one team); 512 tokens of qwen3-30b-a3b 164 and 155 (2026-11-28-h200-four-bits-variants.txt). One token:
+    228 and 191 (199 with one team); 512 tokens of qwen3-30b-a3b 164 and 155 (2026-11-28-h200-four-bits-variants.txt). One token:
     `_one_token`.
 
     What ptxas says (`benchmarks/machine_code.py`): from 176 rows on, and from 160 on where rows are fetched by their tokens, it
@@ -73,7 +73,7 @@ def four_bit(config: Config, projection: Projection) -> Config:
     config = dataclasses.replace(config, cluster=1, columns=WGMMA_ROWS)
     if config.consumers == 1 and config.tile_rows <= 8:
         return _one_token(config, projection)
-    if config.consumers > 1:
+    if config.consumers > 1 or config.tile_rows > FEW_ROWS:
         return _few_copies(config)
     teams = dict(consumers=2, teams=2) if config.tile_rows <= _ROWS_OF_TEAMS else dict(consumers=4)
     steps = dict(tile_k=256, stages=4) if config.tile_rows <= _ROWS_OF_LONG_STEPS else dict(tile_k=128, stages=5)
@@ -102,11 +102,11 @@ def one_byte(config: Config, projection: Projection, in_blocks: bool) -> Config:
 
     Four consumers, where their columns divide the output, from one row an expert on, and for scales of blocks: with fewer rows
     tiles of half as many columns keep more multiprocessors busy. Steps have 256 of K: rows of weights are read in runs of as many
-    bytes, of 128 L2 is asked twice as often (61 % of its tag lookups, 35 % where four-bit weights lie in blocks). Layers on an
-    H200, int8, tiles of 64 rows and steps of 128, then this: qwen3-30b-a3b, 16 tokens, 120 and 113 us, kernels of 128 tokens 175
-    and 169, mixtral-8x7b, kernels of 128 tokens, 387 and 358. FP8 in blocks, qwen3-30b-a3b, 16 tokens, 125 and 124 us
-    (2026-11-28-h200-four-bits-variants.txt). With many rows tiles are those of `four_bit`: qwen3-30b-a3b, 4096 tokens, 700 us,
-    with six row counts and a product at a time 766 (2026-11-28-h200-variants.txt). One token: `_one_token`.
+    bytes (`codes` says why). Layers on an H200, int8, tiles of 64 rows and steps of 128, then this: qwen3-30b-a3b, 16 tokens, 120
+    and 113 us, kernels of 128 tokens 175 and 169, mixtral-8x7b, kernels of 128 tokens, 387 and 358. FP8 in blocks, qwen3-30b-a3b,
+    16 tokens, 125 and 124 us (2026-11-28-h200-four-bits-variants.txt). With many rows tiles are those of `four_bit`:
+    qwen3-30b-a3b, 4096 tokens, 700 us, with six row counts and a product at a time 766 (2026-11-28-h200-variants.txt). One token:
+    `_one_token`.
 
     Example:
         >>> few = Config((32,), consumers=1)
@@ -156,15 +156,18 @@ def _one_token(config: Config, projection: Projection, byte: bool = False) -> Co
     64 and one consumer, 73.4 of 128 and two (2026-11-28-h100-variants.txt), and one consumer better takes 256 of K a stage than
     128: mixtral-8x7b down 31.4 us and 35.7 on an H200 (2026-11-28-h200-variants.txt). Layers before and with that, FP8 in
     blocks: mixtral-8x7b 266 and 159 us, qwen3-30b-a3b 33 and 28 (-fp8_weight-layer.json).
+
+    Four consumers take 256 of K a step, or 192 or 320 that divide it, in the place of 128: NVFP4, mixtral-8x7b up 39.2 us and
+    40.2 on an H200, qwen3-235b 21.0 and 21.9; int8, mixtral-8x7b up 60.4 and 62.7, gpt-oss-120b 21.8 and 23.1
+    (2026-11-28-h200-four-bits-variants.txt).
     """
     gated, n_out, likely_tiles, _ = projection
     pieces = (64, 128) if gated or byte else (64, 128, 256)
     columns = min(pieces, key=lambda columns: (work_of(columns, n_out, likely_tiles), -columns))
     consumers = columns // WGMMA_ROWS * (2 if gated else 1)
     if byte:
-        wide = consumers == (2 if gated else 1)
-        tiles = dict(tile_k=256, stages=5) if wide else dict(tile_k=128, stages=6)
-        tiles = dict(tile_k=256, stages=3) if consumers == 4 else tiles
+        narrow = columns == WGMMA_ROWS
+        tiles = dict(tile_k=256, stages=5 if narrow else 3) if narrow or gated else dict(tile_k=128, stages=6)
     else:
-        tiles = dict(tile_k=256, stages=5) if consumers == 4 else dict(tile_k=256, stages=6)
+        tiles = dict(tile_k=256, stages=5 if consumers == 4 else 6)
     return dataclasses.replace(config, consumers=consumers, halves=1, paired=gated, **tiles)

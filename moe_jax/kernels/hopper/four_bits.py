@@ -5,7 +5,9 @@ As in `codes`, a consumer decodes a block of 64 x 64 into registers, which wgmma
 
 float4_e2m1fn. Sign, exponent and fraction of a code, at the place of a 16-bit float's sign, lowest exponent bits and highest
 fraction bit, are that float times a power of two, subnormal ones included. So a rotation and a mask decode a pair, and one
-product with the scale, which takes the power of two back, finishes it. A code has two significant bits and a scale at most four:
+product with the scale, which takes the power of two back, finishes it. Where three rotations would leave the bits of the fourth
+pair in pieces, one multiplication moves them all (`prepared_layout.adds_up`). A mask makes two scales at a time, in the halves of
+a word, of which a product takes either one for both of its own. A code has two significant bits and a scale at most four:
 nothing is rounded, and the result is that of the kernel for 16-bit weights, bit for bit, on what the codes stand for. What all
 scales of a matrix share, and the power of two, scale the sum.
 
@@ -15,16 +17,17 @@ the product with the scale, which was rounded to 16 bits when the weights were p
 Two blocks are decoded in turn: wgmma reads one while the next is made. What a thread needs of all blocks of a stage is loaded
 first, so that it waits once.
 
-Counted in the machine code (`benchmarks/machine_code.py`; instructions of the vector units a weight, in the loop over K, eight
-rows): NVFP4 2.3, MXFP4 2.1, int4 2.6, with a scale and a zero point for each 32 columns 2.8. No loop spills up to 160 rows, but
-ptxas lets products wait for each other where registers run short, and nothing is decoded meanwhile: `decoding_config.four_bit`
-says when, and what that costs.
+Counted in the machine code (`benchmarks/machine_code.py`; instructions of the vector units a weight, in the loop over K, few
+rows): NVFP4 1.9, MXFP4 1.8, int4 2.6, and 0.4 of the uniform ones (2026-11-28-machine-code-four-bits.txt). With nine instructions
+for four pairs and two for each scale NVFP4 took 2.4. No loop spills up to 160 rows, but ptxas lets products wait for each other
+where registers run short, and nothing is decoded meanwhile: `decoding_config.four_bit` says when, and what that costs.
 
-NVFP4 on an H100, qwen3-30b-a3b, the kernels of a layer (benchmarks/results, 2026-11-27-h100-nvfp4-few-layer.json and
--nvfp4-layer.json, Marlin in -four-bits-peers.txt): 98, 149, 253, 570 and 2245 us at 16, 128, 1024, 4096 and 16384 tokens; Marlin
-119, 183, 547, 1592 and 5681; bfloat16 271, 419, 487, 686 and 2106. At 128 tokens the up-projection reads memory at 2.66 TB/s,
-87 % of what sums read, the down-projection, whose tiles are short, at 2.29; integer units are busy 43 and 36 % of the time
-(2026-11-27-h100-counters.txt).
+What binds, by the counters of an H200 (2026-11-28-h200-counters.txt): with few rows instructions are issued in 63 to 74 % of the
+cycles, and integer units are busy for half of them. mixtral-8x7b, 16 tokens, kernels of a layer: 234 us before, 221 with fewer
+instructions, 200 with longer steps; the up-projection then reads memory at 4.0 TB/s. qwen3-30b-a3b, 128 tokens: 129, 122, 115.
+mixtral-8x7b, 128 tokens, up to 48 rows a tile: 329, 298, 250; tensor cores are busy for 49 % there, and the clock falls to 1.6
+GHz (2026-11-28-h200-four-bits-variants.txt). What is left is mostly what comes before and after the loop: a layer of 16 tokens of
+qwen3-30b-a3b takes 77 us, of which its weights take 49 at the rate of sums.
 """
 
 from __future__ import annotations

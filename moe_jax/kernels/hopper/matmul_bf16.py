@@ -22,6 +22,9 @@ Narrow tiles. A few experts' weights are too few tiles for all multiprocessors. 
 times as many: a stage holds as many bytes, of fewer rows of weights and more of K, and wgmma, which takes 64 rows, reads on into
 the rows after them. What it makes of those is dropped.
 
+Teams. Consumers that decode their weights are busy, and none of them decodes while all have an epilogue. `Config.teams` of them
+have tiles, stages and a producer warp of their own, and the second begins when the first has done half a tile.
+
 Bit-equality. Every output element is summed over K in steps of 16 in order, in one accumulator, whatever the tile: a row's
 result does not depend on which rows share its tile, nor on the configuration.
 
