@@ -38,15 +38,17 @@ _MANY_ROWS: tuple[dict[str, Any], ...] = (
     {"cluster": 1, "gather": True},
     {"gather": False},
 )
-# Weights that alone are codes are decoded by up to four consumers, gate and up by one or by two. What a projection cannot have is
-# left out.
+# Weights that alone are codes are decoded by up to four consumers, gate and up by one or by two, all together or in two teams.
+# What a projection cannot have is left out.
 _FEW_DECODED: tuple[dict[str, Any], ...] = (
     {},
-    *({"tile_k": tile_k} for tile_k in (128, 192, 256)),
-    *({"consumers": consumers, "halves": 2, "paired": False} for consumers in (1, 2)),
-    *({"consumers": consumers, "halves": 1, "paired": False} for consumers in (1, 2, 4)),
-    *({"consumers": consumers, "halves": 1, "paired": True} for consumers in (2, 4)),
+    *({"tile_k": tile_k} for tile_k in (128, 192, 256, 320)),
+    *({"consumers": consumers, "halves": 2, "paired": False, "teams": 1} for consumers in (1, 2)),
+    *({"consumers": consumers, "halves": 1, "paired": False, "teams": 1} for consumers in (1, 2, 4)),
+    *({"consumers": consumers, "halves": 1, "paired": True, "teams": 1} for consumers in (2, 4)),
+    *({"consumers": 2, "halves": 1, "paired": paired, "teams": 2, "gather": False} for paired in (False, True)),
     {"overlap": True},
+    {"overlap": False},
     {"gather": False},
 )
 # 8-bit rows have no clusters and are not fetched by their tokens; a stage takes 128 of K in the place of 64.
@@ -89,7 +91,10 @@ def row_tiles(shape: LayerShape) -> tuple[int, ...]:
     if Codes.of(shape.codes).weights_alone:
         most = (128, 144, 160)
     likely = (64,) if mean <= 24 else (64, some) if mean <= 96 else most
-    return tuple(sorted({*likely, default_plan(shape).tile_rows}))
+    of_rule = default_plan(shape).tile_rows
+    if Codes.of(shape.codes).weights_alone and 8 < of_rule < 64:
+        likely = (min(64, 2 * of_rule),)
+    return tuple(sorted({*likely, of_rule}))
 
 
 def candidates(shape: LayerShape) -> list[LayerPlan]:

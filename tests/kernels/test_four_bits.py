@@ -56,6 +56,7 @@ CASES = {
         2 * 160,
         dict(gated=True, bias="float32", config=TEAMS),
     ),
+    "two teams, one tile": ("nvfp4", (3,), 64, 2 * 64, dict(gated=True, config=TEAMS)),
     "mxfp4, two teams": ("mxfp4", (3, 40), 192, 576, dict(config=dataclasses.replace(TEAMS, paired=False))),
     "int4, zero points": ("int4_group32_zp", (20, 3), 128, 80, dict(config=MANY)),
 }

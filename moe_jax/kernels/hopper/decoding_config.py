@@ -131,14 +131,10 @@ def _few_copies(config: Config) -> Config:
     return dataclasses.replace(config, row_counts=(WIDE_DECODED, config.tile_rows)) if wide else few_counts(config)
 
 
-def _counts(config: Config) -> tuple[int, ...]:
-    return (*(c for c in matmul_config.FEW_DECODED if c < config.tile_rows), config.tile_rows)
-
-
 def _few(config: Config, gated: bool) -> dict[str, Any]:
     """What tiles of few rows have in common where several consumers decode."""
-    counts = _counts(config) if config.tile_rows > _ROWS_OF_LONG_STEPS else tuple(range(8, config.tile_rows + 1, 8))
-    return dict(halves=1, paired=gated, row_counts=counts, overlap=False)
+    counts = (c for c in matmul_config.FEW_DECODED if c < config.tile_rows)
+    return dict(halves=1, paired=gated, row_counts=(*counts, config.tile_rows), overlap=False)
 
 
 def _one_token(config: Config, projection: Projection, byte: bool = False) -> Config:

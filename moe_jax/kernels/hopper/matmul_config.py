@@ -29,7 +29,7 @@ MOST_CONSUMERS = 4  # that decode weights, for few rows
 MANY_FETCHED_FOUR_BIT = 192  # rows an expert from which on that was measured to pay
 PRODUCER_REGISTERS, _REGISTERS = 24, 64 * 1024  # of a producer's thread; of a multiprocessor
 WIDE_DECODED = _SOME[-1]  # beyond it the machine code allows two row counts: `decoding_config.four_bit`
-FEW_DECODED = (8, 16, 24, 32, 48)  # row counts of few rows where several consumers decode
+FEW_DECODED = (8, 16, 24, 32, 40, 48)  # row counts of few rows where several consumers decode
 _BETWEEN = 8  # columns that a multiprocessor could make in the time from one tile to the next, with one token
 
 
