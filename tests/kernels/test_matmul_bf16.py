@@ -275,9 +275,11 @@ def test_every_tile_is_visited_once(n_tiles, band):
 def test_tiles_of_a_group_are_walked_together(tiles_of, n_tiles, band):
     """Group after group, in bands of its own tiles alone, each column by column."""
     ends = np.cumsum(tiles_of)
-    spans = np.repeat(np.stack([ends - tiles_of, ends], axis=1), tiles_of, axis=0).astype(np.int32)
-    index, m_tiles = jnp.arange(ends[-1] * n_tiles, dtype=jnp.int32), jnp.int32(ends[-1])
-    m, n = (np.asarray(axis).tolist() for axis in tiles.visit(index, m_tiles, n_tiles, band, jnp.asarray(spans)))
+    spans = np.zeros((12 * 20, 2), np.int32)  # of one shape, and as many numbers of tiles: nothing is compiled anew
+    spans[: ends[-1]] = np.repeat(np.stack([ends - tiles_of, ends], axis=1), tiles_of, axis=0)
+    index, m_tiles = jnp.arange(12 * 20 * 5, dtype=jnp.int32), jnp.int32(ends[-1])
+    walk = tiles.visit(index, m_tiles, n_tiles, band, jnp.asarray(spans))
+    m, n = (np.asarray(axis)[: ends[-1] * n_tiles].tolist() for axis in walk)
     right = [
         (tile, column)
         for first, end in zip(ends - tiles_of, ends, strict=True)
