@@ -50,7 +50,6 @@ def _rounded(dtype):
 # These take numbers in the place of a register.
 INTEGERS = {
     "mov.b32": lambda a: a,
-    "mov.u32": lambda a: a,
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
     "xor.b32": lambda a, b: a ^ b,
@@ -67,7 +66,7 @@ INTEGERS = {
 FLOATS = {
     **{
         f"{name}.rn.{kind}": _of_halves(operation, dtype)
-        for name, operation in (("add", np.add), ("sub", np.subtract), ("mul", np.multiply))
+        for name, operation in (("add", np.add), ("mul", np.multiply))
         for kind, dtype in (("bf16x2", BFLOAT16), ("f16x2", np.float16))
     },
     "fma.rn.bf16x2": lambda a, b, c: joined(_fused(halves(a, BFLOAT16), halves(b, BFLOAT16), halves(c, BFLOAT16))),

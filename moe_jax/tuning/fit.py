@@ -113,13 +113,12 @@ def config_misfit(config: Config, gated: bool, dtype: str, codes: str = "") -> s
     if gated and config.whole.halves != 2:
         return f"halves={config.halves} must be 2: a gated projection keeps gate and up in one tile"
     few = Codes.of(codes).weights_alone and config.tile_rows <= FEW_ROWS
-    if config.consumers > 2 or config.halves > 2:
-        few = few and config.consumers <= MOST_CONSUMERS
-        if not few or config.halves > 1:
-            return (
-                f"consumers={config.consumers} and halves={config.halves} must be at most 2, for the registers they need; "
-                f"{MOST_CONSUMERS} and 1 where weights alone are codes, with at most {FEW_ROWS} rows"
-            )
+    beyond = not few or config.consumers > MOST_CONSUMERS or config.halves > 1
+    if beyond and (config.consumers > 2 or config.halves > 2):
+        return (
+            f"consumers={config.consumers} and halves={config.halves} must be at most 2, for the registers they need; "
+            f"{MOST_CONSUMERS} and 1 where weights alone are codes, with at most {FEW_ROWS} rows"
+        )
     if config.teams > 1 and not (few and config.everyone.consumers <= MOST_CONSUMERS):
         return (
             f"teams={config.teams} of consumers={config.consumers} are for weights that alone are codes, with "

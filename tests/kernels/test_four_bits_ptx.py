@@ -92,9 +92,8 @@ def test_one_product_moves_the_bits_of_a_pair():
     layout = Layout(quant_format("nvfp4").weights, "bfloat16")
     assert [adds_up(terms) for terms in layout.places] == [True, False, False, True]
     assert "mul.lo.u32" in four_bits._pairs(layout, [0, 1])
-    assert not any(
-        adds_up(terms) for terms in Layout(quant_format("nvfp4").weights, "float16").places
-    )  # their bits would meet
+    of_float16 = Layout(quant_format("nvfp4").weights, "float16").places
+    assert not any(adds_up(terms) for terms in of_float16)  # their bits would meet
 
 
 def test_ptxas_takes_it(tmp_path):

@@ -229,6 +229,9 @@ def test_what_does_not_fit_8_bit_rows_says_why(codes, change, words):
         ({"halves": 2, "paired": False}, True, "4 and 1 where weights alone are codes"),
         ({"columns": 32, "row_counts": (8,)}, True, "columns=32 must be 64"),
         ({"stages": 8, "row_counts": (64,)}, True, "shared memory"),
+        ({"teams": 2}, True, "teams=2 of consumers=4"),
+        ({"consumers": 2, "teams": 2, "stages": 3, "gather": True}, True, "gather=True"),
+        ({"consumers": 2, "teams": 2, "cluster": 2}, True, "cluster=2"),
     ],
     ids=str,
 )

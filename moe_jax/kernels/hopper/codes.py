@@ -156,9 +156,8 @@ class Codes:
             self._block = block_rows(n_out, scales.shape[1], gated), block_columns(weights.shape[2], scales.shape[2])
         self._channels = Columns(config, n_out, gated, jnp.float32)
         self.scratch = self._channels.scratch if self._by_channel else []
-        self.ahead = (
-            2 if config.tile_rows <= WIDE_DECODED else 1
-        )  # blocks that are loaded together; then registers are short
+        # Blocks that are loaded together; in wide tiles registers are short.
+        self.ahead = 2 if config.tile_rows <= WIDE_DECODED else 1
         self._interpret = interpret
         small = weights.dtype == jnp.int8 and not self._by_block and not interpret
         self._greater = _GREATER[jnp.dtype(dtype).name] if small else 1.0

@@ -49,7 +49,7 @@ def four_bit(config: Config, projection: Projection) -> Config:
 
     With few rows what consumers issue binds, and their epilogues come on top. So there are four of them, whose warps take turns.
     Up to 24 rows they are two teams of two, whose epilogues are at different times. A step has 256 of K, for what a step costs
-    beside decoding, about 45 instructions, and row tiles are as narrow as leaves nearly every expert one, for more stages.
+    beside decoding, and row tiles are as narrow as leaves nearly every expert one, for more stages.
     Products end with their step (`Config.overlap`): with others under way four consumers have too few registers, and ptxas lets
     each wait for the one before. Layers on an H200, before that (pairs or four consumers, steps of 128, tiles of 64 rows) and
     with it: qwen3-30b-a3b, 16 tokens, 85 and 78 us (81 with one team), 128 tokens 124 and 117; gpt-oss-120b, MXFP4, 16 tokens,

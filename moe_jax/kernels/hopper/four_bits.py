@@ -22,12 +22,12 @@ rows): NVFP4 1.9, MXFP4 1.8, int4 2.6, and 0.4 of the uniform ones (2026-11-28-m
 for four pairs and two for each scale NVFP4 took 2.4. No loop spills up to 160 rows, but ptxas lets products wait for each other
 where registers run short, and nothing is decoded meanwhile: `decoding_config.four_bit` says when, and what that costs.
 
-What binds, by the counters of an H200 (2026-11-28-h200-counters.txt): with few rows instructions are issued in 63 to 74 % of the
+What binds, by the counters of an H200 (2026-11-28-h200-counters.txt): with few rows instructions are issued in 56 to 74 % of the
 cycles, and integer units are busy for half of them. mixtral-8x7b, 16 tokens, kernels of a layer: 234 us before, 221 with fewer
 instructions, 200 with longer steps; the up-projection then reads memory at 4.0 TB/s. qwen3-30b-a3b, 128 tokens: 129, 122, 115.
 mixtral-8x7b, 128 tokens, up to 48 rows a tile: 329, 298, 250; tensor cores are busy for 49 % there, and the clock falls to 1.6
 GHz (2026-11-28-h200-four-bits-variants.txt). What is left is mostly what comes before and after the loop: a layer of 16 tokens of
-qwen3-30b-a3b takes 77 us, of which its weights take 49 at the rate of sums.
+qwen3-30b-a3b takes 79 us, its weights 51 at the rate of sums (2026-11-28-h200-nvfp4-teams-layer.json).
 """
 
 from __future__ import annotations
@@ -130,9 +130,9 @@ class FourBits:
             block_at: gives the reference of a half, from a column on, so many columns wide.
             places: half and column of the blocks.
         """
-        return [self._words_of(block_at(*place, SIDE)) for place in places]
+        return [self._of_block(block_at(*place, SIDE)) for place in places]
 
-    def _words_of(self, block: Any) -> tuple[Any, ...]:
+    def _of_block(self, block: Any) -> tuple[Any, ...]:
         if self._interpret:
             return (block[...],)
         layout, types = self._layout, self._words

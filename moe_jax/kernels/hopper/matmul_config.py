@@ -52,9 +52,7 @@ class Config:
     rows_first: bool = False  # 8-bit rows on the M side of wgmma, 64 a consumer, by 128 of weights: `matmul_rows_first`
     overlap: bool = True  # products of a step run while the next are issued; its stage is handed back after that
     paired: bool = False  # gate and up of a tile are those of two consumers with a half each: `pairs`
-    teams: int = (
-        1  # of so many consumers, each with tiles and stages of its own: the epilogue of one is not the other's
-    )
+    teams: int = 1  # of so many consumers and stages, with tiles of their own: one decodes while the other stores
     codes_stages: int = 0  # of the ring of four-bit codes that become FP8 weights (`fp8_from_four`); 0 without
 
     @property
@@ -207,10 +205,16 @@ def in_whole_steps(config: Config, k: int) -> Config:
     16 and 128 tokens, steps of 128 and 192: 513 and 507, 1184 and 1154. MXFP4, four consumers, 128 and 1024 tokens: 600 and 597,
     764 and 756 (2026-11-27-h100-variants.txt). Where 128 divides K both take up to 4 % longer.
 
+    Consumers of decoded weights take 256 of K a step, of which 2880 has no whole number either: 320, if that leaves three stages,
+    or 192. MXFP4, 16 tokens, on an H200: 191 and 203 us (2026-11-28-h200-four-bits-variants.txt).
+
     Example:
         >>> few = Config((64,), consumers=1, tile_k=128, stages=4)
         >>> [in_whole_steps(few, k).tile_k for k in (2048, 2880, 832)]
         [128, 192, 64]
+        >>> teams = Config((16,), halves=1, tile_k=256, stages=4, teams=2)
+        >>> [in_whole_steps(teams, k).tile_k for k in (2048, 2880, 576)]
+        [256, 320, 192]
     """
     four = config.everyone.consumers == 4
     if config.halves == 1 and config.tile_k == 256 and k % 256 and (four or config.tile_rows > 8):
