@@ -16,7 +16,7 @@ from moe_jax.quantization import quant_format, quantize
 from tests.contracts import groups_with_sizes
 from tests.kernels.test_matmul_fp8 import expected, weight_scales
 from tests.layers import normal
-from tests.lowering import assert_lowers_to_kernels, like
+from tests.lowering import assert_lowers_to_kernels, like, mosaic_code
 from tests.util import assert_discriminates, check_close
 
 FEW = Config((8, 24), consumers=1, tile_k=128, stages=3)
@@ -139,6 +139,23 @@ def test_tiles_of_more_rows_than_the_rule_has():
     right = expected(Rows(x), weights, groups, None, False)
     check_close(out, right, 6e-3)
     assert_discriminates(lambda y: check_close(y, right, 6e-3), out)
+
+
+@pytest.mark.parametrize(("rows", "greater"), [("bfloat16", 64), ("float16", 512)])
+def test_sums_of_int8_are_scaled_back(monkeypatch, rows, greater):
+    """What is decoded of int8 is so much smaller; the interpreter decodes in another way and has no such factor."""
+    monkeypatch.undo()
+    config = Config((8,), consumers=1, halves=1, tile_k=128, stages=2)
+
+    def multiply(x, weights, scales, *schedule):
+        return kernel.grouped_matmul(x, weights, *schedule, None, None, config=config, weight_scales=scales)
+
+    def factors(of):
+        schedule = [*[like("int32", 8)] * 3, like("int32", 1)]
+        code = mosaic_code(multiply, like(rows, 64, 128), like(of, 2, 128, 128), like("float32", 2, 128), *schedule)
+        return code.count(f"{greater:e}")
+
+    assert factors("int8") == 1 and factors("float8_e4m3fn") == 0
 
 
 @pytest.mark.parametrize(
