@@ -115,13 +115,13 @@ def word_of_all(splat: Any) -> Any:
     return llvm.bitcast(ir.IntegerType.get_signless(32), splat.registers.flat[0])
 
 
-def fragment_of_bytes(array: Any, code: str, more: Sequence[Any], dtype: Any) -> Any:
+def fragment_of_bytes(array: Any, code: str, more: Sequence[Sequence[Any]], dtype: Any) -> Any:
     """The operand ``[64, 64]`` of wgmma that is made of bytes, which a thread holds two by two as it will hold the operand.
 
     Args:
         array: fragmented bytes.
         code: as in `inline_ptx`, of a word of two neighbouring floats; of a word with two neighbouring bytes, and zeros above.
-        more: operands after that, words.
+        more: operands after that, words: for all, or for the two rows of a thread in turn.
         dtype: of the floats.
     """
     from jax._src.lib.mlir import ir
@@ -130,7 +130,8 @@ def fragment_of_bytes(array: Any, code: str, more: Sequence[Any], dtype: Any) ->
 
     i16, i32 = (ir.IntegerType.get_signless(bits) for bits in (16, 32))
     pairs = [arith.extui(i32, utils.bitcast(pair, i16)) for pair in array.registers.flat]
-    return wgmma_fragment([inline_ptx(code, [pair, *more], 1)[0] for pair in pairs], dtype)
+    words = [inline_ptx(code, [pair, *more[i % len(more)]], 1)[0] for i, pair in enumerate(pairs)]
+    return wgmma_fragment(words, dtype)
 
 
 def wgmma_fragment(words: list[Any], dtype: Any) -> Any:
@@ -152,3 +153,113 @@ def wgmma_fragment(words: list[Any], dtype: Any) -> Any:
     return fragmented_array.FragmentedArray(
         _registers=registers.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=None
     )
+
+
+def store_transposed(
+    target: Any, tile: Any, first_row: Any, size: Any, column: Any, columns: int, marked: bool
+) -> None:
+    """Emits ``target[row, column + i] = tile[i, j]`` for the rows of a tile that are to be stored: see `direct_store.store`.
+
+    Args:
+        target: memref ``[R, N]`` of 16-bit floats in GPU memory, N even.
+        tile: fragmented ``[64, n]``, as wgmma sums them, or ``[32, n]``: registers of 8 x 8, two neighbouring columns a thread.
+        first_row: int32 splat.
+        size: rows, or a bit for each; int32 splat.
+        column: int32 splat, even.
+        columns: of `target` that are stored, even.
+        marked: whether `size` has a bit for each row.
+    """
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, llvm
+    from jax.experimental.mosaic.gpu import utils
+
+    i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+    width = ir.MemRefType(target.type).shape[1]
+    first_row, size, column = (splat.registers.flat[0] for splat in (first_row, size, column))
+
+    def c(value: int) -> Any:
+        return arith.constant(i32, value)
+
+    lane, warp = arith.andi(thread(), c(31)), arith.shrui(thread(), c(5))
+    row_of_lane = arith.shrui(lane, c(2))
+    eights = tile.shape[0] // 32  # of a warp
+    within = arith.addi(arith.muli(warp, c(8 * eights)), arith.muli(arith.andi(lane, c(3)), c(2)))
+    base = llvm.ptrtoint(i64, utils.memref_ptr(target))
+    last = arith.minsi(c(columns), arith.subi(c(width), column))
+    for at, register in enumerate(tile.registers.flat):
+        eight, half = divmod(at, eights)
+        row = arith.addi(row_of_lane, c(8 * eight))
+        if marked:
+            kept = arith.andi(arith.shrui(size, row), c(1))
+            before = arith.subi(arith.shli(c(1), row), c(1))
+            to = llvm.intr_ctpop(arith.andi(size, before))
+        else:
+            kept, to = arith.extui(i32, arith.cmpi(arith.CmpIPredicate.slt, row, size)), row
+        place = arith.addi(within, c(8 * half))
+        kept = arith.andi(kept, arith.extui(i32, arith.cmpi(arith.CmpIPredicate.slt, place, last)))
+        element = arith.muli(arith.extsi(i64, arith.addi(first_row, to)), arith.constant(i64, width))
+        element = arith.addi(element, arith.extsi(i64, arith.addi(column, place)))
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [arith.addi(base, arith.shli(element, arith.constant(i64, 1))), llvm.bitcast(i32, register), kept],
+            "{ .reg .b32 t; .reg .pred p; movmatrix.sync.aligned.m8n8.trans.b16 t, $1; setp.ne.u32 p, $2, 0; "
+            "@p st.global.b32 [$0], t; }",
+            "l,r,r,~{memory}",
+            has_side_effects=True,
+        )
+
+
+def every_other(array: Any, layout: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """A thread's registers taken in turn: two arrays of that layout and shape."""
+    from jax.experimental.mosaic.gpu import fragmented_array
+
+    layout = layout.to_mgpu()
+    registers = [array.registers.reshape(-1)[first::2].reshape(layout.registers_shape(shape)) for first in range(2)]
+    return tuple(
+        fragmented_array.FragmentedArray(_registers=part, _layout=layout, _is_signed=array.is_signed)
+        for part in registers
+    )
+
+
+def load_two_halves(gate: Any, up: Any, count: int, upper: Any) -> Any:
+    """Emits loads of `count` words from each of two lines for a thread, whose two rows they are: see `four_bit_halves`.
+
+    Args:
+        gate: contiguous memref of 32-bit words in shared memory: of 64 threads, each two times `count` words, of which every
+            second warp takes the second; of one word for each four threads if `count` is 1.
+        up: another.
+        count: 2 for codes, 1 for scales.
+        upper: None; or a splat, where a word of scales is for both rows of a thread: 1 for the second half of a line.
+    """
+    import numpy as np
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, llvm
+    from jax.experimental.mosaic.gpu import fragmented_array
+
+    i32 = ir.IntegerType.get_signless(32)
+
+    def c(value: int) -> Any:
+        return arith.constant(i32, value)
+
+    number = thread()
+    second = arith.andi(arith.shrui(number, c(5)), c(1))  # of two rows
+    of_block = arith.ori(arith.shli(arith.shrui(number, c(6)), c(5)), arith.andi(number, c(31)))  # a thread of 64
+    if count == 1:
+        of_block = arith.shrui(of_block, c(2))
+    if upper is None:
+        place = arith.muli(arith.addi(arith.muli(of_block, c(2)), second), c(4 * count))
+    else:
+        place = arith.muli(arith.addi(of_block, arith.muli(upper.registers.flat[0], c(16))), c(4))
+    words = [load_at(arith.addi(address(ref), place), 0, count) for ref in (gate, up)]
+    if upper is None:
+        words = [word for some in words for word in some]
+    else:  # of each the half that is of the row
+        chosen = arith.select(arith.cmpi(arith.CmpIPredicate.eq, second, c(1)), c(0x7632), c(0x5410))
+        words = inline_ptx("prmt.b32 $0, $1, $2, $3;", [words[0][0], words[1][0], chosen], 1)
+    together = llvm.mlir_undef(ir.VectorType.get((len(words),), i32))
+    for i, word in enumerate(words):
+        together = llvm.insertelement(together, word, arith.constant(i32, i))
+    held = np.empty(1, dtype=object)
+    held[0] = together
+    layout = fragmented_array.WGStridedFragLayout((128 * len(words),), len(words))
+    return fragmented_array.FragmentedArray(_registers=held, _layout=layout, _is_signed=True)

@@ -110,7 +110,7 @@ def config_misfit(config: Config, gated: bool, dtype: str, codes: str = "") -> s
             return f"{name}={size} must be at least 1"
     if not counts or any(c < 8 or c % 8 for c in counts) or list(counts) != sorted(set(counts)):
         return f"row_counts={counts} must be multiples of 8 in ascending order"
-    if gated and config.whole.halves != 2:
+    if gated and config.whole.halves != 2 and not config.interleaved:
         return f"halves={config.halves} must be 2: a gated projection keeps gate and up in one tile"
     few = Codes.of(codes).weights_alone and config.tile_rows <= FEW_ROWS
     beyond = not few or config.consumers > MOST_CONSUMERS or config.halves > 1
@@ -148,6 +148,13 @@ def config_misfit(config: Config, gated: bool, dtype: str, codes: str = "") -> s
             f"paired=True is for the gate and up of weights that alone are codes, with consumers={config.consumers} even, "
             f"halves={config.halves} 1 and tile_rows={config.tile_rows} at most {FEW_ROWS}"
         )
+    if config.interleaved and not (
+        gated and config.halves == 1 and config.columns == 32 and not config.paired and few and not Codes.of(codes).both
+    ):
+        return (
+            f"interleaved=True is for the gate and up of weights that alone are codes, with columns={config.columns} 32, "
+            f"halves={config.halves} 1, paired={config.paired} False and tile_rows={config.tile_rows} at most {FEW_ROWS}"
+        )
     odd = [rows for rows in counts if not splits(rows, config)]
     if odd:
         return f"row_counts {odd} cannot be shared by cluster={config.cluster}: they must be multiples of {8 * config.cluster}"
@@ -174,7 +181,7 @@ def check_config(config: Config, gated: bool, dtype: str, codes: str = "", known
 
 def _four_bit_misfit(config: Config) -> str | None:
     """What the kernel of weights of four bits cannot do beyond that."""
-    if config.columns != WGMMA_ROWS:
+    if config.columns != WGMMA_ROWS and not config.interleaved:
         return f"columns={config.columns} must be {WGMMA_ROWS} for weights of four bits: a block has so many rows"
     most = MOST_FETCHED_DECODED if config.gather and config.consumers == 2 else MOST_DECODED
     if config.tile_rows > most:

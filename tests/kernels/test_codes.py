@@ -23,6 +23,7 @@ FEW = Config((8, 24), consumers=1, tile_k=128, stages=3)
 MANY = Config((48, 128), consumers=2, tile_k=64, stages=3, overlap=False)
 PAIR = Config((8, 64), consumers=2, halves=1, tile_k=128, stages=3, paired=True)
 TWO_PAIRS = dataclasses.replace(PAIR, consumers=4, tile_k=64)
+INTERLEAVED = Config((8, 24), consumers=1, halves=1, columns=32, interleaved=True, tile_k=128, stages=3)
 ACT = MoEConfig(1, 1, 8, 8).act
 CASES = {
     "channels": ("fp8_weight_channel", (3, 0, 20), 256, 96, {}),
@@ -49,6 +50,15 @@ CASES = {
         384,
         256,
         dict(config=Config((8, 32), consumers=4, halves=1, tile_k=256, stages=2)),
+    ),
+    "channels, interleaved": ("int8_weight", (3, 0, 9), 256, 2 * 80, dict(gated=True, bias="float32", config=INTERLEAVED)),
+    "blocks, interleaved": ("fp8_weight_block", (3, 20), 320, 384, dict(gated=True, config=INTERLEAVED)),
+    "one scale a half, interleaved": (
+        "fp8_weight_tensor",
+        (3, 9),
+        192,
+        2 * 96,
+        dict(gated=True, dtype="float16", config=dataclasses.replace(INTERLEAVED, consumers=4, tile_k=64)),
     ),
     "narrow tiles": ("int8_weight", (3, 8), 512, 80, dict(config=Config((8,), 1, 1, tile_k=256, stages=2, columns=16))),
 }
@@ -94,10 +104,10 @@ def test_codes(name):
     assert_discriminates(lambda y: check_close(y, right, 6e-3), out)
 
 
-@pytest.mark.parametrize("name", ["channels, a pair", "blocks, two pairs", "one scale a half, a pair"])
+@pytest.mark.parametrize("name", [name for name in CASES if "pair" in name or "interleaved" in name])
 def test_consumers_do_not_change_the_bits(name):
     config = CASES[name][-1]["config"]
-    one = dataclasses.replace(config, consumers=1, halves=2, paired=False)
+    one = dataclasses.replace(config, consumers=1, halves=2, paired=False, interleaved=False, columns=64)
     out, again = (np.asarray(multiply(name, each)[0]).view("u2") for each in (config, one))
     np.testing.assert_array_equal(out, again)
 

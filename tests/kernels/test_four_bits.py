@@ -26,6 +26,8 @@ PAIRS = {
     "a pair": Config((8, 32), consumers=2, halves=1, tile_k=128, stages=3, paired=True),
     "two pairs": Config((16, 64), consumers=4, halves=1, tile_k=64, stages=3, paired=True),
 }
+INTERLEAVED = Config((8, 24), consumers=1, halves=1, columns=32, interleaved=True, tile_k=128, stages=3)
+FOUR_STRIPS = Config((8, 16), consumers=4, halves=1, columns=32, interleaved=True, tile_k=64, stages=3, overlap=False)
 TEAMS = Config((8, 64), consumers=2, halves=1, tile_k=64, stages=2, paired=True, teams=2)
 CASES = {
     "nvfp4": ("nvfp4", (3, 0, 20), 320, 192, {}),
@@ -57,6 +59,18 @@ CASES = {
         dict(gated=True, bias="float32", config=TEAMS),
     ),
     "two teams, one tile": ("nvfp4", (3,), 64, 2 * 64, dict(gated=True, config=TEAMS)),
+    "interleaved": ("nvfp4", (3, 0, 20), 320, 2 * 176, dict(gated=True, bias="float32", config=INTERLEAVED)),
+    "interleaved, four consumers": ("nvfp4", (3, 0, 12), 192, 2 * 160, dict(gated=True, config=FOUR_STRIPS)),
+    "mxfp4, interleaved": ("mxfp4", (3, 20), 192, 2 * 160, dict(gated=True, bias="bfloat16", config=INTERLEAVED)),
+    "int4, interleaved": ("int4_group128", (3, 9), 256, 2 * 96, dict(gated=True, config=INTERLEAVED)),
+    "int4 with zero points, interleaved": ("int4_group32_zp", (3, 9), 128, 2 * 96, dict(gated=True, config=INTERLEAVED)),
+    "interleaved teams": (
+        "nvfp4",
+        (9, 0, 3, 16, 7),
+        320,
+        2 * 160,
+        dict(gated=True, config=dataclasses.replace(FOUR_STRIPS, consumers=2, teams=2, tile_k=64, stages=2)),
+    ),
     "mxfp4, two teams": ("mxfp4", (3, 40), 192, 576, dict(config=dataclasses.replace(TEAMS, paired=False))),
     "int4, zero points": ("int4_group32_zp", (20, 3), 128, 80, dict(config=MANY)),
 }
@@ -89,7 +103,7 @@ def test_four_bits(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["nvfp4, a pair of consumers", "mxfp4, two pairs", "four consumers", "two teams of a pair", "mxfp4, two teams"],
+    [name for name in CASES if any(word in name for word in ("pair", "four consumers", "two teams", "interleaved"))],
 )
 def test_consumers_do_not_change_the_bits(name):
     _, x, weights, _, gated, config = problem(name)

@@ -34,6 +34,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax import _compat_words
+from moe_jax.kernels.hopper import interleaved
 from moe_jax.kernels.hopper.epilogue import Columns
 from moe_jax.kernels.hopper.matmul_config import FEW_ROWS, WGMMA_ROWS, WIDE_DECODED, Config
 
@@ -148,7 +149,8 @@ class Codes:
     def __init__(
         self, weights: Any, scales: Any, config: Config, n_out: int, gated: bool, dtype: Any, *, interpret: bool
     ):
-        self._dtype, self._gated, self._halves, self._columns = dtype, gated, config.halves, config.columns
+        self._dtype, self._gated, self._columns, self._interleaved = dtype, gated, config.columns, config.interleaved
+        self._halves = 2 if config.interleaved else config.halves
         self._shape = scales.shape
         self._by_block = scales.ndim == 3
         self._by_channel = not self._by_block and scales.shape[1] == weights.shape[1] and weights.shape[1] > 2
@@ -156,6 +158,7 @@ class Codes:
             self._block = block_rows(n_out, scales.shape[1], gated), block_columns(weights.shape[2], scales.shape[2])
         self._channels = Columns(config, n_out, gated, jnp.float32)
         self.scratch = self._channels.scratch if self._by_channel else []
+        self.fetches = self._by_channel  # numbers into shared memory, for each tile
         # Blocks that are loaded together; in wide tiles registers are short.
         self.ahead = 2 if config.tile_rows <= WIDE_DECODED else 1
         self._interpret = interpret
@@ -178,12 +181,13 @@ class Codes:
         if self._by_channel:
             self._channels.fetch(refs[:3], wg, expert, col)
 
-    def load(self, block_at: Callable[..., Any], places: list[tuple[Any, int]]) -> list[Any]:
+    def load(self, block_at: Callable[..., Any], places: list[tuple[Any, int]], col: Any = None) -> list[Any]:
         """Blocks of 64 weight rows and 64 columns, as each thread loads them for `decode`.
 
         Args:
             block_at: gives the reference of a half, from a column on, so many columns wide.
             places: half and column of the blocks.
+            col: not needed.
         """
         if not self._wide:
             return [plgpu.load(block_at(*place, _COLUMNS), layout=plgpu.Layout.WGMMA) for place in places]
@@ -192,24 +196,27 @@ class Codes:
 
     def decode(self, values: Any, refs: Any, wg: Any, turn: int, place: Place) -> Any:
         """The block as an operand of wgmma; `turn` counts them."""
-        scale = self._scale_at(refs[0], place) if self._by_block else None
+        halves = [place._replace(half=half) for half in range(2)] if self._interleaved else [place]
+        scales = [self._scale_at(refs[0], one) for one in halves] if self._by_block else []
         if self._interpret:
-            decoded = values.astype(jnp.float32) if scale is None else values.astype(jnp.float32) * scale
+            decoded = values.astype(jnp.float32)
+            if scales:
+                rows = jnp.stack([jnp.full((interleaved.EIGHT, 1), scale) for scale in scales])
+                decoded = decoded * jnp.tile(rows, (WGMMA_ROWS // rows[..., 0].size, 1, 1)).reshape(WGMMA_ROWS, 1)
             refs[-1][wg, turn % 2] = decoded.astype(self._dtype)
             plgpu.commit_smem()  # it does not know that each thread hands a stage back after its own loads
             return refs[-1].at[wg, turn % 2]
-        ptx = _pair(values.dtype.name, self._dtype.name, scale is not None)
-        operands = [values] if scale is None else [values, scale]
-        layouts = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT
+        ptx = _pair(values.dtype.name, self._dtype.name, bool(scales))
+        layouts = plgpu.Layout.WGMMA, *[plgpu.Layout.WG_SPLAT] * len(scales)
         result = plgpu.ShapeDtypeStruct((WGMMA_ROWS, _COLUMNS), self._dtype, layout=layouts[0])
 
-        @plgpu.inline_mgpu(arg_types=layouts[: len(operands)], return_type=result)
-        def run(ctx, values, *scale):
+        @plgpu.inline_mgpu(arg_types=layouts, return_type=result)
+        def run(ctx, values, *scales):
             del ctx
-            more = [_compat_words.word_of_all(one) for one in scale]
+            more = [[_compat_words.word_of_all(scale)] for scale in scales] or [[]]
             return _compat_words.fragment_of_bytes(values, ptx, more, self._dtype)
 
-        return run(*operands)
+        return run(values, *scales)
 
     def _scale_at(self, scales: Any, place: Place) -> Any:
         """The scale of a block; past the last there are zeros to be scaled."""
@@ -219,17 +226,20 @@ class Codes:
         at = jnp.minimum(row, self._shape[1] - 1), jnp.minimum(lax.div(place.k, columns), self._shape[2] - 1)
         return scales[place.expert, *at]
 
-    def scale(self, accs: Any, refs: Any, wg: Any, expert: Any, own: Any = 0) -> list[Any]:
-        """The sums of a tile, from its half `own` on, scaled by what all products of a row of weights share."""
+    def factors(self, refs: Any, expert: Any, own: Any = 0) -> list[Any]:
+        """The scales of whole matrices, of a tile's from its half `own` on; none where there are others."""
+        if self._by_block or self._by_channel:
+            return []
+        two = self._gated and self._shape[1] > 1
+        return [refs[0][expert, own + half if two else 0] for half in range(self._halves)]
+
+    def scale(self, accs: Any, refs: Any, wg: Any, factors: list[Any]) -> list[Any]:
+        """The sums of a tile, scaled by what all products of a row of weights share."""
         if self._by_block:
             return list(accs)
         if self._greater != 1.0:
             accs = [acc * self._greater for acc in accs]
-        if self._by_channel:
-            scales = self._channels.spread(refs[:3], wg, accs[0].shape)
-        else:
-            two = self._gated and self._shape[1] > 1
-            scales = [refs[0][expert, own + half if two else 0] for half in range(self._halves)]
+        scales = self._channels.spread(refs[:3], wg, accs[0].shape) if self._by_channel else factors
         return [acc * scale for acc, scale in zip(accs, scales, strict=True)]
 
 

@@ -1,7 +1,7 @@
 """What a grouped matmul does with a tile that is summed: bias, activation, rounding, and its own rows to memory.
 
-The tile stands in registers, 64 columns of the output by rows of a group. It leaves through two blocks of shared memory in turn
-(`views.Staged`), 32 rows at a time, while the next block is computed.
+The tile stands in registers, 64 columns of the output by rows of a group. Few rows leave from there (`direct_store`). Others do
+through two blocks of shared memory in turn (`views.Staged`), 32 rows at a time, while the next block is computed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax import _compat
 from moe_jax.activations import Activation
-from moe_jax.kernels.hopper import tiles, views
+from moe_jax.kernels.hopper import direct_store, interleaved, tiles, views
 from moe_jax.kernels.hopper.matmul_config import FEW_ROWS, WGMMA_ROWS, Config
+
+
+DIRECT_ROWS = FEW_ROWS  # of a tile, at most, that leave from registers
 
 
 class References(NamedTuple):
@@ -24,12 +27,12 @@ class References(NamedTuple):
 
     Attributes:
         out_g: the output ``[rows, N_out]`` in GPU memory.
-        out_s: blocks on their way to it.
+        out_s: blocks on their way to it; None where rows leave from registers.
         bias: those of `Columns`; None without a bias.
     """
 
     out_g: Any
-    out_s: Any
+    out_s: Any = None
     bias: tuple[Any, Any, Any] | None = None
 
 
@@ -47,12 +50,15 @@ class Columns:
     """
 
     def __init__(self, config: Config, n_out: int, gated: bool, dtype: Any, rows_first: bool = False):
-        self._halves, self._axis = config.halves, 1 if rows_first else 0
+        self._axis = 1 if rows_first else 0
         self._width = 2 * WGMMA_ROWS if rows_first else WGMMA_ROWS
+        self._halves = 2 if config.interleaved else config.halves
+        self._of_tile = interleaved.COLUMNS if config.interleaved else self._width  # of those that are fetched
+        self._layout = interleaved.LAYOUT if config.interleaved else plgpu.Layout.WGMMA
         self._distance = n_out if gated else self._width if rows_first else config.columns
         self.scratch = [
-            plgpu.SMEM((config.consumers, config.halves * self._width), dtype),
-            plgpu.Barrier(num_arrivals=config.halves, num_barriers=config.consumers),
+            plgpu.SMEM((config.consumers, self._halves * self._width), dtype),
+            plgpu.Barrier(num_arrivals=self._halves, num_barriers=config.consumers),
         ]
 
     def fetch(self, refs: tuple[Any, Any, Any], wg: Any, expert: Any, col: Any) -> None:
@@ -64,13 +70,13 @@ class Columns:
             plgpu.copy_gmem_to_smem(source.at[expert, columns], part, full.at[wg])
 
     def spread(self, refs: tuple[Any, Any, Any], wg: Any, shape: tuple[int, int]) -> list[Any]:
-        """For each block of weight rows float32 of that shape, ``[64, rows]`` or rows first, when they have come."""
+        """For each block of weight rows float32 of that shape, ``[64, rows]`` (32 interleaved) or rows first, when they have come."""
         _, numbers, full = refs
         plgpu.barrier_wait(full.at[wg])
         found = []
         for half in range(self._halves):
-            part = numbers.at[wg, pl.ds(half * self._width, self._width)]
-            column = plgpu.load(part, layout=plgpu.Layout.WGMMA.reduce(1 - self._axis)).astype(jnp.float32)
+            part = numbers.at[wg, pl.ds(half * self._width, self._of_tile)]
+            column = plgpu.load(part, layout=self._layout.reduce(1 - self._axis)).astype(jnp.float32)
             found.append(lax.broadcast_in_dim(column, shape, [self._axis]))
         return found
 
@@ -106,15 +112,25 @@ class Epilogue:
         self._halves, self._columns, self._n_out, self._dtype = config.halves, config.columns, n_out, dtype
         self._activation, self._gated = activation, activation is not None and activation.is_gated
         self._marked, self._interpret = marked, interpret
+        self._direct = config.tile_rows <= DIRECT_ROWS
+        self._layout = interleaved.LAYOUT if config.interleaved else plgpu.Layout.WGMMA
         self._staged = views.Staged(config.consumers, config.columns, n_out, dtype, interpret)
         self._bias = None if bias_dtype is None else Columns(config, n_out, self._gated, bias_dtype, rows_first)
-        self._stores, self._most_rows = stores, config.tile_rows
-        self.scratch = [*([self._staged.scratch] if stores else []), *(self._bias.scratch if self._bias else [])]
+        self._stages, self._most_rows = stores and not self._direct, config.tile_rows
+        self.scratch = [*([self._staged.scratch] if self._stages else []), *(self._bias.scratch if self._bias else [])]
 
     def references(self, out_g: Any, bias_g: Any, scratch: Any) -> References:
         """Of the output, the bias or None, and the references of `scratch`."""
-        out_s, *of_bias = scratch if self._stores else (None, *scratch)
+        out_s, *of_bias = scratch if self._stages else (None, *scratch)
         return References(out_g, out_s, (bias_g, *of_bias) if self._bias else None)
+
+    def begin(self, fetches: bool) -> None:
+        """A consumer's next tile begins. If it fetches a bias or scales, all its warps have taken those of the tile before.
+
+        Stores through shared memory see to that with a barrier of their own.
+        """
+        if self._direct and (fetches or self._bias is not None):
+            plgpu.commit_smem()
 
     def fetch_bias(self, refs: References, wg: Any, expert: Any, col: Any) -> None:
         """Asks for the bias of a consumer's columns from `col` on."""
@@ -140,7 +156,7 @@ class Epilogue:
         """
         if self._interpret:
             return acc + column
-        layout = plgpu.Layout.WGMMA
+        layout = self._layout
 
         @plgpu.inline_mgpu(
             arg_types=(layout, layout), return_type=plgpu.ShapeDtypeStruct(acc.shape, acc.dtype, layout=layout)
@@ -168,6 +184,12 @@ class Epilogue:
         """
         count = accs[0].shape[1]
         accs = self.activated(refs, wg, accs)
+        if self._direct:
+            for half, acc in enumerate(accs):
+                place = first_row, size, col + half * self._columns, self._columns
+                options = dict(marked=self._marked, interpret=self._interpret, layout=self._layout)
+                direct_store.store(refs.out_g, acc.astype(self._dtype), *place, **options)
+            return
         blocks = [(half, start) for half in range(len(accs)) for start in range(0, count, views.STORED)]
         # A tile of few rows is one block, mostly. Then tiles take the buffers in turn, and none waits until its own is read.
         in_turn = self._most_rows <= FEW_ROWS and len(accs) == 1

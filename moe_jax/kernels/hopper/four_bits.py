@@ -40,6 +40,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax import _compat_words
+from moe_jax.kernels.hopper import four_bit_halves
 from moe_jax.kernels.hopper.matmul_config import Config
 from moe_jax.quantization.prepared import PreparedArray, decoded
 from moe_jax.quantization.prepared_layout import CODE_LINES, LANES, SIDE, Layout, Term, adds_up
@@ -103,15 +104,17 @@ class FourBits:
         interpret: the kernel is interpreted: there wgmma takes its operands from shared memory alone.
     """
 
+    fetches = False  # `fetch` asks for nothing
     under_way = 1  # products that read registers while the next block is decoded
     ahead = 8  # blocks of a stage that are loaded before the first of them is decoded
 
     def __init__(self, weights: PreparedArray, config: Config, gated: bool, *, interpret: bool):
-        if config.columns != SIDE:
+        self._interleaved = config.interleaved
+        if config.columns != SIDE and not config.interleaved:
             raise ValueError(
                 f"config.columns={config.columns} must be {SIDE}: a block of codes has so many rows; use four_bit()"
             )
-        self._layout, self._gated, self._halves, self._interpret = weights.layout, gated, config.halves, interpret
+        self._layout, self._gated, self._halves, self._interpret = weights.layout, gated, 2 if config.interleaved else config.halves, interpret
         self._dtype, self._factors = jnp.dtype(weights.row_dtype), weights.halves
         decoded_blocks = (config.consumers, 2, SIDE, SIDE)
         self.scratch = [plgpu.SMEM(decoded_blocks, self._dtype)] if interpret else []
@@ -123,18 +126,24 @@ class FourBits:
     def fetch(self, refs: Any, wg: Any, expert: Any, col: Any) -> None:
         """Nothing: scales come with codes."""
 
-    def load(self, block_at: Callable[..., Any], places: list[tuple[Any, int]]) -> list[tuple[Any, ...]]:
+    def load(self, block_at: Callable[..., Any], places: list[tuple[Any, int]], col: Any) -> list[tuple[Any, ...]]:
         """What each thread loads of blocks, for `decode`: asked for ahead, it has come when it is decoded.
 
         Args:
             block_at: gives the reference of a half, from a column on, so many columns wide.
             places: half and column of the blocks.
+            col: the first column of the output that the consumer makes.
         """
+        if self._interleaved:
+            upper = four_bit_halves.upper_of(col)
+            if self._interpret:
+                return [(four_bit_halves.interpreted(block_at(*place, SIDE), self._layout, upper),) for place in places]
+            return [four_bit_halves.load(block_at(*place, SIDE), self._layout, upper, self._words) for place in places]
         return [self._of_block(block_at(*place, SIDE)) for place in places]
 
     def _of_block(self, block: Any) -> tuple[Any, ...]:
         if self._interpret:
-            return (block[...],)
+            return (decoded(block[...], self._layout),)
         layout, types = self._layout, self._words
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=tuple(types))
@@ -151,7 +160,7 @@ class FourBits:
         """A block as an operand of wgmma, wherever its place; `turn` counts them."""
         del place
         if self._interpret:
-            refs[-1][wg, turn % 2] = decoded(words[0], self._layout).astype(self._dtype)
+            refs[-1][wg, turn % 2] = words[0].astype(self._dtype)
             plgpu.commit_smem()  # it does not know that each thread hands a stage back after its own loads
             return refs[-1].at[wg, turn % 2]
         layout, dtype = self._layout, self._dtype
@@ -172,10 +181,14 @@ class FourBits:
         counts = [4, *[self._layout.scale_words] * (2 if self._layout.spec.asymmetric else 1)]
         return [_words_of_threads(count) for count in counts]
 
-    def scale(self, accs: Any, refs: Any, wg: Any, expert: Any, own: Any = 0) -> list[Any]:
-        """The sums of a tile, from its half `own` on, times the factor of the matrix."""
+    def factors(self, refs: Any, expert: Any, own: Any = 0) -> list[Any]:
+        """Those of the halves of a matrix, from its half `own` on."""
         two = self._gated and self._factors > 1
-        factors = [refs[0][expert, own + half if two else 0] for half in range(self._halves)]
+        return [refs[0][expert, own + half if two else 0] for half in range(self._halves)]
+
+    def scale(self, accs: Any, refs: Any, wg: Any, factors: list[Any]) -> list[Any]:
+        """The sums of a tile, times the factor of the matrix."""
+        del refs, wg
         return [acc * factor for acc, factor in zip(accs, factors, strict=True)]
 
 

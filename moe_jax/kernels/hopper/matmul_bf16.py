@@ -78,11 +78,11 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from moe_jax import _compat
 from moe_jax.activations import Activation
-from moe_jax.kernels.hopper import codes, four_bits, rows_by_token, tiles, views
+from moe_jax.kernels.hopper import codes, four_bit_halves, four_bits, interleaved, rows_by_token, tiles, views
 from moe_jax.kernels.hopper.epilogue import Epilogue
 from moe_jax.kernels.hopper.matmul_bf16_problem import DTYPES as DTYPES
 from moe_jax.kernels.hopper.matmul_bf16_problem import supports as supports
-from moe_jax.kernels.hopper.matmul_config import PRODUCER_REGISTERS, WGMMA_ROWS, Config, registers
+from moe_jax.kernels.hopper.matmul_config import FEW_ROWS, PRODUCER_REGISTERS, WGMMA_ROWS, Config, registers
 from moe_jax.kernels.hopper.pairs import Pairs
 from moe_jax.kernels.hopper.weight_tiles import KMajor, MMajor
 from moe_jax.quantization.prepared import PreparedArray
@@ -154,7 +154,7 @@ def grouped_matmul(
     transforms = tiles.transforms(swizzled_axis, dtype)
     swizzled = tiles.swizzle_bytes(swizzled_axis, dtype) // dtype.itemsize
     operand = views.Operand(everyone.stages, tile_rows, tk, swizzled, dtype, interpret is not None or gathered)
-    coded = None
+    coded, few = None, tile_rows <= FEW_ROWS
     four_bit = isinstance(weights, PreparedArray)
     if four_bit:
         prepared, weights, weight_scales = weights, weights.values, weights.scales
@@ -168,7 +168,9 @@ def grouped_matmul(
     )
     pairs = Pairs(everyone, interpret is not None) if config.paired else None
     whole = dataclasses.replace(whole, stages=everyone.stages)
-    if four_bit:
+    if four_bit and config.interleaved:
+        of_weights = four_bit_halves.HalfBlocks(prepared, whole)
+    elif four_bit:
         of_weights = four_bits.Blocks(prepared, whole, gated)
     elif transposed:
         of_weights = MMajor(config, dtype, transforms)
@@ -214,16 +216,23 @@ def grouped_matmul(
         def consume(i):
             m, n = tile_at(i)
             col = n * tile_cols + unit * wg_cols
+            epilogue.begin(coded is not None and coded.fetches)
             ask = functools.partial(epilogue.fetch_bias, ends, writer, group_g[m], col)
             if pairs:
                 pl.when(own == 0)(ask)
             else:
                 ask()
+            ahead = None
             if coded:
                 coded.fetch(of_codes, wg, group_g[m], col + own * n_out if pairs else col)
-            tiles.for_row_count(config.row_counts, rows_of(m), functools.partial(multiply, i, m, col))
+                if few:
+                    ahead = numbers(m), coded.factors(of_codes, group_g[m], own)
+            tiles.for_row_count(config.row_counts, rows_of(m), functools.partial(multiply, i, m, col, ahead))
 
-        def multiply(i, m, col, count, below):
+        def numbers(m):
+            return starts_g[m], (tokens_g if shared else sizes_g)[m]
+
+        def multiply(i, m, col, ahead, count, below):
             first_turn, ring = i * k_steps, team * stages
             expert = group_g[m] if coded else None
 
@@ -239,7 +248,7 @@ def grouped_matmul(
                         if coded:
                             if turn == len(loaded):
                                 some = places[turn : turn + coded.ahead]
-                                loaded += coded.load(block_at, [(own + h, p * swizzled) for p, h in some])
+                                loaded += coded.load(block_at, [(own + h, p * swizzled) for p, h in some], col)
                             place = codes.Place(expert, col, own + half, step * tk + piece * swizzled)
                             a = coded.decode(loaded[turn], of_codes, wg, turn, place)
                         else:
@@ -253,15 +262,18 @@ def grouped_matmul(
 
                 lax.fori_loop(0, k_steps, multiply_step, lax.rem(first_turn, stages))
                 # Loaded once, and on their way while the last products run; before the loop they cost it its registers.
-                mine = starts_g[m], (tokens_g if shared else sizes_g)[m]
+                mine = ahead[0] if ahead else numbers(m)
                 if config.overlap:
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(empty.at[ring + lax.rem(first_turn + k_steps - 1, stages)])
                 return tuple(acc[...] for acc in accs), mine
 
             accs, mine = pl.run_scoped(accumulate, *[plgpu.ACC((WGMMA_ROWS, count)) for _ in range(halves)])
+            if config.interleaved:
+                accs = interleaved.split(*accs, interpret is not None)
             if coded:
-                accs = coded.scale(accs, of_codes, wg, expert, own)
+                factors = ahead[1] if ahead else coded.factors(of_codes, expert, own)
+                accs = coded.scale(accs, of_codes, wg, factors)
 
             def finish(accs):
                 epilogue.finish(ends, writer, accs, *mine, col, below, i)

@@ -52,13 +52,14 @@ class Config:
     rows_first: bool = False  # 8-bit rows on the M side of wgmma, 64 a consumer, by 128 of weights: `matmul_rows_first`
     overlap: bool = True  # products of a step run while the next are issued; its stage is handed back after that
     paired: bool = False  # gate and up of a tile are those of two consumers with a half each: `pairs`
+    interleaved: bool = False  # gate and up rows of a consumer by eights, 32 columns of the output: `interleaved`
     teams: int = 1  # of so many consumers and stages, with tiles of their own: one decodes while the other stores
     codes_stages: int = 0  # of the ring of four-bit codes that become FP8 weights (`fp8_from_four`); 0 without
 
     @property
     def depth(self) -> int:
         """Pieces of K that a stage holds side by side."""
-        return WGMMA_ROWS // self.columns
+        return 1 if self.interleaved else WGMMA_ROWS // self.columns
 
     @property
     def whole(self) -> Config:
@@ -87,7 +88,8 @@ class Config:
     @property
     def stage_rows(self) -> int:
         """Rows of weights that a stage holds: wgmma reads 64 from any block on."""
-        return self.consumers * self.halves * WGMMA_ROWS + WGMMA_ROWS - self.columns
+        beyond = 0 if self.interleaved else WGMMA_ROWS - self.columns
+        return self.consumers * self.halves * WGMMA_ROWS + beyond
 
     @property
     def stage_size(self) -> int:

@@ -222,6 +222,7 @@ def grouped_matmul(
         def consume(i):
             m, n = tile_at(i)
             col = n * tile_cols + wg * wg_cols
+            epilogue.begin(not promote)
             epilogue.fetch_bias(ends, wg, group_g[m], col)
             if not promote:
                 scales_of_rows.fetch(a_row, wg, first_row_of(m))

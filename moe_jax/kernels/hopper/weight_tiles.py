@@ -12,6 +12,7 @@ from typing import Any
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe_jax.kernels.hopper import interleaved
 from moe_jax.kernels.hopper.matmul_config import WGMMA_ROWS, Config
 
 
@@ -44,6 +45,14 @@ class KMajor:
             for half in range(halves)
         ]
         self._rows_a_copy = columns
+        if config.interleaved:  # by eights
+            self._rows_a_copy = interleaved.EIGHT
+            self._pieces = [
+                (wg * WGMMA_ROWS + 2 * first + half * interleaved.EIGHT, half * n_out + wg * columns + first, 0)
+                for wg in range(config.consumers)
+                for first in range(0, columns, interleaved.EIGHT)
+                for half in range(2)
+            ]
         if not gated and depth == 1:  # neighbours: one copy for as many as TMA takes
             self._rows_a_copy = min(256, self._tile_cols)
             self._pieces = [(start, start, 0) for start in range(0, self._tile_cols, self._rows_a_copy)]
@@ -63,7 +72,8 @@ class KMajor:
         """``[64, columns]`` of a stage, from `column` of its K on."""
         config = self._config
         side, at = divmod(column, config.tile_k // config.depth)
-        rows = pl.ds(((wg * config.depth + side) * config.halves + half) * config.columns, WGMMA_ROWS)
+        first = ((wg * config.depth + side) * config.halves + half) * config.columns
+        rows = pl.ds(wg * WGMMA_ROWS if config.interleaved else first, WGMMA_ROWS)
         return ref.at[slot, rows, pl.ds(at, columns)]
 
 
