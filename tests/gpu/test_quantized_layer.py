@@ -117,17 +117,22 @@ def test_plans_of_blocks_have_the_same_bits(name):
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4_group32_zp", "int8_weight", "fp8_weight_block"])
 def test_plans_of_weights_alone_have_the_same_bits(name):
-    """With a bias, K that steps do not divide: as many consumers as the rule has, one, and pairs."""
+    """With a bias, K that steps do not divide: as many consumers as the rule has, one, pairs, and gate and up interleaved."""
     config, experts, layer, _ = layer_of("gpt-oss", name)
-    one = dict(columns=64, consumers=1, halves=2, paired=False, tile_k=128, stages=4)
-    pair = dict(columns=64, consumers=2, halves=1, tile_k=192, stages=2)
+    one = dict(columns=64, consumers=1, halves=2, tile_k=128, stages=4)
+    pair = dict(columns=64, consumers=2, halves=1, paired=True, tile_k=192, stages=2)
+    strips = dict(columns=32, halves=1, interleaved=True, tile_k=192)
+    ups = one, pair, dict(strips, consumers=1, stages=4), dict(strips, consumers=4, stages=2)
     for num_tokens in (1, 16, 100):
         x, logits = inputs(config, num_tokens)
         right, rule = layer(x, experts, logits), default_plan(LayerShape.of(config, num_tokens))
-        for change in (one, pair):
-            up = dataclasses.replace(rule.up, **change | ({} if change is one else {"paired": True}))
-            plan = dataclasses.replace(rule, up=up, down=dataclasses.replace(rule.down, **change))
+        for change in ups:
+            up, down = (
+                dataclasses.replace(side, **(dict(paired=False, interleaved=False, teams=1) | some))
+                for side, some in ((rule.up, change), (rule.down, one if change is one else {}))
+            )
             poison_memory()
+            plan = dataclasses.replace(rule, up=up, down=down)
             found = jax.jit(functools.partial(moe, config=config, plan=plan))(x, experts, logits)
             assert same_bits(found, right), (num_tokens, change)
 

@@ -51,7 +51,13 @@ CASES = {
         256,
         dict(config=Config((8, 32), consumers=4, halves=1, tile_k=256, stages=2)),
     ),
-    "channels, interleaved": ("int8_weight", (3, 0, 9), 256, 2 * 80, dict(gated=True, bias="float32", config=INTERLEAVED)),
+    "channels, interleaved": (
+        "int8_weight",
+        (3, 0, 9),
+        256,
+        2 * 80,
+        dict(gated=True, bias="float32", config=INTERLEAVED),
+    ),
     "blocks, interleaved": ("fp8_weight_block", (3, 20), 320, 384, dict(gated=True, config=INTERLEAVED)),
     "one scale a half, interleaved": (
         "fp8_weight_tensor",

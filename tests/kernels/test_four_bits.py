@@ -63,7 +63,13 @@ CASES = {
     "interleaved, four consumers": ("nvfp4", (3, 0, 12), 192, 2 * 160, dict(gated=True, config=FOUR_STRIPS)),
     "mxfp4, interleaved": ("mxfp4", (3, 20), 192, 2 * 160, dict(gated=True, bias="bfloat16", config=INTERLEAVED)),
     "int4, interleaved": ("int4_group128", (3, 9), 256, 2 * 96, dict(gated=True, config=INTERLEAVED)),
-    "int4 with zero points, interleaved": ("int4_group32_zp", (3, 9), 128, 2 * 96, dict(gated=True, config=INTERLEAVED)),
+    "int4 with zero points, interleaved": (
+        "int4_group32_zp",
+        (3, 9),
+        128,
+        2 * 96,
+        dict(gated=True, config=INTERLEAVED),
+    ),
     "interleaved teams": (
         "nvfp4",
         (9, 0, 3, 16, 7),

@@ -21,7 +21,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe_jax import _compat_words
 
 
-def store(out: Any, tile: Any, first_row: Any, size: Any, col: Any, columns: int, *, marked: bool, interpret: bool, layout: Any = plgpu.Layout.WGMMA) -> None:
+def store(
+    out: Any,
+    tile: Any,
+    first_row: Any,
+    size: Any,
+    col: Any,
+    columns: int,
+    *,
+    marked: bool,
+    interpret: bool,
+    layout: Any = plgpu.Layout.WGMMA,
+) -> None:
     """Stores rows of a tile to neighbouring rows of the output.
 
     Args:

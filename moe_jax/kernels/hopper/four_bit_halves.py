@@ -91,9 +91,7 @@ def load(halves: list[Half], layout: Layout, upper: Any, types: list[Any]) -> tu
     """What each thread loads of gate and up, arrays of `types`: as of a block whose rows they were, by eights."""
     refs = [ref for half in halves for ref in (half.codes, *half.more)]
 
-    @plgpu.inline_mgpu(
-        arg_types=(*[plgpu.RefType()] * len(refs), plgpu.Layout.WG_SPLAT), return_type=tuple(types)
-    )
+    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(refs), plgpu.Layout.WG_SPLAT), return_type=tuple(types))
     def run(ctx, *operands):
         del ctx
         *refs, upper = operands
@@ -101,9 +99,7 @@ def load(halves: list[Half], layout: Layout, upper: Any, types: list[Any]) -> tu
         gate, up = refs[:count], refs[count:]
         found = [_compat_words.load_two_halves(gate[0], up[0], 2, None)]
         shift = None if layout.scale_words == 2 else upper
-        found += [
-            _compat_words.load_two_halves(*two, 1, shift) for two in zip(gate[1:], up[1:], strict=True)
-        ]
+        found += [_compat_words.load_two_halves(*two, 1, shift) for two in zip(gate[1:], up[1:], strict=True)]
         return tuple(found)
 
     return run(*refs, upper)

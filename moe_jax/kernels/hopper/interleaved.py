@@ -21,7 +21,9 @@ from moe_jax import _compat, _compat_words
 COLUMNS = 32  # of the output that 64 rows of weights make
 EIGHT = 8  # rows of one half that stand together
 # Eight columns of the output a warp, otherwise as wgmma holds its sums.
-LAYOUT = _compat.tiled_layout(((COLUMNS, EIGHT), (EIGHT, EIGHT), (2,)), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+LAYOUT = _compat.tiled_layout(
+    ((COLUMNS, EIGHT), (EIGHT, EIGHT), (2,)), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
 
 
 def split(acc: Any, interpret: bool) -> list[Any]:
