@@ -1,10 +1,10 @@
 """Few rows of an output from registers straight to memory.
 
-A consumer has 64 columns of the output in the rows of wgmma's sums, so what is one row in memory lies in many threads. `views.Staged`
-brings it there through shared memory and TMA, a copy a row: a fence, a barrier of four warps and a thread that asks for one row
-after the other, while its warp, and so the consumer, waits. Here an instruction transposes eight rows and columns within a warp
-(`movmatrix`), four neighbouring threads then hold 16 bytes of a row, and each stores its own 4. Which rows are stored, and where,
-each thread knows from the tile's numbers, so that nothing is divided between branches either.
+A consumer has 64 columns of the output in the rows of wgmma's sums, so what is one row in memory lies in many threads.
+`views.Staged` brings it there through shared memory and TMA, a copy a row: a fence, a barrier of four warps and a thread that
+asks for one row after the other, while its warp, and so the consumer, waits. Here an instruction transposes eight rows and
+columns within a warp (`movmatrix`), four neighbouring threads then hold 16 bytes of a row, and each stores its own 4. Which rows
+are stored, and where, each thread knows from the tile's numbers, so that nothing is divided between branches either.
 
 Sectors of memory have 32 bytes, and get them from two instructions of the same warp. That is for tiles of few rows, where weights
 bind and not what is written.

@@ -18,7 +18,6 @@ from moe_jax.activations import Activation
 from moe_jax.kernels.hopper import direct_store, interleaved, tiles, views
 from moe_jax.kernels.hopper.matmul_config import FEW_ROWS, WGMMA_ROWS, Config
 
-
 DIRECT_ROWS = FEW_ROWS  # of a tile, at most, that leave from registers
 
 
@@ -71,7 +70,7 @@ class Columns:
             plgpu.copy_gmem_to_smem(source.at[expert, columns], part, full.at[wg])
 
     def spread(self, refs: tuple[Any, Any, Any], wg: Any, shape: tuple[int, int]) -> list[Any]:
-        """For each block of weight rows float32 of that shape, ``[64, rows]`` (32 interleaved) or rows first, when they have come."""
+        """For each block of weight rows float32 of that shape when they have come: ``[64, rows]``, or 32, or rows first."""
         _, numbers, full = refs
         plgpu.barrier_wait(full.at[wg])
         found = []

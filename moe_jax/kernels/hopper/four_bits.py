@@ -114,12 +114,8 @@ class FourBits:
             raise ValueError(
                 f"config.columns={config.columns} must be {SIDE}: a block of codes has so many rows; use four_bit()"
             )
-        self._layout, self._gated, self._halves, self._interpret = (
-            weights.layout,
-            gated,
-            2 if config.interleaved else config.halves,
-            interpret,
-        )
+        self._layout, self._gated, self._interpret = weights.layout, gated, interpret
+        self._halves = 2 if config.interleaved else config.halves
         self._dtype, self._factors = jnp.dtype(weights.row_dtype), weights.halves
         decoded_blocks = (config.consumers, 2, SIDE, SIDE)
         self.scratch = [plgpu.SMEM(decoded_blocks, self._dtype)] if interpret else []
