@@ -64,8 +64,7 @@ def shared_memory_bytes(config: Config, dtype: str, codes: str = "") -> int:
         everyone.stages * config.tile_rows * config.tile_k * of_rows,
         everyone.stages * config.stage_rows * config.tile_k // config.depth * of_weights,
         config.codes_stages * weight_rows * config.tile_k * _OF_FP4,
-        everyone.whole.consumers
-        * (64 * 128 if config.rows_first else 2 * STORED * COLUMNS * item),  # rows on their way out
+        everyone.whole.consumers * _way_out(config, item),
         weight_rows * 4 * (2 if config.rows_first else 1),  # a bias: of 64 rows of weights for each consumer, or of all
         row_scales * 4,
         weight_rows * 4 if of.granularity == "channel" else 0,
@@ -75,6 +74,13 @@ def shared_memory_bytes(config: Config, dtype: str, codes: str = "") -> int:
         2 * STORED * GROUP if config.quantizes and not config.rows_first else 0,  # codes on their way out, beside rows
     )
     return sum(math.ceil(size / ALIGNED) * ALIGNED for size in buffers)
+
+
+def _way_out(config: Config, item: int) -> int:
+    """Bytes for the rows of a consumer on their way to memory."""
+    if config.rows_first:
+        return 64 * 128
+    return 0 if config.tile_rows <= FEW_ROWS else 2 * STORED * COLUMNS * item
 
 
 def within_memory(config: Config, dtype: str, codes: str) -> Config:

@@ -16,11 +16,19 @@ from moe_jax.kernels.hopper.matmul_config import (
     WIDE_DECODED,
     Config,
     few_counts,
+    rounds,
     work_of,
 )
 
 _ROW_TILES = ((5, 16), (10, 24), (16, 32), (32, 48), (48, 64))  # by the mean rows of an expert
 _ROWS_OF_LONG_STEPS = 48  # of a tile, for steps of 256 of K: with more there is no room for two stages
+# Nanoseconds that 64 of K take with so many consumers, each for 32 columns of gate and up, on an H200: of the kernels that
+# `_one_token` names, less 2.5 us.
+_TIMES = {
+    "four bits": {1: 103, 2: 165, 3: 252, 4: 287},
+    "a byte": {1: 132, 2: 228, 3: 419, 4: 421},
+    "a byte in blocks": {1: 207, 2: 300, 3: 462, 4: 471},
+}
 _ROWS_OF_TEAMS = 24  # of a tile, for teams: with more they have two stages each
 
 
@@ -118,7 +126,7 @@ def one_byte(config: Config, projection: Projection, in_blocks: bool) -> Config:
         return _few_copies(dataclasses.replace(config, cluster=1))
     whole = dataclasses.replace(config, columns=WGMMA_ROWS)
     if config.tile_rows <= 8:
-        return _one_token(whole, projection, byte=True)
+        return _one_token(whole, projection, "a byte in blocks" if in_blocks else "a byte")
     four = projection.n_out % (2 * WGMMA_ROWS) == 0 and (in_blocks or projection.mean_rows >= 1)
     long = config.tile_rows <= _ROWS_OF_LONG_STEPS
     steps = dict(tile_k=256, stages=2 if four else 5) if long else dict(tile_k=128, stages=3 if four else 4)
@@ -137,33 +145,51 @@ def _few(config: Config, gated: bool) -> dict[str, Any]:
     return dict(halves=1, paired=gated, row_counts=(*counts, config.tile_rows), overlap=False)
 
 
-def _one_token(config: Config, projection: Projection, byte: bool = False) -> Config:
+def _one_token(config: Config, projection: Projection, kind: str = "four bits") -> Config:
     """As many columns a tile as keep the busiest multiprocessor busy for the shortest time; the widest of equal ones.
 
-    A multiprocessor takes 20 to 26 GB/s of codes of four bits, whether one consumer decodes them or four. So what counts is how
-    many have a tile, and that they have the same number of them; two consumers to a tile, gate and up apart, instead of one are
-    worth 2 to 9 %. One token on an H100, NVFP4: qwen3-235b up 25.1 us with tiles of 128 columns and four consumers, 27.5 of 64
-    and two, 28.6 of 64 and one; down 14.6 us of 256 columns, 15.7 of 128; dsv3-ep8 up, 32 tiles of 64, 19.5 us and 21.4;
-    mixtral-8x7b down 26.8 us of 64, 37 of 128. Tiles of 32 columns, half a block, are worse, for two of a consumer's four warps
-    then have nothing to decode: qwen3-235b up 36.6 us, dsv3-ep8 21.4, mixtral-8x7b 79.8 (2026-11-27-h100-variants.txt).
+    What counts is how many multiprocessors have a tile, and that they have the same number of them. Gate and up of a tile of
+    64 or 128 columns are those of a pair or two of consumers. One or three consumers have 32 columns each, gate and up
+    interleaved (`Config.interleaved`): a consumer that is alone waits for itself, and takes longer for a block than a second one
+    beside it does (`_TIMES`). One token on an H200, kernels of up-projections with tiles of 32, 96 and 64 or 128 columns
+    (2026-11-28-h200-one-token-variants.txt): NVFP4, dsv3-ep8 13.0, 26.3 and 18.3 us, qwen3-235b 22.3, 18.6 and 21.1,
+    mixtral-8x7b 47.8, 46.2 and 38.3; MXFP4, gpt-oss-120b 16.1, 13.0 and 14.5; int8, dsv3-ep8 15.9 and 20.6, qwen3-235b 27.9, 29.3
+    and 29.5; FP8 in blocks, dsv3-ep8 23.8 and 28.9, qwen3-235b 42.3, 32.1 and 32.6.
 
-    So it is with codes of a byte, for which 256 columns are as good as 128 at best: int8, qwen3-235b up 43.1 us with tiles of
-    128 columns, 47.2 of 64, 72.2 of 32; gpt-oss-120b down 18.3 us of 128, 25.8 of 256, 30.9 of 32; mixtral-8x7b down 48.8 us of
-    64 and one consumer, 73.4 of 128 and two (2026-11-28-h100-variants.txt), and one consumer better takes 256 of K a stage than
-    128: mixtral-8x7b down 31.4 us and 35.7 on an H200 (2026-11-28-h200-variants.txt). Layers before and with that, FP8 in
-    blocks: mixtral-8x7b 266 and 159 us, qwen3-30b-a3b 33 and 28 (-fp8_weight-layer.json).
+    Down-projections of four bits on an H100: qwen3-235b 14.6 us with tiles of 256 columns, 15.7 of 128; mixtral-8x7b 26.8 us of
+    64, 37 of 128 (2026-11-27-h100-variants.txt). With codes of a byte 256 columns are as good as 128 at best, int8: gpt-oss-120b
+    18.3 us of 128, 25.8 of 256, 30.9 of 32; mixtral-8x7b 48.8 us of 64 and one consumer, 73.4 of 128 and two
+    (2026-11-28-h100-variants.txt), and one consumer better takes 256 of K a stage than 128: mixtral-8x7b 31.4 us and 35.7 on an
+    H200 (2026-11-28-h200-variants.txt).
 
     Four consumers take 256 of K a step, or 192 or 320 that divide it, in the place of 128: NVFP4, mixtral-8x7b up 39.2 us and
     40.2 on an H200, qwen3-235b 21.0 and 21.9; int8, mixtral-8x7b up 60.4 and 62.7, gpt-oss-120b 21.8 and 23.1
     (2026-11-28-h200-four-bits-variants.txt).
+
+    Args:
+        config: of few rows.
+        projection: that is tiled.
+        kind: of `_TIMES`.
     """
     gated, n_out, likely_tiles, _ = projection
-    pieces = (64, 128) if gated or byte else (64, 128, 256)
+    if gated:
+        times = _TIMES[kind]
+        strips = min(times, key=lambda strips: (rounds(32 * strips, n_out, likely_tiles) * times[strips], -strips))
+        return _strips(config, strips, byte=kind != "four bits")
+    byte = kind != "four bits"
+    pieces = (64, 128) if byte else (64, 128, 256)
     columns = min(pieces, key=lambda columns: (work_of(columns, n_out, likely_tiles), -columns))
-    consumers = columns // WGMMA_ROWS * (2 if gated else 1)
+    consumers = columns // WGMMA_ROWS
     if byte:
-        narrow = columns == WGMMA_ROWS
-        tiles = dict(tile_k=256, stages=5 if narrow else 3) if narrow or gated else dict(tile_k=128, stages=6)
+        tiles = dict(tile_k=256, stages=5) if columns == WGMMA_ROWS else dict(tile_k=128, stages=6)
     else:
         tiles = dict(tile_k=256, stages=5 if consumers == 4 else 6)
-    return dataclasses.replace(config, consumers=consumers, halves=1, paired=gated, **tiles)
+    return dataclasses.replace(config, consumers=consumers, halves=1, **tiles)
+
+
+def _strips(config: Config, strips: int, byte: bool) -> Config:
+    """Tiles of so many times 32 columns of gate and up, each with a consumer."""
+    stages = {1: 7, 2: 5, 3: 3, 4: 3} if byte else {1: 8, 2: 6, 3: 6, 4: 5}
+    odd = strips % 2 == 1
+    columns = dict(columns=32, interleaved=True) if odd else dict(paired=True)
+    return dataclasses.replace(config, consumers=strips, halves=1, tile_k=256, stages=stages[strips], **columns)

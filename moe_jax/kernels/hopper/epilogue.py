@@ -18,8 +18,6 @@ from moe_jax.activations import Activation
 from moe_jax.kernels.hopper import direct_store, interleaved, tiles, views
 from moe_jax.kernels.hopper.matmul_config import FEW_ROWS, WGMMA_ROWS, Config
 
-DIRECT_ROWS = FEW_ROWS  # of a tile, at most, that leave from registers
-
 
 class References(NamedTuple):
     """References of an epilogue in a kernel.
@@ -113,11 +111,11 @@ class Epilogue:
         self._halves, self._columns, self._n_out, self._dtype = config.halves, config.columns, n_out, dtype
         self._activation, self._gated = activation, activation is not None and activation.is_gated
         self._marked, self._interpret = marked, interpret
-        self._direct = config.tile_rows <= DIRECT_ROWS
+        self._direct = marked or config.tile_rows <= FEW_ROWS
         self._layout = interleaved.LAYOUT if config.interleaved else plgpu.Layout.WGMMA
         self._staged = views.Staged(config.consumers, config.columns, n_out, dtype, interpret)
         self._bias = None if bias_dtype is None else Columns(config, n_out, self._gated, bias_dtype, rows_first)
-        self._stages, self._most_rows = stores and not self._direct, config.tile_rows
+        self._stages = stores and not self._direct
         self.scratch = [*([self._staged.scratch] if self._stages else []), *(self._bias.scratch if self._bias else [])]
 
     def references(self, out_g: Any, bias_g: Any, scratch: Any) -> References:
@@ -168,9 +166,7 @@ class Epilogue:
 
         return run(acc, column)
 
-    def finish(
-        self, refs: References, wg: Any, accs: Any, first_row: Any, size: Any, col: Any, below: int, turn: Any
-    ) -> None:
+    def finish(self, refs: References, wg: Any, accs: Any, first_row: Any, size: Any, col: Any, below: int) -> None:
         """Stores a consumer's part of a tile.
 
         Args:
@@ -181,7 +177,6 @@ class Epilogue:
             size: rows of the tile, or their marks.
             col: first column of the output.
             below: so many rows it has at least, less one.
-            turn: number of the consumer's tile.
         """
         count = accs[0].shape[1]
         accs = self.activated(refs, wg, accs)
@@ -192,25 +187,17 @@ class Epilogue:
                 direct_store.store(refs.out_g, acc.astype(self._dtype), *place, **options)
             return
         blocks = [(half, start) for half in range(len(accs)) for start in range(0, count, views.STORED)]
-        # A tile of few rows is one block, mostly. Then tiles take the buffers in turn, and none waits until its own is read.
-        in_turn = self._most_rows <= FEW_ROWS and len(accs) == 1
-        first = lax.rem(turn, jnp.int32(2)) if in_turn else 0
         for i, (half, start) in enumerate(blocks):
             most = min(views.STORED, count - start)
             block = accs[half][:, start : start + most].astype(self._dtype)
             block = plgpu.layout_cast(block, plgpu.Layout.WGMMA_TRANSPOSED)
             # The block before the last has left its buffer. The interpreter counts copies, and a block may have none.
             plgpu.wait_smem_to_gmem(0 if self._interpret else 1, wait_read_only=True)
-            buffer = lax.rem(first + i, jnp.int32(2)) if in_turn else i % 2
-            self._staged.fill(refs.out_s, wg, buffer, block)
+            self._staged.fill(refs.out_s, wg, i % 2, block)
             plgpu.commit_smem()
-            place = refs.out_s, wg, buffer
-            to = refs.out_g, first_row, col + half * self._columns
-            if self._marked:
-                self._staged.store_marked(*place, size, most, *to)
-            else:
-                left = most if start + most <= below else size - start  # mostly known: few branches
-                self._staged.store_first(*place, left, most, refs.out_g, first_row + start, to[2])
+            left = most if start + most <= below else size - start  # mostly known: few branches
+            to = refs.out_g, first_row + start, col + half * self._columns
+            self._staged.store_first(refs.out_s, wg, i % 2, left, most, *to)
             plgpu.commit_smem_to_gmem_group()
-        if len(blocks) % 2 == (0 if in_turn else 1):  # the next tile begins with the buffer that was filled last
+        if len(blocks) % 2 == 1:  # the next tile begins with the buffer that was filled last
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -111,12 +111,12 @@ def count_pairs(
                 expert = plgpu.load(slots_s.at[slot], layout=LAYOUT.reduce(1))
                 locals_.append(jnp.where(there & (expert >= 0) & (expert < num_experts), expert, -1))
             if mapped:
-                found = ranks.look_up(locals_, _ROWS, map_s)
+                found = ranks.look_up(locals_, _ROWS, map_s, interpret is not None)
                 locals_ = [jnp.where(expert >= 0, local, -1) for expert, local in zip(locals_, found, strict=True)]
             locals_ = [jnp.maximum(jnp.where(local < num_local, local, -1), -1) for local in locals_]
             ranks.mark_pairs(locals_, _ROWS, seen_s)
             counts = ranks.count_tile(_ROWS, seen_s)
-            tickets = ranks.tickets(locals_, _ROWS, seen_s, before)
+            tickets = ranks.tickets(locals_, _ROWS, seen_s, before, interpret is not None)
             full = first + _ROWS <= tokens
 
             @pl.when(full)

@@ -276,7 +276,7 @@ def grouped_matmul(
                 accs = coded.scale(accs, of_codes, wg, factors)
 
             def finish(accs):
-                epilogue.finish(ends, writer, accs, *mine, col, below, i)
+                epilogue.finish(ends, writer, accs, *mine, col, below)
 
             if pairs:
                 pairs.meet(of_pairs, wg, i, *accs, finish)

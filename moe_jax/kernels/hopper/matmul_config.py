@@ -182,7 +182,12 @@ def default_config(tile_rows: int, gated: bool, n_out: int, likely_tiles: int) -
 
 def work_of(columns: int, n_out: int, likely_tiles: int) -> int:
     """Of the busiest multiprocessor, with tiles of one token and so many columns."""
-    return pl.cdiv(likely_tiles * pl.cdiv(n_out, columns), _compat.num_multiprocessors()) * (columns + _BETWEEN)
+    return rounds(columns, n_out, likely_tiles) * (columns + _BETWEEN)
+
+
+def rounds(columns: int, n_out: int, likely_tiles: int) -> int:
+    """Tiles of so many columns that the busiest multiprocessor has."""
+    return pl.cdiv(likely_tiles * pl.cdiv(n_out, columns), _compat.num_multiprocessors())
 
 
 def registers(consumers: int, producer: int = PRODUCER_REGISTERS) -> int:
@@ -218,9 +223,9 @@ def in_whole_steps(config: Config, k: int) -> Config:
         >>> [in_whole_steps(teams, k).tile_k for k in (2048, 2880, 576)]
         [256, 320, 192]
     """
-    four = config.everyone.consumers == 4
-    if config.halves == 1 and config.tile_k == 256 and k % 256 and (four or config.tile_rows > 8):
-        steps = (320, 192) if four and config.stages > 3 else (192,)
+    long = config.everyone.consumers == 4 or config.interleaved
+    if config.halves == 1 and config.tile_k == 256 and k % 256 and (long or config.tile_rows > 8):
+        steps = (320, 192) if long and config.stages > 3 else (192,)
         tile_k = next((step for step in steps if k % step == 0), 128)
         return dataclasses.replace(config, tile_k=tile_k, stages=config.stages * 256 // tile_k)
     if config.tile_k != 128 or config.tile_rows <= 8 or config.columns < WGMMA_ROWS or not 0 < k % 128 <= 64:

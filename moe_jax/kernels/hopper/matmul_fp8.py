@@ -231,13 +231,13 @@ def grouped_matmul(
             multiply = promoted if promote else scaled_once
             tiles.for_row_count(row_counts, rows_of(m), functools.partial(multiply, i, m, col))
 
-        def finish(i, m, col, accs, below):
+        def finish(m, col, accs, below):
             mine = starts_g[m], (tokens_g if shared else sizes_g)[m]
             if stored is not None:
                 (tile,) = epilogue.activated(ends, wg, accs)
                 stored.store(codes, wg, tile, *mine, col)
                 return
-            epilogue.finish(ends, wg, accs, *mine, col, below, i)
+            epilogue.finish(ends, wg, accs, *mine, col, below)
 
         def scaled_once(i, m, col, count, below):
             first_turn = i * k_steps
@@ -266,7 +266,7 @@ def grouped_matmul(
                 last = weight_scales.shape[1] - 1
                 of_weights = [weight_scales_g[group_g[m], min(half, last) if gated else 0] for half in range(halves)]
             accs = [acc.astype(jnp.float32) * scales * scale for acc, scale in zip(accs, of_weights, strict=True)]
-            finish(i, m, col, accs, below)
+            finish(m, col, accs, below)
 
         def promoted(i, m, col, count, below):
             first_turn = i * k_steps
@@ -310,7 +310,7 @@ def grouped_matmul(
             zeros = [plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA) for _ in range(halves)]
             fetched = [of_blocks(0)] if ahead else []
             _, accs, *_ = lax.fori_loop(0, k_steps, step, (lax.rem(first_turn, stages), zeros, *fetched))
-            finish(i, m, col, accs, below)
+            finish(m, col, accs, below)
 
         def produce():
             turns = my_tiles * k_steps

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe_jax import _compat_routing
 from moe_jax.kernels.hopper.selection import LAYOUT, Scores, repeat, spread
 
 LANES = 128  # threads of a warpgroup: vectors over experts are padded to a multiple
@@ -53,14 +54,17 @@ def experts_of(rows: int, start: int) -> Any:
     return plgpu.broadcasted_iota(jnp.int32, (rows, LANES), 1, layout=LAYOUT) + start
 
 
-def look_up(locals_: list[Any], rows: int, table: Any) -> list[Any]:
+def look_up(locals_: list[Any], rows: int, table: Any, interpret: bool) -> list[Any]:
     """``table[local]`` of each slot, 0 where local is -1.
 
     Args:
         locals_: for each slot the local experts of the tile's tokens.
         rows: tokens of the tile.
         table: reference to a vector over experts, or to a matrix of tokens by experts, in shared memory.
+        interpret: the kernel is interpreted: it adds up what is where the expert is.
     """
+    if not interpret:
+        return _loaded(locals_, rows, table)
     found = [jnp.zeros_like(local) for local in locals_]
     for start in range(0, table.shape[-1], LANES):
         experts = experts_of(rows, start)
@@ -72,6 +76,19 @@ def look_up(locals_: list[Any], rows: int, table: Any) -> list[Any]:
         for slot, local in enumerate(locals_):
             found[slot] = found[slot] + jnp.sum(jnp.where(experts == spread(local, experts), part, 0), axis=1)
     return found
+
+
+def _loaded(locals_: list[Any], rows: int, table: Any) -> list[Any]:
+    """`look_up` with a load for each thread."""
+    vector = LAYOUT.reduce(1)
+    result = plgpu.ShapeDtypeStruct((rows,), jnp.int32, layout=vector)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[vector] * len(locals_)), return_type=(result,) * len(locals_))
+    def run(ctx, table, *locals_):
+        del ctx
+        return tuple(_compat_routing.look_up(table, list(locals_)))
+
+    return list(run(table, *locals_))
 
 
 def mark_pairs(locals_: list[Any], rows: int, seen_s: Any) -> None:
@@ -107,7 +124,7 @@ def count_tile(rows: int, seen_s: Any) -> Any:
     return add_up([vector(seen_s.at[row]) for row in range(rows)])
 
 
-def tickets(locals_: list[Any], rows: int, seen_s: Any, before: Any) -> list[Any]:
+def tickets(locals_: list[Any], rows: int, seen_s: Any, before: Any, interpret: bool) -> list[Any]:
     """Tickets of a tile's pairs, whose ranks go on from `before`.
 
     Args:
@@ -115,6 +132,7 @@ def tickets(locals_: list[Any], rows: int, seen_s: Any, before: Any) -> list[Any
         rows: tokens of the tile.
         seen_s: int32 [rows, width], the tile as it was marked; it is used up.
         before: vector over experts, the pairs of each in the tiles before.
+        interpret: the kernel is interpreted.
     """
     pairs = [vector(seen_s.at[row]) for row in range(rows)]
     for row, mine in enumerate(pairs):
@@ -122,7 +140,7 @@ def tickets(locals_: list[Any], rows: int, seen_s: Any, before: Any) -> list[Any
         before = before + mine
     plgpu.commit_smem()
     found = []
-    for slot, (local, rank) in enumerate(zip(locals_, look_up(locals_, rows, seen_s), strict=True)):
+    for slot, (local, rank) in enumerate(zip(locals_, look_up(locals_, rows, seen_s, interpret), strict=True)):
         for other in locals_[:slot]:  # of the same token: only where several experts share a local one, or ids repeat
             rank = rank + jnp.where(other == local, 1, 0)
         found.append(jnp.where(local >= 0, rank * MAX_EXPERTS + local, -1))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_jax import _compat
+from moe_jax import _compat, _compat_routing
 from moe_jax.routing_methods import RoutingRule
 
 ROWS = 16  # tokens of a tile
@@ -181,8 +181,10 @@ def _sort(ids: list[Any], weights: list[Any]) -> tuple[list[Any], list[Any]]:
     return [pick(ids, s) for s in slots], [pick(weights, s) for s in slots]
 
 
-def rounds(selection: Scores, scores: Scores, top_k: int) -> tuple[list[Any], list[Any], Scores]:
+def rounds(selection: Scores, scores: Scores, top_k: int, interpret: bool) -> tuple[list[Any], list[Any], Scores]:
     """The experts of the slots, -1 for none, and their `scores`; and the pairs as a matrix: 1 where an expert was chosen."""
+    if not interpret:
+        return _emitted_rounds(selection, scores, top_k)
     ids, values, left = [], [], selection
     for _ in range(top_k):
         best = left.max()
@@ -193,8 +195,33 @@ def rounds(selection: Scores, scores: Scores, top_k: int) -> tuple[list[Any], li
     return ids, values, left.map(lambda x, before: jnp.where((x == NEVER) & (before > NEVER), 1, 0), selection)
 
 
+def _emitted_rounds(selection: Scores, scores: Scores, top_k: int) -> tuple[list[Any], list[Any], Scores]:
+    """`rounds` where a thread compares a score and its expert together: see `_compat_routing.best_in_turn`."""
+    pieces, weighed = selection.pieces, [] if scores is selection else scores.pieces
+    vector, rows = LAYOUT.reduce(1), (ROWS,)
+    results = [
+        plgpu.ShapeDtypeStruct(rows, kind, layout=vector) for kind in (jnp.int32, jnp.float32) for _ in range(top_k)
+    ]
+    results += [plgpu.ShapeDtypeStruct(piece.shape, jnp.int32, layout=LAYOUT) for piece in pieces]
+
+    @plgpu.inline_mgpu(arg_types=(LAYOUT,) * (len(pieces) + len(weighed)), return_type=tuple(results))
+    def run(ctx, *matrices):
+        del ctx
+        both = list(matrices[: len(pieces)]), list(matrices[len(pieces) :])
+        return tuple(_compat_routing.best_in_turn(both[0], selection.starts, both[1] or None, top_k))
+
+    found = list(run(*pieces, *weighed))
+    return found[:top_k], found[top_k : 2 * top_k], Scores(found[2 * top_k :], selection.starts)
+
+
 def select(
-    raw: Scores, biases: Scores | None, experts: int, top_k: int, rule: RoutingRule, pick: Any = None
+    raw: Scores,
+    biases: Scores | None,
+    experts: int,
+    top_k: int,
+    rule: RoutingRule,
+    interpret: bool,
+    pick: Any = None,
 ) -> tuple[list[Any], list[Any], Scores | None]:
     """(ids, weights): for each slot a vector over the tile's tokens; and the pairs as a matrix, if `rounds` has picked them.
 
@@ -204,6 +231,7 @@ def select(
         experts: number of experts.
         top_k: number of slots.
         rule: as in `moe_jax.ops.topk`.
+        interpret: the kernel is interpreted.
         pick: gives the experts of the slots and their scores, instead of `rounds`.
     """
     # NaN compares false: it counts as -inf, "cannot be selected", as do the columns past the last expert.
@@ -217,7 +245,7 @@ def select(
         selection = _keep_groups(selection, experts, rule)
     chosen, weighed = None, selection if biases is None else scores
     if pick is None:
-        ids, values, chosen = rounds(selection, weighed, top_k)
+        ids, values, chosen = rounds(selection, weighed, top_k, interpret)
     else:
         ids, values = pick(selection, weighed)
     weights = _weigh(ids, values, rule)

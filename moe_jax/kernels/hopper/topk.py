@@ -129,7 +129,7 @@ def topk(
     tail = tokens % ROWS
     biased = correction_bias is not None
     mapped = grouping is not None and grouping.expert_map is not None
-    single = None
+    single, interpreted = None, interpret is not None
     if isinstance(grouping, Share) and one_token.applies(tokens, experts, top_k):
         single = one_token.OneToken(experts, top_k)
     columns = [(correction_bias, jnp.float32)] if biased else []
@@ -198,7 +198,7 @@ def topk(
             """Tickets of this warpgroup's tile, and the counts of the block after all tiles of this chunk."""
             counts = ranks.count_tile(ROWS, seen_s.at[wg])
             if wgs == 1:
-                return ranks.tickets(locals_, ROWS, seen_s.at[wg], before), before + counts
+                return ranks.tickets(locals_, ROWS, seen_s.at[wg], before, interpreted), before + counts
             buffer = lax.rem(chunk, 2)  # the others may still read those of the chunk before
             counts_s[buffer, wg] = counts
             plgpu.barrier_arrive(counts_known)
@@ -207,7 +207,7 @@ def topk(
             base = before
             for other, theirs in enumerate(of_all[:-1]):
                 base = base + theirs * jnp.where(other < wg, 1, 0)
-            return ranks.tickets(locals_, ROWS, seen_s.at[wg], base), before + ranks.add_up(of_all)
+            return ranks.tickets(locals_, ROWS, seen_s.at[wg], base, interpreted), before + ranks.add_up(of_all)
 
         def one(chunk, before):
             pl.when(chunk + 1 < mine)(lambda: fetch(chunk + 1))
@@ -220,13 +220,13 @@ def topk(
                 row = logits_g.at[0] if straight else logits_s[0].at[wg, buffer, 0]
                 logits = Scores([single.load(row).astype(jnp.float32)], starts)
                 pick = functools.partial(single.pick, refs=single_s)
-                ids, weights, _ = select(logits, biases, experts, top_k, rule, pick)
+                ids, weights, _ = select(logits, biases, experts, top_k, rule, interpreted, pick)
                 targets = [ids_g, weights_g, *groups_g]
                 single.write(ids, weights, local_experts(ids, first), grouping.num_local_experts, targets, single_s)
                 return before
             parts = [plgpu.load(p.at[wg, buffer], layout=LAYOUT, optimized=False) for p in logits_s]
             raw = Scores([part.astype(jnp.float32) for part in parts], starts)
-            ids, weights, chosen = select(raw, biases, experts, top_k, rule)
+            ids, weights, chosen = select(raw, biases, experts, top_k, rule, interpreted)
             outputs = [(ids_g, ids), (weights_g, weights)]
             if grouping is not None:
                 locals_ = local_experts(ids, first)
@@ -235,7 +235,7 @@ def topk(
                 tickets, before = block_tickets(locals_, chunk, before)
                 outputs.append((groups_g[0], tickets))
             elif isinstance(grouping, Share):
-                positions = _share_tiles(grouping, locals_, groups_g, seen_s.at[0], tables_s, scan_s)
+                positions = _share_tiles(grouping, locals_, groups_g, seen_s.at[0], tables_s, scan_s, interpreted)
                 outputs.append((groups_g[0], positions))
             full = first + ROWS <= tokens
 
@@ -312,7 +312,7 @@ def topk(
     )(router_logits, *(column.astype(kind) for column, kind in columns))
 
 
-def _share_tiles(share: Share, locals_, groups_g, seen_s, tables_s, scan_s) -> list[Any]:
+def _share_tiles(share: Share, locals_, groups_g, seen_s, tables_s, scan_s, interpret: bool) -> list[Any]:
     """Rows of the pairs of a tile, which are marked, when every expert visited multiplies all tokens; writes the schedule."""
     _, *schedule_g, sizes_g, num_tiles_g = groups_g
     width = sizes_g.shape[0]
@@ -332,7 +332,7 @@ def _share_tiles(share: Share, locals_, groups_g, seen_s, tables_s, scan_s) -> l
         seen_s[row] = before
         before = before + mine
     plgpu.commit_smem()
-    rows = ranks.look_up(locals_, ROWS, seen_s)
+    rows = ranks.look_up(locals_, ROWS, seen_s, interpret)
 
     @plgpu.warp_map
     def _(warp):

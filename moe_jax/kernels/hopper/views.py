@@ -147,16 +147,3 @@ class Staged:
             send(0, most)
             return
         send_first(send, size, most)
-
-    def store_marked(
-        self, ref: Any, consumer: Any, buffer: Any, marks: Any, most: int, out: Any, row: Any, col: Any
-    ) -> None:
-        """Sends those of the first `most` rows whose bit is set in `marks`, to neighbouring rows."""
-        for first in range(most):
-            marked = (marks >> first) & 1
-
-            @pl.when(marked != 0)
-            def _(first=first, row=row):
-                self.store(ref, consumer, buffer, first, 1, out, row, col)
-
-            row = row + marked
