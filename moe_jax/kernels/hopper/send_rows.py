@@ -228,6 +228,7 @@ def send_rows(
     ]
     results = _compat.kernel(
         body,
+        early=False,  # ranks meet in it
         out_type=out_types,
         grid=(blocks,),
         grid_names=("sm",),
