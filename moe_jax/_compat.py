@@ -23,40 +23,11 @@ LANE = plgpu.LoweringSemantics.Lane
 _HOPPER_SXM_MULTIPROCESSORS = 132
 
 
-def kernel(body: Any, *, interpret: Any = None, early: bool = True, **kwargs: Any) -> Any:
-    """`plgpu.kernel`, which begins while the kernel before it ends.
-
-    Its blocks start as soon as there is room on a multiprocessor, set up their barriers, and wait until the kernel before is done
-    and what it wrote is there: before that a body reads and writes nothing. Then they let the next kernel do the same. A kernel
-    waits for the one before it as a whole, which has waited likewise, so nothing later than that can be missed.
-
-    Args:
-        body: of the kernel.
-        interpret: left out when it is None (jax 0.11.2 treats an explicit None as a mode).
-        early: False for what is to start when everything before is done.
-        kwargs: of `plgpu.kernel`.
-    """
+def kernel(body: Any, *, interpret: Any = None, **kwargs: Any) -> Any:
+    """`plgpu.kernel` with `interpret` left out when it is None (jax 0.11.2 treats an explicit None as a mode)."""
     if interpret is not None:
-        return plgpu.kernel(body, interpret=interpret, **kwargs)
-
-    @functools.wraps(body)
-    def following(*refs: Any) -> None:
-        plgpu.griddepcontrol_wait()
-        _allow_next()
-        body(*refs)
-
-    return plgpu.kernel(following if early else body, **kwargs)
-
-
-def _allow_next() -> None:
-    """Lets the next kernel begin. Says that it touches memory, which waiting itself does not: so no load moves before both."""
-
-    @plgpu.inline_mgpu()
-    def run(ctx: Any) -> None:
-        del ctx
-        ptx("griddepcontrol.launch_dependents;")
-
-    run()
+        kwargs["interpret"] = interpret
+    return plgpu.kernel(body, **kwargs)
 
 
 def store_scattered(ref: Any, value: Any) -> None:

@@ -228,7 +228,6 @@ def send_rows(
     ]
     results = _compat.kernel(
         body,
-        early=False,  # ranks meet in it
         out_type=out_types,
         grid=(blocks,),
         grid_names=("sm",),
