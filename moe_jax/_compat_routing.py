@@ -159,3 +159,102 @@ def look_up(table: Any, places: list[Any]) -> list[Any]:
             )
         )
     return found
+
+
+def scan_within_warps(values: Any, totals: Any) -> Any:
+    """Emits inclusive sums of 32 neighbouring elements each, and stores the last of them.
+
+    Args:
+        values: fragmented int32 ``[width]``, an element a thread, 128 neighbours at a time.
+        totals: memref of int32 in shared memory, ``width / 32`` or more.
+    """
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, llvm, memref, scf
+    from jax.experimental.mosaic.gpu import utils
+
+    i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+
+    def c(value: int) -> Any:
+        return arith.constant(i32, value)
+
+    number = arith.andi(utils.thread_idx(), c(127))
+    last = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(number, c(31)), c(31))
+    code = "{ .reg .b32 t; .reg .pred p; mov.b32 $0, $1; "
+    for distance in (1, 2, 4, 8, 16):
+        code += f"shfl.sync.up.b32 t|p, $0, {distance}, 0, 0xffffffff; @p add.s32 $0, $0, t; "
+    found = []
+    for i, register in enumerate(values.registers.flat):
+        value = llvm.extractelement(register, c(0))
+        total = llvm.inline_asm(i32, [value], code + "}", "=&r,r", has_side_effects=True)
+        with ir.InsertionPoint(scf.IfOp(last).then_block):
+            warp = arith.addi(arith.shrui(number, c(5)), c(4 * i))
+            memref.store(total, totals, [arith.index_cast(index, warp)])
+            scf.yield_([])
+        found.append(llvm.insertelement(llvm.mlir_undef(register.type), total, c(0)))
+    return _like(values, found)
+
+
+def add_warps_before(values: Any, totals: Any) -> Any:
+    """Emits the sums of `scan_within_warps` with those of the warps before: inclusive sums of all."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, llvm, memref
+    from jax.experimental.mosaic.gpu import utils
+
+    i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+
+    def c(value: int) -> Any:
+        return arith.constant(i32, value)
+
+    warp = arith.shrui(arith.andi(utils.thread_idx(), c(127)), c(5))
+    registers = list(values.registers.flat)
+    of_warps = [memref.load(totals, [arith.constant(index, i)]) for i in range(4 * len(registers))]
+    found = []
+    for i, register in enumerate(registers):
+        value = llvm.extractelement(register, c(0))
+        for other, total in enumerate(of_warps[: 4 * i + 3]):
+            before = arith.cmpi(arith.CmpIPredicate.sgt, arith.addi(warp, c(4 * i)), c(other))
+            value = arith.addi(value, arith.select(before, total, c(0)))
+        found.append(llvm.insertelement(llvm.mlir_undef(register.type), value, c(0)))
+    return _like(values, found)
+
+
+def scatter(targets: list[Any], places: Any, values: list[Any], kept: Any) -> None:
+    """Emits ``target[place] = value`` for several targets and their values, a store a thread, where `kept` is not 0.
+
+    Args:
+        targets: memrefs ``[N]`` of int32 in GPU memory.
+        places: fragmented int32 ``[n]``.
+        values: of each target, as `places`.
+        kept: as `places`.
+    """
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, llvm
+    from jax.experimental.mosaic.gpu import utils
+
+    i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+    zero = arith.constant(i32, 0)
+    bases = [llvm.ptrtoint(i64, utils.memref_ptr(target)) for target in targets]
+    for i, register in enumerate(places.registers.flat):
+        offset = arith.muli(arith.extsi(i64, llvm.extractelement(register, zero)), arith.constant(i64, 4))
+        wanted = llvm.extractelement(kept.registers.flat[i], zero)
+        for base, array in zip(bases, values, strict=True):
+            value = llvm.extractelement(array.registers.flat[i], zero)
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [arith.addi(base, offset), value, wanted],
+                "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p st.global.b32 [$0], $1; }",
+                "l,r,r,~{memory}",
+                has_side_effects=True,
+            )
+
+
+def _like(array: Any, registers: list[Any]) -> Any:
+    """An array of int32 of the same layout."""
+    import numpy as np
+    from jax.experimental.mosaic.gpu import fragmented_array
+
+    held = np.empty(len(registers), dtype=object)
+    held[:] = registers
+    return fragmented_array.FragmentedArray(
+        _registers=held.reshape(array.registers.shape), _layout=array.layout, _is_signed=True
+    )

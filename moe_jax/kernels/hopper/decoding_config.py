@@ -29,6 +29,7 @@ _TIMES = {
     "a byte": {1: 132, 2: 228, 3: 419, 4: 421},
     "a byte in blocks": {1: 207, 2: 300, 3: 462, 4: 471},
 }
+_ROWS_OF_PAIRS = 16  # of a tile, for gate and up of a tile in teams with a consumer each
 _ROWS_OF_TEAMS = 24  # of a tile, for teams: with more they have two stages each
 
 
@@ -64,6 +65,12 @@ def four_bit(config: Config, projection: Projection) -> Config:
     228 and 191 (199 with one team); 512 tokens of qwen3-30b-a3b 164 and 155 (2026-11-28-h200-four-bits-variants.txt). One token:
     `_one_token`.
 
+    With 24 rows a consumer of a team has gate and up of its columns: it finds rows once for both, 276 instructions for four
+    blocks instead of 299, and hands nothing over. Layers of 128 tokens, NVFP4, a pair to a tile and that: qwen3-235b 380 and
+    369 us; kernels of up-projections: dsv3-ep8 132 and 131 us, qwen3-30b-a3b 63 and 63, gpt-oss-120b, MXFP4, 269 and 259. With
+    16 rows tiles of twice the columns may be too few: 16 tokens, qwen3-30b-a3b 42.3 and 42.8 us. Down-projections, two blocks a
+    consumer: gpt-oss-120b 142 and 150 us, qwen3-30b-a3b 36 and 36 (2026-11-28-h200-one-token-variants.txt).
+
     What ptxas says (`benchmarks/machine_code.py`): from 176 rows on, and from 160 on where rows are fetched by their tokens, it
     lets every product wait for the one before, so that nothing is decoded meanwhile. From 144 rows on it does so too with three
     row counts or more; up to 128 rows with none. So wide tiles have two row counts. Narrower ones, with more counts, decode a
@@ -85,7 +92,10 @@ def four_bit(config: Config, projection: Projection) -> Config:
         return _few_copies(config)
     teams = dict(consumers=2, teams=2) if config.tile_rows <= _ROWS_OF_TEAMS else dict(consumers=4)
     steps = dict(tile_k=256, stages=4) if config.tile_rows <= _ROWS_OF_LONG_STEPS else dict(tile_k=128, stages=5)
-    return dataclasses.replace(config, **teams, **steps, **_few(config, gated))
+    few = dataclasses.replace(config, **teams, **steps, **_few(config, gated))
+    if gated and _ROWS_OF_PAIRS < config.tile_rows <= _ROWS_OF_TEAMS:
+        return dataclasses.replace(few, halves=2, paired=False, tile_k=128)
+    return few
 
 
 def few_tile_rows(mean_rows: float, num_pairs: int) -> int | None:
@@ -162,6 +172,7 @@ def _one_token(config: Config, projection: Projection, kind: str = "four bits") 
     (2026-11-28-h100-variants.txt), and one consumer better takes 256 of K a stage than 128: mixtral-8x7b 31.4 us and 35.7 on an
     H200 (2026-11-28-h200-variants.txt).
 
+    Stages beyond four cost the down-projection: qwen3-235b 11.7 us and 12.3 with five (2026-11-28-h200-one-token-variants.txt).
     Four consumers take 256 of K a step, or 192 or 320 that divide it, in the place of 128: NVFP4, mixtral-8x7b up 39.2 us and
     40.2 on an H200, qwen3-235b 21.0 and 21.9; int8, mixtral-8x7b up 60.4 and 62.7, gpt-oss-120b 21.8 and 23.1
     (2026-11-28-h200-four-bits-variants.txt).
@@ -183,7 +194,7 @@ def _one_token(config: Config, projection: Projection, kind: str = "four bits") 
     if byte:
         tiles = dict(tile_k=256, stages=5) if columns == WGMMA_ROWS else dict(tile_k=128, stages=6)
     else:
-        tiles = dict(tile_k=256, stages=5 if consumers == 4 else 6)
+        tiles = dict(tile_k=256, stages=4 if consumers == 4 else 6)
     return dataclasses.replace(config, consumers=consumers, halves=1, **tiles)
 
 

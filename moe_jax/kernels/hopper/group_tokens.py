@@ -242,7 +242,7 @@ def place_pairs(
             plgpu.barrier_wait(summed)
             total = add_up([vector(partial_s.at[0, other]) for other in range(warpgroups)])
             wide = total if row_multiple == 1 else (total + (row_multiple - 1)) & -row_multiple
-            ends, _ = ranks.scan(wide, scan_s, num_local)
+            ends, _ = ranks.scan(wide, scan_s, num_local, interpret is not None)
             starts_s[...] = ends - wide
             base_s[...] = ends - wide + add_up([vector(partial_s.at[1, other]) for other in range(warpgroups)])
             num_tiles = lax.div(total + (tile_rows - 1), jnp.full_like(total, tile_rows))
@@ -250,7 +250,7 @@ def place_pairs(
             shares_s[...] = jnp.minimum(lax.div(even + 7, jnp.full_like(even, 8)) * 8, tile_rows)
             sizes_s[...] = total
             plgpu.commit_smem()  # the first scan has been read
-            tiles, _ = ranks.scan(num_tiles, scan_s, num_local)
+            tiles, _ = ranks.scan(num_tiles, scan_s, num_local, interpret is not None)
             first_tile_s[pl.ds(0, width)] = tiles - num_tiles
             first_tile_s[pl.ds(width, width)] = tiles
             plgpu.commit_smem()

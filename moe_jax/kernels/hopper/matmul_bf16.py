@@ -150,6 +150,7 @@ def grouped_matmul(
     programs = (multiprocessors or _compat.num_multiprocessors()) // cluster
     workers = programs * teams
     n_steps = pl.cdiv(n_tiles, cluster)  # past the last columns TMA reads zeros and stores nothing
+    tile_spans = tiles.spans_for(tile_spans, tile_rows, n_steps, workers)
     swizzled_axis = math.gcd(k, n_weights) if transposed else k  # both operands of wgmma have one swizzle
     transforms = tiles.transforms(swizzled_axis, dtype)
     swizzled = tiles.swizzle_bytes(swizzled_axis, dtype) // dtype.itemsize
@@ -206,7 +207,7 @@ def grouped_matmul(
         worker, my_tiles = share_of(team)
 
         def tile_at(i, worker=worker):
-            m, n = tiles.visit(worker + i * workers, m_tiles, n_steps, config.band, spans_g)
+            m, n = tiles.visit(worker + i * workers, m_tiles, n_steps, 1 if spans_g is None else config.band, spans_g)
             return m, n if cluster == 1 else n * cluster + lax.axis_index("cta")
 
         def rows_of(m):

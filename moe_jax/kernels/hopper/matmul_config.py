@@ -230,7 +230,7 @@ def in_whole_steps(config: Config, k: int) -> Config:
         return dataclasses.replace(config, tile_k=tile_k, stages=config.stages * 256 // tile_k)
     if config.tile_k != 128 or config.tile_rows <= 8 or config.columns < WGMMA_ROWS or not 0 < k % 128 <= 64:
         return config
-    if k % 192 == 0 and (config.consumers != 2 or config.halves == 1):
+    if k % 192 == 0 and (config.consumers != 2 or config.halves == 1 or config.teams > 1):
         overlap = config.overlap or config.consumers == 1
         return dataclasses.replace(config, tile_k=192, stages=pl.cdiv(config.stages * 2, 3), overlap=overlap)
     if config.consumers == 1:

@@ -150,6 +150,7 @@ def grouped_matmul(
     tile_cols = consumers * wg_cols
     n_tiles, k_steps = pl.cdiv(n_out, tile_cols), pl.cdiv(k, tk)
     workers = multiprocessors or _compat.num_multiprocessors()
+    tile_spans = tiles.spans_for(tile_spans, tile_rows, n_tiles, workers)
     swizzled = tiles.swizzle_bytes(k, dtype)  # columns of K, a byte each
     a_group = GROUP // swizzled  # pieces
     groups = tk // GROUP  # of a stage
@@ -203,7 +204,7 @@ def grouped_matmul(
         my_tiles = tiles.share(m_tiles * n_tiles, worker, workers)
 
         def tile_at(i):
-            return tiles.visit(worker + i * workers, m_tiles, n_tiles, config.band, spans_g)
+            return tiles.visit(worker + i * workers, m_tiles, n_tiles, 1 if spans_g is None else config.band, spans_g)
 
         def rows_of(m):
             """Rows that are multiplied."""

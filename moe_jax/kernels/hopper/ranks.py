@@ -147,18 +147,24 @@ def tickets(locals_: list[Any], rows: int, seen_s: Any, before: Any, interpret: 
     return found
 
 
-def scan(values: Any, scan_s: Any, length: int) -> Any:
+def scan(values: Any, scan_s: Any, length: int, interpret: bool) -> Any:
     """Inclusive sums over experts. One warpgroup calls it.
 
     Args:
         values: vector over experts.
         scan_s: scratch, int32 [2, 2 * width].
         length: experts that count.
+        interpret: the kernel is interpreted: it knows no shuffles, and adds up twice as many with each step.
 
     Returns:
         The sums as a vector; and the row of `scan_s` in whose upper half they stand.
     """
     width = values.shape[0]
+    if not interpret:
+        sums = _scanned(values, scan_s.at[1, pl.ds(0, width)])
+        scan_s[0, pl.ds(width, width)] = sums
+        plgpu.commit_smem()
+        return sums, 0
     for buffer in range(2):
         scan_s[buffer, pl.ds(0, width)] = zeros(width)
     scan_s[0, pl.ds(width, width)] = values
@@ -171,3 +177,41 @@ def scan(values: Any, scan_s: Any, length: int) -> Any:
         distance *= 2
     plgpu.commit_smem()
     return values, buffer
+
+
+def _scanned(values: Any, totals: Any) -> Any:
+    """Inclusive sums: those of each warp by shuffles, then what the warps before have."""
+    layout = plgpu.Layout.WG_STRIDED(values.shape, vec_size=1)
+    result = plgpu.ShapeDtypeStruct(values.shape, jnp.int32, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()), return_type=result)
+    def within(ctx, values, totals):
+        del ctx
+        return _compat_routing.scan_within_warps(values, totals)
+
+    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()), return_type=result)
+    def across(ctx, sums, totals):
+        del ctx
+        return _compat_routing.add_warps_before(sums, totals)
+
+    sums = within(values, totals)
+    plgpu.commit_smem()
+    return across(sums, totals)
+
+
+def scatter(targets: list[Any], places: Any, values: list[Any], kept: Any) -> None:
+    """``target[place] = value`` in GPU memory for vectors of places and values, a store a thread, where `kept` is not 0."""
+    layout = plgpu.Layout.WG_STRIDED(places.shape, vec_size=1)
+
+    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(targets), *[layout] * (2 + len(values))))
+    def run(ctx, *operands):
+        del ctx
+        targets_, (places, kept, *values) = operands[: len(targets)], operands[len(targets) :]
+        _compat_routing.scatter(list(targets_), places, list(values), kept)
+
+    run(*targets, places, kept, *values)
+
+
+def numbers(width: int) -> Any:
+    """A vector 0, 1, ..."""
+    return plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=plgpu.Layout.WG_STRIDED((width,), vec_size=1))

@@ -11,6 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe_jax.kernels.hopper.matmul_config import FEW_ROWS
+
 
 def swizzle_bytes(minor: int, dtype) -> int | None:
     """The widest swizzle (128, 64 or 32 bytes) whose rows tile an axis of `minor` elements; None if not even 32 do.
@@ -43,8 +45,10 @@ def visit(
     an expert whose tiles are in two bands is read twice. Layers on an H100, before and with that (2026-11-28-h100-variants.txt):
     bfloat16, gpt-oss-120b, 4096 tokens, 2904 and 2734 us; qwen3-235b, 1024 tokens, 1824 and 1774, with Zipf-distributed loads
     2050 and 1949; 4096 tokens 2507 and 2467, `fp8_block` 1805 and 1749; qwen3-30b-a3b, `fp8_channel`, 4096 tokens, 507 and 481;
-    2 % less or the same elsewhere. Bands of single tiles, without looking at experts, do as well where each has one, and take up
-    to 36 % longer where each has two (mixtral-8x7b, 1024 tokens: 1319 and 1800).
+    2 % less or the same elsewhere.
+
+    Bands of single tiles, without looking at experts, do as well where each has one, and take up to 36 % longer where each has
+    two (mixtral-8x7b, 1024 tokens: 1319 and 1800). They need neither a quotient of two variables nor a load: `spans_for`.
 
     Args:
         index: of the tile.
@@ -60,12 +64,34 @@ def visit(
         within = index - first * n_tiles
         height = jnp.minimum(group_m, end - first)
         return first + lax.rem(within, height), lax.div(within, height)
+    if group_m == 1:
+        return lax.div(index, n_tiles), lax.rem(index, n_tiles)
     band_tiles = group_m * n_tiles
     band = lax.div(index, band_tiles)
     first = band * group_m
     height = jnp.minimum(group_m, m_tiles - first)
     within = index - band * band_tiles
     return first + lax.rem(within, height), lax.div(within, height)
+
+
+def spans_for(spans: Any | None, tile_rows: int, n_tiles: int, workers: int) -> Any | None:
+    """The spans that `visit` is to walk by, or None for bands of single tiles.
+
+    With few rows nearly every expert has one tile. Where it has more, they are at work together if the multiprocessors have more
+    tiles than two experts'. NVFP4, 16 tokens on an H200, in bands of eight and of one: qwen3-30b-a3b 73.9 and 72.6 us,
+    qwen3-235b 239 and 235 (2026-11-28-h200-one-token-variants.txt).
+
+    Args:
+        spans: as of `visit`; None where no expert has two tiles.
+        tile_rows: of a row tile.
+        n_tiles: column tiles.
+        workers: that are at work at a time.
+
+    Example:
+        >>> spans_for("spans", 24, 12, workers=264), spans_for("spans", 24, 224, workers=264), spans_for("spans", 96, 12, 132)
+        (None, 'spans', 'spans')
+    """
+    return None if tile_rows <= FEW_ROWS and 2 * n_tiles <= workers else spans
 
 
 def share(total: jax.Array | int, worker: jax.Array | int, workers: int) -> jax.Array:

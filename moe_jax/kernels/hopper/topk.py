@@ -37,7 +37,6 @@ _MAX_EXPERTS = 512
 _MAX_TOP_K = 32
 _WARPS = 4
 _TILES = 1 << 16  # a count of rows plus so many times a count of tiles
-_TOGETHER = 4  # experts whose tiles a warp writes at a time, so that their loads overlap
 MANY_TOKENS = 1024  # so many CTAs of one warpgroup would be more counts than the next kernel likes to add up
 
 
@@ -321,12 +320,10 @@ def _share_tiles(share: Share, locals_, groups_g, seen_s, tables_s, scan_s, inte
     sizes = ranks.add_up(pairs)
     sizes_g[...] = sizes
     # Rows and tiles in one scan: of each there are at most 16 * 32.
-    sums, buffer = ranks.scan(sizes + jnp.minimum(sizes, 1) * _TILES, scan_s, share.num_local_experts)
+    sums, buffer = ranks.scan(sizes + jnp.minimum(sizes, 1) * _TILES, scan_s, share.num_local_experts, interpret)
     tiles = lax.div(sums, jnp.full_like(sums, _TILES))
     ends = sums - tiles * _TILES
     tokens = ranks.add_up([mine * (1 << row) for row, mine in enumerate(pairs)])
-    for table, values in enumerate((tiles - 1, ends - sizes, sizes, tokens)):
-        tables_s[table] = values
     before = ends - sizes
     for row, mine in enumerate(pairs):
         seen_s[row] = before
@@ -334,28 +331,49 @@ def _share_tiles(share: Share, locals_, groups_g, seen_s, tables_s, scan_s, inte
     plgpu.commit_smem()
     rows = ranks.look_up(locals_, ROWS, seen_s, interpret)
 
+    last = lax.div(scan_s[buffer, width + share.num_local_experts - 1], jnp.int32(_TILES))
+    write = functools.partial(_interpreted_schedule, tables_s=tables_s) if interpret else _scattered_schedule
+    write(share, schedule_g, (tiles - 1, ends - sizes, sizes, tokens), last)
+
     @plgpu.warp_map
     def _(warp):
-        last = lax.div(scan_s[buffer, width + share.num_local_experts - 1], _TILES)
-
-        @pl.loop(0, pl.cdiv(share.num_local_experts, _WARPS * _TOGETHER))
-        def _(i):
-            experts = [(i * _WARPS + warp) * _TOGETHER + j for j in range(_TOGETHER)]
-            found = [[tables_s[table, jnp.minimum(expert, width - 1)] for table in range(4)] for expert in experts]
-            for expert, (tile, start, size, mask) in zip(experts, found, strict=True):
-
-                @pl.when((expert < share.num_local_experts) & (size > 0))
-                def _(values=(expert, start, size, mask), tile=tile):
-                    for target, value in zip(schedule_g, values, strict=True):
-                        target[tile] = value
-
-        @pl.loop(0, lax.div(share.max_tiles - last - warp + _WARPS - 1, _WARPS))
-        def _(i):
-            for target, value in zip(schedule_g, (-1, 0, 0, 0), strict=True):
-                target[last + warp + i * _WARPS] = jnp.int32(value)
-
         @pl.when(warp == 0)
         def _():
             num_tiles_g[0] = last
 
     return [jnp.where(local >= 0, row, -1) for local, row in zip(locals_, rows, strict=True)]
+
+
+def _scattered_schedule(share: Share, schedule_g, of_experts, last) -> None:
+    """Writes the tiles, an expert a thread, and those without rows behind the last."""
+    tile, start, size, tokens = of_experts
+    ranks.scatter(schedule_g, tile, [ranks.numbers(size.shape[0]), start, size, tokens], jnp.minimum(size, 1))
+    number = ranks.numbers(ranks.padded(share.max_tiles))
+    nothing = ranks.zeros(number.shape[0])
+    behind = jnp.where((number >= last) & (number < share.max_tiles), 1, 0)
+    ranks.scatter(schedule_g, number, [nothing - 1, nothing, nothing, nothing], behind)
+
+
+def _interpreted_schedule(share: Share, schedule_g, of_experts, last, tables_s) -> None:
+    """`_scattered_schedule` by warps, in the interpreter."""
+    width = tables_s.shape[1]
+    for table, values in enumerate(of_experts):
+        tables_s[table] = values
+    plgpu.commit_smem()
+
+    @plgpu.warp_map
+    def _(warp):
+        @pl.loop(0, pl.cdiv(share.num_local_experts, _WARPS))
+        def _(i):
+            expert = i * _WARPS + warp
+            tile, start, size, mask = (tables_s[table, jnp.minimum(expert, width - 1)] for table in range(4))
+
+            @pl.when((expert < share.num_local_experts) & (size > 0))
+            def _():
+                for target, value in zip(schedule_g, (expert, start, size, mask), strict=True):
+                    target[tile] = value
+
+        @pl.loop(0, lax.div(share.max_tiles - last - warp + _WARPS - 1, _WARPS))
+        def _(i):
+            for target, value in zip(schedule_g, (-1, 0, 0, 0), strict=True):
+                target[last + warp + i * _WARPS] = jnp.int32(value)
