@@ -38,15 +38,21 @@ _MANY_ROWS: tuple[dict[str, Any], ...] = (
     {"cluster": 1, "gather": True},
     {"gather": False},
 )
-# Weights that alone are codes are decoded by up to four consumers, gate and up by one or by two, all together or in two teams.
-# What a projection cannot have is left out.
+# Weights that alone are codes are decoded by up to four consumers, gate and up by one, by two, or interleaved in each, all
+# together or in two teams. What a projection cannot have is left out.
+_WHOLE: dict[str, Any] = {"columns": 64, "interleaved": False}
 _FEW_DECODED: tuple[dict[str, Any], ...] = (
     {},
     *({"tile_k": tile_k} for tile_k in (128, 192, 256, 320)),
-    *({"consumers": consumers, "halves": 2, "paired": False, "teams": 1} for consumers in (1, 2)),
-    *({"consumers": consumers, "halves": 1, "paired": False, "teams": 1} for consumers in (1, 2, 4)),
-    *({"consumers": consumers, "halves": 1, "paired": True, "teams": 1} for consumers in (2, 4)),
-    *({"consumers": 2, "halves": 1, "paired": paired, "teams": 2, "gather": False} for paired in (False, True)),
+    *({"consumers": consumers, "halves": 2, "paired": False, "teams": 1, **_WHOLE} for consumers in (1, 2)),
+    *({"consumers": consumers, "halves": 1, "paired": False, "teams": 1, **_WHOLE} for consumers in (1, 2, 4)),
+    *({"consumers": consumers, "halves": 1, "paired": True, "teams": 1, **_WHOLE} for consumers in (2, 4)),
+    *(
+        {"consumers": consumers, "halves": 1, "paired": False, "teams": 1, "columns": 32, "interleaved": True}
+        for consumers in (1, 2, 3)
+    ),
+    *({"consumers": 2, "halves": 1, "paired": p, "teams": 2, "gather": False, **_WHOLE} for p in (False, True)),
+    {"consumers": 2, "halves": 2, "paired": False, "teams": 2, "gather": False, **_WHOLE},
     {"overlap": True},
     {"overlap": False},
     {"gather": False},

@@ -65,9 +65,11 @@ def shared_memory_bytes(config: Config, dtype: str, codes: str = "") -> int:
         everyone.stages * config.stage_rows * config.tile_k // config.depth * of_weights,
         config.codes_stages * weight_rows * config.tile_k * _OF_FP4,
         everyone.whole.consumers * _way_out(config, item),
-        weight_rows * 4 * (2 if config.rows_first else 1),  # a bias: of 64 rows of weights for each consumer, or of all
+        weight_rows
+        * 4
+        * (2 if config.rows_first or config.interleaved else 1),  # a bias: of each consumer's rows, or of all
         row_scales * 4,
-        weight_rows * 4 if of.granularity == "channel" else 0,
+        weight_rows * 4 * (2 if config.interleaved else 1) if of.granularity == "channel" else 0,
         (2 * everyone.stages + 2 * config.codes_stages + 3 * everyone.consumers) * 8,
         ALIGNED if config.gather else 0,  # set aside for reductions
         math.prod(handed_over(everyone)) * 4 if config.paired else 0,

@@ -245,10 +245,12 @@ def test_tiles(monkeypatch):
 
     def tiled(gated, n_out, tiles, config=one, mean_rows=1.0):
         found = four_bit(config, Projection(gated, n_out, tiles, mean_rows))
-        assert found.cluster == 1 and found.paired == (gated and found.halves == 1)
+        assert found.cluster == 1 and found.interleaved == (found.columns == 32)
+        assert found.paired == (gated and found.halves == 1 and not found.interleaved)
         return found.consumers, found.columns, found.tile_k
 
-    assert tiled(True, 2048, 1) == (2, 64, 256)  # 32 tiles
+    assert tiled(True, 2048, 1) == (1, 32, 256)  # 64 tiles, a consumer each
+    assert tiled(True, 1536, 8) == (3, 32, 256)  # 128 tiles of three
     assert tiled(True, 768, 8) == (2, 64, 256)  # 96
     assert tiled(True, 14336, 2) == (4, 64, 256)  # two rounds of tiles of 128 columns
     assert tiled(False, 7168, 1) == (1, 64, 256)
@@ -257,7 +259,8 @@ def test_tiles(monkeypatch):
     few = [Config((rows,), consumers=1, tile_k=128, stages=4) for rows in (16, 24, 32, 48, 64)]
     for gated in (True, False):
         found = [tiled(gated, 2048, 128, config, 8.0) for config in few]
-        assert found == [(2, 64, 256)] * 2 + [(4, 64, 256)] * 2 + [(4, 64, 128)]
+        both = (2, 64, 128) if gated else (2, 64, 256)  # halves of a consumer
+        assert found == [(2, 64, 256), both] + [(4, 64, 256)] * 2 + [(4, 64, 128)]
         teams = [four_bit(config, Projection(gated, 2048, 128, 8.0)).teams for config in few]
         assert teams == [2, 2, 1, 1, 1]
     many = four_bit(Config((128, 160), cluster=2, gather=True), Projection(True, 768, 128, 256.0))
