@@ -108,7 +108,7 @@ def words_of(array: Any) -> list[Any]:
 
 
 def word_of_all(splat: Any) -> Any:
-    """The word that all threads hold, of a float32."""
+    """The word that all threads hold, of a float32 or an int32."""
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import llvm
 
@@ -221,45 +221,25 @@ def every_other(array: Any, layout: Any, shape: tuple[int, ...]) -> tuple[Any, A
     )
 
 
-def load_two_halves(gate: Any, up: Any, count: int, upper: Any) -> Any:
-    """Emits loads of `count` words from each of two lines for a thread, whose two rows they are: see `four_bit_halves`.
+def load_from(ref: Any, place: Any, count: int) -> list[Any]:
+    """Emits one load of 1, 2 or 4 words from a thread's place in shared memory, a word of bytes from where a reference begins."""
+    from jax._src.lib.mlir.dialects import arith
 
-    Args:
-        gate: contiguous memref of 32-bit words in shared memory: of 64 threads, each two times `count` words, of which every
-            second warp takes the second; of one word for each four threads if `count` is 1.
-        up: another.
-        count: 2 for codes, 1 for scales.
-        upper: None; or a splat, where a word of scales is for both rows of a thread: 1 for the second half of a line.
-    """
+    return load_at(arith.addi(address(ref), place), 0, count)
+
+
+def array_of_words(words: list[Any]) -> Any:
+    """Fragmented int32 ``[128 * count]`` of so many words for each thread, of which `words_of` gives them."""
     import numpy as np
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm
     from jax.experimental.mosaic.gpu import fragmented_array
 
-    i32 = ir.IntegerType.get_signless(32)
-
-    def c(value: int) -> Any:
-        return arith.constant(i32, value)
-
-    number = thread()
-    second = arith.andi(arith.shrui(number, c(5)), c(1))  # of two rows
-    of_block = arith.ori(arith.shli(arith.shrui(number, c(6)), c(5)), arith.andi(number, c(31)))  # a thread of 64
-    if count == 1:
-        of_block = arith.shrui(of_block, c(2))
-    if upper is None:
-        place = arith.muli(arith.addi(arith.muli(of_block, c(2)), second), c(4 * count))
-    else:
-        place = arith.muli(arith.addi(of_block, arith.muli(upper.registers.flat[0], c(16))), c(4))
-    words = [load_at(arith.addi(address(ref), place), 0, count) for ref in (gate, up)]
-    if upper is None:
-        words = [word for some in words for word in some]
-    else:  # of each the half that is of the row
-        chosen = arith.select(arith.cmpi(arith.CmpIPredicate.eq, second, c(1)), c(0x7632), c(0x5410))
-        words = inline_ptx("prmt.b32 $0, $1, $2, $3;", [words[0][0], words[1][0], chosen], 1)
-    together = llvm.mlir_undef(ir.VectorType.get((len(words),), i32))
+    i32, count = ir.IntegerType.get_signless(32), len(words)
+    together = llvm.mlir_undef(ir.VectorType.get((count,), i32))
     for i, word in enumerate(words):
         together = llvm.insertelement(together, word, arith.constant(i32, i))
     held = np.empty(1, dtype=object)
     held[0] = together
-    layout = fragmented_array.WGStridedFragLayout((128 * len(words),), len(words))
+    layout = fragmented_array.WGStridedFragLayout((128 * count,), count)
     return fragmented_array.FragmentedArray(_registers=held, _layout=layout, _is_signed=True)

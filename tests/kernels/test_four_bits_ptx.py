@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax import _compat_words
-from moe_jax.kernels.hopper import four_bits
+from moe_jax.kernels.hopper import four_bit_halves, four_bits, interleaved
 from moe_jax.quantization import prepare, quant_format, quantize
 from moe_jax.quantization.prepared import decoded
 from moe_jax.quantization.prepared_layout import CODE_LINES, LANES, Layout, adds_up
@@ -46,10 +46,26 @@ def words_of(block, layout):
     return [load(0, 4, 1), *(load(line + LANES * size * i, size, 4) for i in range(kinds))]
 
 
-def fragment(block, layout, dtype):
-    """The block ``[64, 64]`` that the threads' registers make."""
+def words_of_halves(gate, up, layout, upper):
+    """What each thread loads of the halves of two blocks that `HalfBlocks.fetch` brings."""
+    size, kinds = layout.scale_words, 2 if layout.spec.asymmetric else 1
+    lines = [CODE_LINES + size * kind + (upper if size == 2 else 0) for kind in range(kinds)]
+    halves = []
+    for block in (gate.reshape(-1, LANES), up.reshape(-1, LANES)):
+        halves.append([block[8 * upper : 8 * upper + 8].reshape(-1), *(block[line] for line in lines)])
+
+    def load(half, part, place, count):
+        assert (place % (4 * count) == 0).all()
+        return [halves[half][part][place // 4 + i] for i in range(count)]
+
+    threads = THREADS.astype(np.uint32)
+    return four_bit_halves.words_of_thread(layout, threads, np.full_like(threads, upper), load)
+
+
+def fragment(words, layout, dtype):
+    """The block ``[64, 64]`` that the threads' registers make, of the words that each has loaded."""
     with mock.patch.object(_compat_words, "inline_ptx", ptx.run), np.errstate(invalid="ignore", over="ignore"):
-        registers = four_bits._decode(words_of(block, layout), layout)
+        registers = four_bits._decode(words() if callable(words) else words, layout)
     out = np.zeros((64, 64), dtype)
     row, column = THREADS // 32 * 16 + THREADS % 32 // 4, THREADS % 4 * 2
     for i, register in enumerate(registers):
@@ -70,7 +86,7 @@ def test_every_block(form, dtype):
     for row in range(blocks.shape[0]):
         for column in range(blocks.shape[1]):
             words = blocks[row, column].reshape(-1).view(np.uint32)
-            found = fragment(words, layout, DTYPES[dtype]).astype(np.float32)
+            found = fragment(words_of(words, layout), layout, DTYPES[dtype]).astype(np.float32)
             wanted = right[row, column].astype(np.float32)
             nan = np.isnan(wanted)  # an exponent alone stands for it with MXFP4: times a code it is infinite, or NaN
             assert not np.isfinite(found[nan]).any()
@@ -86,6 +102,25 @@ def test_every_block(form, dtype):
             np.testing.assert_array_equal(whole[kept], plain[kept])
     else:  # scales were rounded
         assert np.linalg.norm(whole - plain) < 4e-3 * np.linalg.norm(plain)
+
+
+@pytest.mark.parametrize("upper", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMATS)
+def test_halves_of_two_blocks(form, dtype, upper):
+    """Gate and up interleaved: the rows of both, by eights, with their own scales."""
+    weights = natural(form)
+    prepared = prepare(weights, dtype)
+    layout, blocks = prepared.layout, np.asarray(prepared.values)[0].view(np.uint32)
+    right = np.asarray(decoded(prepared.values, layout)[0].astype(dtype)).astype(np.float32)
+    for column in range(blocks.shape[1]):
+        gate, up = (blocks[row, column].reshape(-1) for row in range(2))
+        found = fragment(lambda g=gate, u=up: words_of_halves(g, u, layout, upper), layout, DTYPES[dtype])
+        rows = (right[row, column, 32 * upper : 32 * upper + 32] for row in range(2))
+        wanted = np.asarray(interleaved.joined(*rows))
+        known = ~np.isnan(wanted)
+        assert np.isfinite(wanted[known]).mean() > 0.5
+        np.testing.assert_array_equal(found.astype(np.float32)[known], wanted[known])
 
 
 def test_one_product_moves_the_bits_of_a_pair():
@@ -111,6 +146,7 @@ def test_ptxas_takes_it(tmp_path):
             with mock.patch.object(_compat_words, "inline_ptx", keep):
                 words = [[0] * 4] + [[0] * layout.scale_words] * (2 if layout.spec.asymmetric else 1)
                 four_bits._decode(words, layout)
+                four_bit_halves.words_of_thread(layout, 0, 0, lambda half, part, place, count: [0] * count)
             for code, operands, results in emitted:
                 for place in reversed(range(operands + results)):
                     code = code.replace(f"${place}", f"%w{place}")

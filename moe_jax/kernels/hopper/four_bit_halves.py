@@ -7,6 +7,7 @@ of two blocks instead, so that it loads half as much from twice as many places, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -96,13 +97,68 @@ def load(halves: list[Half], layout: Layout, upper: Any, types: list[Any]) -> tu
         del ctx
         *refs, upper = operands
         count = len(refs) // 2
-        gate, up = refs[:count], refs[count:]
-        found = [_compat_words.load_two_halves(gate[0], up[0], 2, None)]
-        shift = None if layout.scale_words == 2 else upper
-        found += [_compat_words.load_two_halves(*two, 1, shift) for two in zip(gate[1:], up[1:], strict=True)]
-        return tuple(found)
+        thread, upper = _compat_words.thread(), _compat_words.word_of_all(upper)
+        found = words_of_thread(
+            layout,
+            thread,
+            upper,
+            lambda half, part, place, words: _compat_words.load_from(refs[half * count + part], place, words),
+        )
+        return tuple(_compat_words.array_of_words(words) for words in found)
 
     return run(*refs, upper)
+
+
+def words_of_thread(layout: Layout, thread: Any, upper: Any, load: Callable[..., list[Any]]) -> list[list[Any]]:
+    """The words of a thread's two rows, that of the gate first: codes, scales and, if there are any, zero points.
+
+    Args:
+        layout: of the blocks.
+        thread: its number in the warpgroup, a word.
+        upper: 1 for the second halves of the blocks, else 0, a word.
+        load: `count` words of gate (0) or up (1): of codes (0) or scales and zero points, from a place in bytes on.
+    """
+    ptx = _compat_words.inline_ptx
+    (place,) = ptx(_place("", 3), [thread], 1)
+    found = [[word for half in range(2) for word in load(half, 0, place, 2)]]
+    kinds = 2 if layout.spec.asymmetric else 1
+    if layout.scale_words == 2:  # one for each row
+        (place,) = ptx(_place("shr.u32 a, a, 2;", 2), [thread], 1)
+        return found + [[load(half, 1 + kind, place, 1)[0] for half in range(2)] for kind in range(kinds)]
+    (place,) = ptx(_PLACE_OF_BOTH, [thread, upper], 1)
+    selectors = ptx(_SELECTORS, [thread], 2)
+    for kind in range(kinds):
+        both = [load(half, 1 + kind, place, 1)[0] for half in range(2)]
+        found.append(ptx(_of_either(layout), [*both, *selectors], 1))
+    return found
+
+
+# A thread of a block, of 64 with rows in one half of it: each second warp has the second row of one.
+_THREAD = "{ .reg .b32 a, b; shr.u32 a, $1, 6; shl.b32 a, a, 5; and.b32 b, $1, 31; or.b32 a, a, b;"
+
+
+def _place(more: str, left: int) -> str:
+    """PTX: where the words of a row are, in bytes ($0), for a thread ($1): those of two rows are neighbours."""
+    return f"{_THREAD} {more} shl.b32 a, a, 1; bfe.u32 b, $1, 5, 1; or.b32 a, a, b; shl.b32 $0, a, {left}; }}"
+
+
+# PTX: where a word for both rows is, of four threads each, the second halves of blocks ($2) behind the first.
+_PLACE_OF_BOTH = f"{_THREAD} shr.u32 a, a, 2; shl.b32 b, $2, 4; or.b32 a, a, b; shl.b32 $0, a, 2; }}"
+# PTX: how bytes of the gate's word ($0) and of the other ($1) are moved for a thread ($2): what it needs of the gate to the lower
+# half, of the other to the upper half of a word.
+_SELECTORS = (
+    "{ .reg .b32 s; bfe.u32 s, $2, 5, 1; mad.lo.u32 $0, s, 0xffffde22, 0x3210; mad.lo.u32 $1, s, 0x21de, 0x1032; }"
+)
+
+
+def _of_either(layout: Layout) -> str:
+    """PTX: the lower half of the gate's word ($1) and the upper of the other ($2), as `_SELECTORS` ($3, $4) move them."""
+    left = layout.scale_left
+    lower = (0xFFFF << left | 0xFFFF >> (32 - left)) & 0xFFFFFFFF if left else 0xFFFF
+    return (
+        "{ .reg .b32 a, b; prmt.b32 a, $1, 0, $3; prmt.b32 b, $2, 0, $4; "
+        f"and.b32 a, a, {lower:#x}; and.b32 b, b, {lower ^ 0xFFFFFFFF:#x}; or.b32 $0, a, b; }}"
+    )
 
 
 def interpreted(halves: list[Half], layout: Layout, upper: Any) -> Any:
