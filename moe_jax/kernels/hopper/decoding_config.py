@@ -69,7 +69,7 @@ def four_bit(config: Config, projection: Projection) -> Config:
     blocks instead of 299, and hands nothing over. Layers of 128 tokens, NVFP4, a pair to a tile and that: qwen3-235b 380 and
     369 us; kernels of up-projections: dsv3-ep8 132 and 131 us, qwen3-30b-a3b 63 and 63, gpt-oss-120b, MXFP4, 269 and 259. With
     16 rows tiles of twice the columns may be too few: 16 tokens, qwen3-30b-a3b 42.3 and 42.8 us. Down-projections, two blocks a
-    consumer: gpt-oss-120b 142 and 150 us, qwen3-30b-a3b 36 and 36 (2026-11-28-h200-one-token-variants.txt).
+    consumer: gpt-oss-120b 142 and 150 us, qwen3-30b-a3b 36 and 36 (2026-11-28-h200-few-rows-variants.txt).
 
     What ptxas says (`benchmarks/machine_code.py`): from 176 rows on, and from 160 on where rows are fetched by their tokens, it
     lets every product wait for the one before, so that nothing is decoded meanwhile. From 144 rows on it does so too with three
@@ -162,7 +162,7 @@ def _one_token(config: Config, projection: Projection, kind: str = "four bits") 
     64 or 128 columns are those of a pair or two of consumers. One or three consumers have 32 columns each, gate and up
     interleaved (`Config.interleaved`): a consumer that is alone waits for itself, and takes longer for a block than a second one
     beside it does (`_TIMES`). One token on an H200, kernels of up-projections with tiles of 32, 96 and 64 or 128 columns
-    (2026-11-28-h200-one-token-variants.txt): NVFP4, dsv3-ep8 13.0, 26.3 and 18.3 us, qwen3-235b 22.3, 18.6 and 21.1,
+    (2026-11-28-h200-few-rows-variants.txt): NVFP4, dsv3-ep8 13.0, 26.3 and 18.3 us, qwen3-235b 22.3, 18.6 and 21.1,
     mixtral-8x7b 47.8, 46.2 and 38.3; MXFP4, gpt-oss-120b 16.1, 13.0 and 14.5; int8, dsv3-ep8 15.9 and 20.6, qwen3-235b 27.9, 29.3
     and 29.5; FP8 in blocks, dsv3-ep8 23.8 and 28.9, qwen3-235b 42.3, 32.1 and 32.6.
 
@@ -172,7 +172,7 @@ def _one_token(config: Config, projection: Projection, kind: str = "four bits") 
     (2026-11-28-h100-variants.txt), and one consumer better takes 256 of K a stage than 128: mixtral-8x7b 31.4 us and 35.7 on an
     H200 (2026-11-28-h200-variants.txt).
 
-    Stages beyond four cost the down-projection: qwen3-235b 11.7 us and 12.3 with five (2026-11-28-h200-one-token-variants.txt).
+    Stages beyond four cost the down-projection: qwen3-235b 11.7 us and 12.3 with five (2026-11-28-h200-few-rows-variants.txt).
     Four consumers take 256 of K a step, or 192 or 320 that divide it, in the place of 128: NVFP4, mixtral-8x7b up 39.2 us and
     40.2 on an H200, qwen3-235b 21.0 and 21.9; int8, mixtral-8x7b up 60.4 and 62.7, gpt-oss-120b 21.8 and 23.1
     (2026-11-28-h200-four-bits-variants.txt).

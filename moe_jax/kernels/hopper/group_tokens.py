@@ -12,6 +12,8 @@ Learned on an H200 (benchmarks/results/2026-11-24-h200-plans-and-glue.txt; 128 e
 
 - 3.4 us for 128 tokens, 5.1 for 4096, 11.1 for 16384. The first form ranked pairs in a warp's scalar loop, a chain of dependent
   loads for each: 18 us for 128 tokens (2026-11-22-h200-bf16-layer.json).
+- Sums over experts by shuffles instead of seven passes through shared memory: 2.8 us for 128 tokens, 3.3 before
+  (2026-11-28-h200-few-rows-variants.txt).
 - More blocks than multiprocessors take turns, and each of them adds up all counts: 128 at most. Warps go from pair to pair; a
   float quotient instead of integer divisions brought 14.2 us (16384 tokens) down to 11.1.
 """

@@ -44,7 +44,8 @@ Learned on an H200 (benchmarks/results/2026-11-22-h200-matmul-variants.txt; qwen
   42.0 and 61.8 with 64 columns (2026-11-24-h200-packing-variants.txt). Three rounds of tiles of 16 columns are slower than one of
   64, though: 29.7 instead of 27.8 us for qwen3-30b-a3b (tuning/configs). Cutting only the last round's tiles into narrow parts
   leaves too few bytes on their way.
-- Asking for the next kernel's first weights ahead (L2 prefetch): 0 to 3 % slower. Programmatic dependent launch: no difference.
+- Asking for the next kernel's first weights ahead (L2 prefetch): 0 to 3 % slower. Programmatic dependent launch: no
+  difference, under CUDA graphs as XLA makes them (2026-11-28-h200-few-rows-variants.txt).
   A tile's numbers loaded while the tile before is multiplied: 0 to 2 % slower (2026-11-28-h200-variants.txt).
 - The loop over K has to stay in uniform registers, where a warp computes an address once. A tile's row and size loaded before
   the loop, and its ragged edge stored by branches for 16, 8, 4, 2 and 1 rows, pushed the counters into vector registers (52

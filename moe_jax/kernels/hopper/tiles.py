@@ -78,8 +78,10 @@ def spans_for(spans: Any | None, tile_rows: int, n_tiles: int, workers: int) -> 
     """The spans that `visit` is to walk by, or None for bands of single tiles.
 
     With few rows nearly every expert has one tile. Where it has more, they are at work together if the multiprocessors have more
-    tiles than two experts'. NVFP4, 16 tokens on an H200, in bands of eight and of one: qwen3-30b-a3b 73.9 and 72.6 us,
-    qwen3-235b 239 and 235 (2026-11-28-h200-one-token-variants.txt).
+    tiles than two experts'. Layers on an H200, in bands and in single tiles: NVFP4, 16 tokens, qwen3-30b-a3b 73.9 and 72.6 us,
+    qwen3-235b 239 and 235; 128 tokens, qwen3-30b-a3b 109.9 and 107.3, with Zipf-distributed loads 114.8 and 112.6, with half of
+    all tokens on one expert 108.4 and 106.6; `fp8_channel` 163.7 and 161.8, bfloat16 291.9 and 289.8
+    (2026-11-28-h200-few-rows-variants.txt).
 
     Args:
         spans: as of `visit`; None where no expert has two tiles.

@@ -12,6 +12,9 @@ Learned on an H200 (benchmarks/results/2026-11-24-h200-plans-and-glue.txt; 128 e
 - Instructions bind, some thousand a warp and tile: 64 CTAs take half as long as 128 with two rounds (10 and 18 us), and twice the
   CTAs would take turns. Marking the pairs from what the selection struck out, instead of comparing every slot with every expert,
   brought 18.6 us down to 15.3.
+- A round of the selection in which a thread exchanges its best score together with its expert, and a load in the place of a sum
+  over all experts where a number is looked up: 4.8 us for 16 tokens, 5.6 before; 3.4 for 128, 3.9 before. Then the schedule of 16
+  tokens an expert a thread, and its sums by shuffles: 3.6 (2026-11-28-h200-few-rows-variants.txt, -four-bits-variants.txt).
 """
 
 from __future__ import annotations
