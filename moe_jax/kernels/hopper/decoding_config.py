@@ -66,10 +66,11 @@ def four_bit(config: Config, projection: Projection) -> Config:
     `_one_token`.
 
     With 24 rows a consumer of a team has gate and up of its columns: it finds rows once for both, 276 instructions for four
-    blocks instead of 299, and hands nothing over. Layers of 128 tokens, NVFP4, a pair to a tile and that: qwen3-235b 380 and
-    369 us; kernels of up-projections: dsv3-ep8 132 and 131 us, qwen3-30b-a3b 63 and 63, gpt-oss-120b, MXFP4, 269 and 259. With
-    16 rows tiles of twice the columns may be too few: 16 tokens, qwen3-30b-a3b 42.3 and 42.8 us. Down-projections, two blocks a
-    consumer: gpt-oss-120b 142 and 150 us, qwen3-30b-a3b 36 and 36 (2026-11-28-h200-few-rows-variants.txt).
+    blocks instead of 300 (2026-11-28-machine-code-four-bits.txt), and hands nothing over. Layers of 128 tokens, NVFP4, a pair to
+    a tile and that: qwen3-235b 380 and 369 us; kernels of up-projections: dsv3-ep8 132 and 131 us, qwen3-30b-a3b 63 and 63,
+    gpt-oss-120b, MXFP4, 269 and 259. With 16 rows tiles of twice the columns may be too few: 16 tokens, qwen3-30b-a3b 42.3 and
+    42.8 us. Down-projections, two blocks a consumer: gpt-oss-120b 142 and 150 us, qwen3-30b-a3b 36 and 36
+    (2026-11-28-h200-few-rows-variants.txt).
 
     What ptxas says (`benchmarks/machine_code.py`): from 176 rows on, and from 160 on where rows are fetched by their tokens, it
     lets every product wait for the one before, so that nothing is decoded meanwhile. From 144 rows on it does so too with three
