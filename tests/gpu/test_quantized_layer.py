@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from moe_jax import MoEConfig, moe, quantize_experts
+from moe_jax.activations import get_activation
 from moe_jax.experts import row_multiple
 from moe_jax.ops.group_tokens import group_tokens
 from moe_jax.ops.grouped_matmul import grouped_matmul
@@ -172,6 +173,7 @@ def test_ranks_of_a_split(name):
     check_close(total, oracle(x, experts, logits), 7e-2 if name == "fp8_tensor" else 3e-2)
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("rows_each", [1, 7, 40, 100, 300])
 @pytest.mark.parametrize(
     ("name", "dtype"),
@@ -183,10 +185,12 @@ def test_ranks_of_a_split(name):
         ("int4_group32_zp", "float16"),
     ],
 )
-def test_four_bits_have_the_bits_of_their_16(name, dtype, rows_each):
+def test_four_bits_have_the_bits_of_their_16(name, dtype, rows_each, gated):
     """Products of decoded codes are those of the kernel for 16 bits, where a matrix is scaled by a power of two."""
-    experts, n, k = 8, 1536, 2880
-    weights = quantize(jax.random.normal(jax.random.key(1), (experts, n, k)) * 0.02, quant_format(name).weights)
+    experts, n, k = 8, 3072 if gated else 1536, 2880  # with one row each, gate and up are interleaved
+    plain = jax.random.normal(jax.random.key(1), (experts, n, k)) * 0.02
+    plain = plain * 2.0 ** jax.random.randint(jax.random.key(3), (experts, n, 1), -4, 5)  # scales of many sizes
+    weights = quantize(plain, quant_format(name).weights, halves=2 if gated else 1)
     if weights.global_scale is not None:
         weights = dataclasses.replace(weights, global_scale=jnp.full_like(weights.global_scale, 2.0**-12))
     prepared = prepare(weights, dtype)
@@ -194,7 +198,8 @@ def test_four_bits_have_the_bits_of_their_16(name, dtype, rows_each):
     ids = jnp.repeat(jnp.arange(experts, dtype=jnp.int32), rows_each)[:, None]
     groups = group_tokens(ids, num_experts=experts, tile_rows=tile_rows)
     x = jax.random.normal(jax.random.key(2), (groups.num_rows, k), dtype)
-    run = jax.jit(functools.partial(grouped_matmul, implementation="mosaic"))
+    activation = get_activation("silu") if gated else None
+    run = jax.jit(functools.partial(grouped_matmul, activation=activation, implementation="mosaic"))
     found, right = run(x, prepared, groups), run(x, prepared.dequantize(dtype), groups)
     held = occupied_rows(groups)
     assert same_bits(found[held], right[held])
