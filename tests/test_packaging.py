@@ -55,7 +55,7 @@ def test_init_files_only_re_export(path):
         assert is_dunder or isinstance(statement, ast.Import | ast.ImportFrom), ast.unparse(statement)
 
 
-COMPAT = {"moe_jax/_compat.py", "moe_jax/_compat_words.py"}
+COMPAT = {"moe_jax/_compat.py", "moe_jax/_compat_routing.py", "moe_jax/_compat_words.py"}
 
 
 def test_only_kernels_and_compat_import_pallas():
