@@ -119,11 +119,7 @@ def best_in_turn(matrices: list[Any], starts: list[int], weighed: list[Any] | No
                     vector = llvm.insertelement(vector, struck_rows[row][at + 4 * i + j], c(j))
                 held[row, i] = vector
         at += 4 * width
-        chosen.append(
-            fragmented_array.FragmentedArray(
-                _registers=held.reshape(array.registers.shape), _layout=layout, _is_signed=True
-            )
-        )
+        chosen.append(_like(array, held.flat))
     return [of_row(x, i32, True) for x in ids] + [of_row(x, f32, None) for x in values] + chosen
 
 
@@ -137,7 +133,6 @@ def look_up(table: Any, places: list[Any]) -> list[Any]:
     import numpy as np
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm, memref
-    from jax.experimental.mosaic.gpu import fragmented_array
 
     i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
     zero = arith.constant(i32, 0)
@@ -153,11 +148,7 @@ def look_up(table: Any, places: list[Any]) -> list[Any]:
             loaded = memref.load(table, [row, at] if two else [at])
             value = arith.select(arith.cmpi(arith.CmpIPredicate.sge, place, zero), loaded, zero)
             held[i] = llvm.insertelement(llvm.mlir_undef(register.type), value, zero) if is_vector else value
-        found.append(
-            fragmented_array.FragmentedArray(
-                _registers=held.reshape(array.registers.shape), _layout=layout, _is_signed=True
-            )
-        )
+        found.append(_like(array, held))
     return found
 
 
@@ -248,13 +239,13 @@ def scatter(targets: list[Any], places: Any, values: list[Any], kept: Any) -> No
             )
 
 
-def _like(array: Any, registers: list[Any]) -> Any:
+def _like(array: Any, registers: Any) -> Any:
     """An array of int32 of the same layout."""
     import numpy as np
     from jax.experimental.mosaic.gpu import fragmented_array
 
-    held = np.empty(len(registers), dtype=object)
-    held[:] = registers
+    held = np.empty(array.registers.size, dtype=object)
+    held[:] = list(registers)
     return fragmented_array.FragmentedArray(
         _registers=held.reshape(array.registers.shape), _layout=array.layout, _is_signed=True
     )

@@ -156,9 +156,7 @@ def config_misfit(config: Config, gated: bool, dtype: str, codes: str = "") -> s
             f"paired=True is for the gate and up of weights that alone are codes, with consumers={config.consumers} even, "
             f"halves={config.halves} 1 and tile_rows={config.tile_rows} at most {FEW_ROWS}"
         )
-    if config.interleaved and not (
-        gated and config.halves == 1 and config.columns == 32 and not config.paired and few and not Codes.of(codes).both
-    ):
+    if config.interleaved and not (gated and config.halves == 1 and config.columns == 32 and not config.paired and few):
         return (
             f"interleaved=True is for the gate and up of weights that alone are codes, with columns={config.columns} 32, "
             f"halves={config.halves} 1, paired={config.paired} False and tile_rows={config.tile_rows} at most {FEW_ROWS}"

@@ -181,14 +181,15 @@ class Codes:
         if self._by_channel:
             self._channels.fetch(refs[:3], wg, expert, col)
 
-    def load(self, block_at: Callable[..., Any], places: list[tuple[Any, int]], col: Any = None) -> list[Any]:
+    def load(self, block_at: Callable[..., Any], places: list[tuple[Any, int]], col: Any) -> list[Any]:
         """Blocks of 64 weight rows and 64 columns, as each thread loads them for `decode`.
 
         Args:
             block_at: gives the reference of a half, from a column on, so many columns wide.
             places: half and column of the blocks.
-            col: not needed.
+            col: of the output, which these blocks do not depend on.
         """
+        del col
         if not self._wide:
             return [plgpu.load(block_at(*place, _COLUMNS), layout=plgpu.Layout.WGMMA) for place in places]
         both = plgpu.load(block_at(*places[0], 2 * _COLUMNS), layout=plgpu.Layout.WGMMA)
@@ -201,8 +202,8 @@ class Codes:
         if self._interpret:
             decoded = values.astype(jnp.float32)
             if scales:
-                rows = jnp.stack([jnp.full((interleaved.EIGHT, 1), scale) for scale in scales])
-                decoded = decoded * jnp.tile(rows, (WGMMA_ROWS // rows[..., 0].size, 1, 1)).reshape(WGMMA_ROWS, 1)
+                of_rows = jnp.repeat(jnp.stack(scales), interleaved.EIGHT)
+                decoded = decoded * jnp.tile(of_rows, WGMMA_ROWS // of_rows.size)[:, None]
             refs[-1][wg, turn % 2] = decoded.astype(self._dtype)
             plgpu.commit_smem()  # it does not know that each thread hands a stage back after its own loads
             return refs[-1].at[wg, turn % 2]

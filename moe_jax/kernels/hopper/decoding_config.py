@@ -27,7 +27,7 @@ _ROWS_OF_LONG_STEPS = 48  # of a tile, for steps of 256 of K: with more there is
 _TIMES = {
     "four bits": {1: 103, 2: 165, 3: 252, 4: 287},
     "a byte": {1: 132, 2: 228, 3: 419, 4: 421},
-    "a byte in blocks": {1: 207, 2: 300, 3: 462, 4: 471},
+    "a byte in blocks": {1: 207, 2: 279, 3: 462, 4: 471},
 }
 _ROWS_OF_PAIRS = 16  # of a tile, for gate and up of a tile in teams with a consumer each
 _ROWS_OF_TEAMS = 24  # of a tile, for teams: with more they have two stages each
@@ -67,9 +67,9 @@ def four_bit(config: Config, projection: Projection) -> Config:
 
     With 24 rows a consumer of a team has gate and up of its columns: it finds rows once for both, 276 instructions for four
     blocks instead of 300 (2026-11-28-machine-code-four-bits.txt), and hands nothing over. Layers of 128 tokens, NVFP4, a pair to
-    a tile and that: qwen3-235b 380 and 369 us; kernels of up-projections: dsv3-ep8 132 and 131 us, qwen3-30b-a3b 63 and 63,
-    gpt-oss-120b, MXFP4, 269 and 259. With 16 rows tiles of twice the columns may be too few: 16 tokens, qwen3-30b-a3b 42.3 and
-    42.8 us. Down-projections, two blocks a consumer: gpt-oss-120b 142 and 150 us, qwen3-30b-a3b 36 and 36
+    a tile and that: qwen3-235b 380 and 369 us, kernel of the up-projection of qwen3-30b-a3b 63 and 63. With 16 rows it is no
+    better: 128 tokens, dsv3-ep8 135 and 132 us, gpt-oss-120b, MXFP4, 254 and 259; 16 tokens, qwen3-30b-a3b, 42.3 and 42.8.
+    Down-projections, two blocks a consumer: gpt-oss-120b, 128 tokens, 142 and 150 us, qwen3-30b-a3b 36 and 36
     (2026-11-28-h200-few-rows-variants.txt).
 
     What ptxas says (`benchmarks/machine_code.py`): from 176 rows on, and from 160 on where rows are fetched by their tokens, it
@@ -165,7 +165,7 @@ def _one_token(config: Config, projection: Projection, kind: str = "four bits") 
     beside it does (`_TIMES`). One token on an H200, kernels of up-projections with tiles of 32, 96 and 64 or 128 columns
     (2026-11-28-h200-few-rows-variants.txt): NVFP4, dsv3-ep8 13.0, 26.3 and 18.3 us, qwen3-235b 22.3, 18.6 and 21.1,
     mixtral-8x7b 47.8, 46.2 and 38.3; MXFP4, gpt-oss-120b 16.1, 13.0 and 14.5; int8, dsv3-ep8 15.9 and 20.6, qwen3-235b 27.9, 29.3
-    and 29.5; FP8 in blocks, dsv3-ep8 23.8 and 28.9, qwen3-235b 42.3, 32.1 and 32.6.
+    and 29.5; FP8 in blocks, dsv3-ep8 23.8 and 28.9, qwen3-235b 42.3, 32.1 and 32.6; qwen3-30b-a3b 11.4 with 64 columns.
 
     Down-projections of four bits on an H100: qwen3-235b 14.6 us with tiles of 256 columns, 15.7 of 128; mixtral-8x7b 26.8 us of
     64, 37 of 128 (2026-11-27-h100-variants.txt). With codes of a byte 256 columns are as good as 128 at best, int8: gpt-oss-120b
@@ -184,11 +184,11 @@ def _one_token(config: Config, projection: Projection, kind: str = "four bits") 
         kind: of `_TIMES`.
     """
     gated, n_out, likely_tiles, _ = projection
+    byte = kind != "four bits"
     if gated:
         times = _TIMES[kind]
         strips = min(times, key=lambda strips: (rounds(32 * strips, n_out, likely_tiles) * times[strips], -strips))
-        return _strips(config, strips, byte=kind != "four bits")
-    byte = kind != "four bits"
+        return _strips(config, strips, byte)
     pieces = (64, 128) if byte else (64, 128, 256)
     columns = min(pieces, key=lambda columns: (work_of(columns, n_out, likely_tiles), -columns))
     consumers = columns // WGMMA_ROWS

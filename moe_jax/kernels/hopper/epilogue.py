@@ -52,7 +52,6 @@ class Columns:
         self._halves = 2 if config.interleaved else config.halves
         self._of_tile = interleaved.COLUMNS if config.interleaved else self._width  # of those that are fetched
         self._layout = interleaved.LAYOUT if config.interleaved else plgpu.Layout.WGMMA
-        self._own_layout = config.interleaved  # which a broadcast cannot guess
         self._distance = n_out if gated else self._width if rows_first else config.columns
         self.scratch = [
             plgpu.SMEM((config.consumers, self._halves * self._width), dtype),
@@ -75,8 +74,7 @@ class Columns:
         for half in range(self._halves):
             part = numbers.at[wg, pl.ds(half * self._width, self._of_tile)]
             column = plgpu.load(part, layout=self._layout.reduce(1 - self._axis)).astype(jnp.float32)
-            spread = lax.broadcast_in_dim(column, shape, [self._axis])
-            found.append(plgpu.layout_cast(spread, self._layout) if self._own_layout else spread)
+            found.append(plgpu.layout_cast(lax.broadcast_in_dim(column, shape, [self._axis]), self._layout))
         return found
 
 

@@ -263,7 +263,7 @@ def grouped_matmul(
                     return tiles.next_slot(slot, stages)
 
                 lax.fori_loop(0, k_steps, multiply_step, lax.rem(first_turn, stages))
-                # Loaded once, and on their way while the last products run; before the loop they cost it its registers.
+                # On their way while the last products run; before a loop of many rows they cost it its registers.
                 mine = ahead[0] if ahead else numbers(m)
                 if config.overlap:
                     plgpu.wgmma_wait(0)
